@@ -1,0 +1,1 @@
+"""Experiments as frozen dataclasses; beside each number, where it comes from."""

@@ -1,0 +1,146 @@
+"""From `script [DATASET] [METHOD] [--options]` to one frozen experiment."""
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from configs.experiment import Experiment, from_json
+from configs.methods import METHODS
+
+E = TypeVar("E", bound=Experiment)
+
+
+def parse(
+    argv: Sequence[str] | None,
+    *,
+    compose: Callable[[str, str], E],
+    datasets: Sequence[str],
+    methods: Sequence[str],
+    prog: str,
+    description: str,
+) -> E:
+    """Parse a command line; errors end the program with a message and exit code 2.
+
+    The two positional words choose the preset, `--from-run RUN` starts from a run's config.json
+    instead, and every other option changes one field of it.
+
+    Args:
+        argv: words after the program's name; None for those of this process.
+        compose: makes the preset of (dataset, method).
+        datasets: names, the default first.
+        methods: names, the default first.
+        prog: the script, for messages.
+        description: first line of --help.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    kind = type(compose(datasets[0], methods[0]))
+    words, run = _take_option(words, "--from-run", prog)
+    words, dataset, method = _take_positionals(words, datasets, methods, prog, kind)
+    if run is None:
+        default = compose(dataset or datasets[0], method or methods[0])
+    elif dataset or method:
+        _refuse(prog, "--from-run brings its own data set and method; leave the words out")
+    else:
+        default = _read_config(kind, Path(run), prog)
+    usage = (
+        f"{description}\n\n"
+        f"DATASET: {', '.join(datasets)} (default {datasets[0]}). "
+        f"METHOD: {', '.join(methods)} (default {methods[0]}). "
+        "Both come first; defaults below are those of "
+        f"{default.dataset} {default.method_name}. --from-run RUN starts from a run's config.json."
+    )
+    return tyro.cli(
+        kind,
+        default=default,
+        args=words,
+        prog=f"{prog} [DATASET] [METHOD]",
+        description=usage,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _take_option(words: list[str], name: str, prog: str) -> tuple[list[str], str | None]:
+    """Remove `name VALUE` or `name=VALUE` from the words and return the value."""
+    for i, word in enumerate(words):
+        if word.startswith(f"{name}="):
+            return words[:i] + words[i + 1 :], word.partition("=")[2]
+        if word == name:
+            if i + 1 == len(words):
+                _refuse(prog, f"{name} needs a value")
+            return words[:i] + words[i + 2 :], words[i + 1]
+    return words, None
+
+
+def _take_positionals(
+    words: list[str],
+    datasets: Sequence[str],
+    methods: Sequence[str],
+    prog: str,
+    kind: type[Experiment],
+) -> tuple[list[str], str | None, str | None]:
+    """Remove the data set's and the method's name, wherever options do not claim them."""
+    found: list[str] = []
+    rest: list[str] = []
+    claims = 0.0  # how many of the next words belong to the last option
+    for word in words:
+        if word.startswith("--"):
+            claims = 0 if "=" in word else _arity(word, kind)
+            rest.append(word)
+        elif claims > 0:
+            claims -= 1
+            rest.append(word)
+        elif word.startswith("-"):
+            rest.append(word)
+        else:
+            found.append(word)
+    dataset = found[0] if found else None
+    if dataset in methods and dataset not in datasets:
+        found.insert(0, "")
+        dataset = None
+    method = found[1] if len(found) > 1 else None
+    if dataset is not None and dataset not in datasets:
+        _refuse(prog, _unknown("data set", dataset, datasets))
+    if method is not None and method not in methods:
+        _refuse(prog, _unknown("method", method, methods))
+    if len(found) > 2:
+        _refuse(prog, f"unexpected word {found[2]!r} after data set and method")
+    return rest, dataset, method
+
+
+def _arity(option: str, kind: type[Experiment]) -> float:
+    """Return how many words an option takes: 0 for switches, unbounded for lists."""
+    name = option.lstrip("-").replace("-", "_")
+    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
+    for method in METHODS.values():
+        types |= {f"method.{f.name}": str(f.type) for f in dataclasses.fields(method)}
+    if types.get(name, "").startswith("tuple"):
+        return float("inf")
+    is_switch = name not in types or types[name] == "bool" or types[name].endswith("'bool'>")
+    return 0 if is_switch else 1
+
+
+def _read_config(kind: type[E], run: Path, prog: str) -> E:
+    try:
+        values = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        experiment = from_json(kind, values)
+    except (OSError, ValueError) as error:
+        _refuse(prog, f"--from-run {run}: {error}")
+    assert isinstance(experiment, kind)
+    return experiment
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
+
+
+def _refuse(prog: str, message: str) -> NoReturn:
+    sys.stderr.write(f"error: {prog}: {message}\n")
+    raise SystemExit(2)

@@ -1,0 +1,138 @@
+"""What all experiments share: data, backbone, device, selection and output."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Suppress
+
+from configs.methods import METHODS, MethodConfig, OptionalInt, require_positive
+
+HOW_NOT_WHAT = frozenset({"device", "workers", "cache", "output", "run", "restart"})
+"""Fields that change where and how a run happens but not what it measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One data set, one backbone, one method; every field is an option of the scripts."""
+
+    dataset: Suppress[str]
+    method_name: Suppress[str]
+    data_root: Path
+    """Folder of the data set (for `demo` and `digits`: where built data are kept)."""
+    categories: tuple[str, ...] = ()
+    """Categories or normal classes to run; all by default."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; the table shows mean and standard deviation over them."""
+
+    backbone: str
+    """Any timm model, e.g. wide_resnet50_2.tv_in1k, resnet152.tv_in1k, tf_efficientnet_lite0."""
+    weights: str = "auto"
+    """auto, random (said in every table), or a .safetensors or .pth file."""
+    layers: tuple[int, ...]
+    """Stages of the backbone, as timm counts them: 0 is the stem, then 1 to 4."""
+    feature_location: Literal["bottleneck", "expansion"] = "bottleneck"
+    """Maps after or before the projections of an EfficientNet's blocks."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of the backbone; heads are always fitted in fp32."""
+
+    image_size: int
+    """Pixels the images are resized to."""
+    crop_size: OptionalInt
+    """Centre crop in pixels; none keeps the whole image, squeezed to a square."""
+    resize: Literal["opencv_square", "lanczos_shorter", "bilinear_shorter"]
+    """Resize to a square by OpenCV, or the shorter side by Pillow (Lanczos, bilinear)."""
+
+    select: Literal["last", "best_test"] = "last"
+    """Which epoch counts: the last, or the best on the test set (optimistic, as published)."""
+    skip_unreadable: bool = False
+    """Leave unreadable images out and count them in the table instead of stopping."""
+    overlays: int = 8
+    """Images per picture of highest-scoring normals and lowest-scoring anomalies; 0 for none."""
+
+    extract_batch_size: int = 32
+    """Images per forward pass of the backbone, and per scoring step."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    workers: int = 2
+    """Processes that decode images; 0 decodes in the main process."""
+    cache: Literal["auto", "device", "host"] = "auto"
+    """Where extracted features are kept."""
+
+    output: Path = Path("results")
+    """Run folders are made below it: <output>/<dataset>-<method>/<run>/."""
+    run: str = ""
+    """Name of the run folder; by default backbone and a digest of the configuration."""
+    restart: bool = False
+    """Throw away what the run folder holds instead of continuing it."""
+
+    method: MethodConfig
+    """Options of the method."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "image_size", "extract_batch_size")
+        if not self.seeds:
+            raise ValueError("--seeds needs at least one seed")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"--seeds {self.seeds} must be different and not negative")
+        if len(set(self.categories)) != len(self.categories):
+            raise ValueError("--categories names one twice")
+        if not self.layers:
+            raise ValueError("--layers needs at least one stage")
+        if self.crop_size is not None and not 0 < self.crop_size <= self.image_size:
+            raise ValueError(
+                f"--crop-size {self.crop_size} must lie between 1 and --image-size "
+                f"{self.image_size}, or be none"
+            )
+        if self.workers < 0 or self.overlays < 0:
+            raise ValueError("--workers and --overlays cannot be negative")
+        if Path(self.run).name != self.run:
+            raise ValueError(f"--run {self.run!r} must be a plain folder name; see also --output")
+
+    @property
+    def map_size(self) -> int:
+        """Side in pixels of what the backbone sees, and of the anomaly maps."""
+        return self.image_size if self.crop_size is None else self.crop_size
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder; the same command always names the same one."""
+        name = self.run or f"{self.backbone.replace('/', '_')}-{self.digest}"
+        return self.output / f"{self.dataset}-{self.method_name}" / name
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits of everything that changes what is measured."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what defines the measurement as JSON values: the content of config.json."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in HOW_NOT_WHAT}
+        plain = json.loads(json.dumps(fields, default=str))
+        return dict(plain)
+
+    def method_options(self) -> dict[str, Any]:
+        """Return the method's options as keyword arguments of its detector."""
+        return dataclasses.asdict(self.method)
+
+
+def from_json(kind: type[Experiment], values: dict[str, Any]) -> Experiment:
+    """Rebuild an experiment from config.json.
+
+    Raises:
+        ValueError: a field is unknown or missing, or a value is not allowed.
+    """
+    values = dict(values)
+    try:
+        method_type = type(METHODS[values["method_name"]])
+        values["method"] = method_type(**values["method"])
+        values["data_root"] = Path(values["data_root"])
+        for name in ("categories", "seeds", "layers"):
+            values[name] = tuple(values[name])
+        return kind(**values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a configuration of this version: {error}") from error

@@ -1,0 +1,62 @@
+"""Experiments on structured data: a defect is a part of the image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from configs.cache import cache_folder
+from configs.experiment import Experiment
+from configs.methods import method_config, require_positive
+
+# The published pipeline: NoCo resizes MVTec with OpenCV, MPDD and VisA with Lanczos; crop 224.
+WIDE_RESNET = {"backbone": "wide_resnet50_2.tv_in1k", "layers": (1, 2, 3)}
+MVTEC_IMAGES = {"image_size": 256, "crop_size": 224, "resize": "opencv_square"}
+LANCZOS_IMAGES = {"image_size": 256, "crop_size": 224, "resize": "lanczos_shorter"}
+# No published crop binds a user's own images, and a crop can cut defects away.
+WHOLE_IMAGES = {"image_size": 224, "crop_size": None, "resize": "opencv_square"}
+
+DATASETS: dict[str, dict[str, Any]] = {
+    "mvtec": {"data_root": Path("data/mvtec"), **WIDE_RESNET, **MVTEC_IMAGES},
+    "mpdd": {"data_root": Path("data/mpdd"), **WIDE_RESNET, **LANCZOS_IMAGES},
+    "visa": {"data_root": Path("data/visa"), **WIDE_RESNET, **LANCZOS_IMAGES},
+    "folder": {"data_root": Path("data/folder"), **WIDE_RESNET, **WHOLE_IMAGES},
+    # The demo has to run where nothing can be downloaded.
+    "demo": {
+        "backbone": "tf_efficientnet_lite0",
+        "layers": (1, 2, 3),
+        **WHOLE_IMAGES,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredExperiment(Experiment):
+    """Anomaly maps on the grid of patch features; image score = maximum of the map."""
+
+    patch_size: int = 3
+    """Side of the neighbourhood each feature is averaged over (papers: 3)."""
+    blur_sigma: float = 4.0
+    """Gaussian blur of the anomaly map, in pixels (papers: 4)."""
+    visa_split: Literal["auto", "csv", "last100"] = "auto"
+    """VisA: the official 1-class csv, or NoCo's last 100 normals; auto takes the csv if present."""
+    save_maps: bool = False
+    """Keep every anomaly map in the run folder (large)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "patch_size")
+        if self.patch_size % 2 == 0:
+            raise ValueError(f"--patch-size {self.patch_size} must be odd")
+        if self.blur_sigma < 0:
+            raise ValueError("--blur-sigma cannot be negative")
+
+
+def structured_experiment(dataset: str, method: str) -> StructuredExperiment:
+    """Compose the preset of a data set and a method."""
+    entry = {"data_root": cache_folder(), **DATASETS[dataset]}
+    return StructuredExperiment(
+        dataset=dataset,
+        method_name=method,
+        method=method_config(method, dataset, semantic=False),
+        **entry,
+    )

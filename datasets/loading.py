@@ -1,0 +1,213 @@
+"""Loads images in batches, in order, in worker processes, and says which could not be read."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.images import read_image, read_mask, read_size
+from datasets.samples import DataError, Sample
+
+
+class Transform(Protocol):
+    """What loading asks of a transform; `PairTransform` is one."""
+
+    @property
+    def output_size(self) -> int:
+        """Side length S of what the transform returns, in pixels."""
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """Transforms an RGB image: (H, W, 3) uint8 to (S, S, 3) uint8."""
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """Transforms a mask: (H, W) bool to (S, S) bool."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images of a data set.
+
+    Attributes:
+        indices: Position of each image in the data set, ascending.
+        images: (B, 3, S, S) uint8, RGB.
+    """
+
+    indices: list[int]
+    images: Tensor
+
+
+Item = tuple[int, Tensor | str]
+
+
+class ImageDataset(Dataset[Item]):
+    """Transformed images of files.
+
+    An item is its index with the image, (3, S, S) uint8, or, where the file cannot be read, with
+    the error's text, so that the error crosses from a worker process as data.
+    """
+
+    def __init__(self, samples: Sequence[Sample], transform: Transform) -> None:
+        self.samples = tuple(samples)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            image = read_image(self.samples[index].path)  # (H, W, 3)
+        except DataError as error:
+            return index, str(error)
+        return index, _to_tensor(self.transform.image(image))
+
+    def source(self, index: int) -> Path | int:
+        """What to call an image in a message: its file."""
+        return self.samples[index].path
+
+
+class ArrayDataset(Dataset[Item]):
+    """Transformed images of an array; an item is its index with the image, (3, S, S) uint8.
+
+    Raises:
+        ValueError: The array is not (N, H, W) or (N, H, W, 3) uint8.
+    """
+
+    def __init__(self, images: np.ndarray, transform: Transform) -> None:
+        grey = images.ndim == 3
+        if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] == 3)):
+            raise ValueError(
+                "images must be uint8 of shape (N, H, W) or (N, H, W, 3), "
+                f"got {images.dtype} of shape {images.shape}"
+            )
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item:
+        image = self.images[index]  # (H, W) or (H, W, 3)
+        if image.ndim == 2:
+            image = np.repeat(image[:, :, None], 3, axis=2)  # (H, W, 3)
+        return index, _to_tensor(self.transform.image(image))
+
+    def source(self, index: int) -> Path | int:
+        """What to call an image in a message: its index."""
+        return index
+
+
+class BatchLoader:
+    """Iterates over a data set in order, as `Batch`; the images are read in worker processes.
+
+    Attributes:
+        num_images: Number of images in the data set, unreadable ones included.
+        skipped: Image and error of each unreadable image the last iteration left out.
+
+    Raises:
+        DataError: On iteration, at the first unreadable image, unless skip_unreadable.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset | ArrayDataset,
+        *,
+        batch_size: int,
+        workers: int,
+        skip_unreadable: bool,
+        pin_memory: bool = False,
+    ) -> None:
+        self.num_images = len(dataset)
+        self.skipped: list[tuple[Path | int, str]] = []
+        self._dataset = dataset
+        self._skip_unreadable = skip_unreadable
+        num_batches = -(-self.num_images // batch_size)
+        self._loader: DataLoader[Item] = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=min(workers, num_batches),
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            worker_init_fn=_init_worker,
+            persistent_workers=False,
+            # Without a generator of its own each iteration would draw from the global one, and
+            # the numbers of a run would depend on how often images were read.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.skipped = []
+        for indices, images, errors in self._loader:
+            for index, error in errors:
+                if not self._skip_unreadable:
+                    raise DataError(f"{error}; pass --skip-unreadable to leave such images out")
+                self.skipped.append((self._dataset.source(index), error))
+            if indices:
+                yield Batch(indices, images)
+
+
+def read_masks(samples: Sequence[Sample], transform: Transform) -> Tensor:
+    """Reads and transforms the masks of samples; a normal sample without one gets zeros.
+
+    Returns:
+        (N, S, S) bool.
+
+    Raises:
+        DataError: A mask cannot be read, its size differs from that of its upright image, or an
+            anomalous sample has none.
+    """
+    size = transform.output_size
+    masks = torch.zeros(len(samples), size, size, dtype=torch.bool)  # (N, S, S)
+    for index, sample in enumerate(samples):
+        if sample.mask_path is not None:
+            masks[index] = torch.from_numpy(transform.mask(_read_checked_mask(sample)))
+        elif sample.label == 1:
+            raise DataError(f"the anomalous image {sample.path} has no mask")
+    return masks
+
+
+def _read_checked_mask(sample: Sample) -> np.ndarray:
+    assert sample.mask_path is not None
+    mask = read_mask(sample.mask_path)  # (H, W)
+    image_size = read_size(sample.path)
+    if mask.shape != image_size:
+        raise DataError(
+            f"the mask {sample.mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image "
+            f"{sample.path} is {image_size[1]} x {image_size[0]} (width x height): "
+            "save the mask at the size of the image"
+        )
+    return mask
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)  # (3, S, S)
+
+
+def _collate(items: list[Item]) -> tuple[list[int], Tensor, list[tuple[int, str]]]:
+    indices, images, errors = [], [], []
+    for index, image in items:
+        if isinstance(image, str):
+            errors.append((index, image))
+        else:
+            indices.append(index)
+            images.append(image)
+    stacked = torch.stack(images) if images else torch.empty(0)  # (B, 3, S, S)
+    return indices, stacked.contiguous(), errors
+
+
+def _init_worker(worker_id: int) -> None:  # noqa: ARG001  (the signature is DataLoader's)
+    # Workers are the parallelism: threads inside of them would only compete, and OpenCV's pool
+    # does not survive a fork.
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    # An interrupt reaches the whole process group; only the main process answers it, and ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

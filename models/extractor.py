@@ -1,0 +1,172 @@
+"""The frozen backbone: images in, patch features of one grid out."""
+
+import contextlib
+import difflib
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers.format import Format
+from torch import Tensor, nn
+
+from models.errors import ModelError
+from models.weights import load_backbone
+
+
+class FrozenExtractor(nn.Module):
+    """Features of chosen stages of a timm backbone, averaged over patches, on the largest grid.
+
+    As published for NoCo and SimpleNet: every stage's map gets a `patch_size` x `patch_size`
+    average pooling (stride 1, padding zeros counted), is resized bilinearly to the largest map, and
+    all are concatenated. With `pooled` the stages' global averages are concatenated instead, a
+    1 x 1 grid for semantic tasks. Always in eval mode and without gradient.
+
+    Args:
+        backbone: a timm model name.
+        layers: stages as timm counts them (wide_resnet50_2: 0 is the stem, 1 to 4 are the stages).
+        weights: "auto", "random", or a .safetensors or .pth file.
+        patch_size: odd side of the averaged neighbourhood; 1 for none.
+        feature_location: "bottleneck", or "expansion" for the wider maps before an EfficientNet's
+            projections.
+        pooled: global averages instead of maps.
+        precision: "fp32", "bf16" or "fp16", the autocast of the backbone.
+
+    Raises:
+        ModelError: unknown backbone, a stage it lacks, or weights that cannot be had.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: str,
+        layers: tuple[int, ...],
+        *,
+        weights: str = "auto",
+        patch_size: int = 3,
+        feature_location: str = "bottleneck",
+        pooled: bool = False,
+        precision: str = "fp32",
+    ) -> None:
+        super().__init__()
+        _check_backbone(backbone, layers, feature_location)
+        if patch_size < 1 or patch_size % 2 == 0:
+            raise ModelError(f"patch size {patch_size} is not a positive odd number")
+        loaded = load_backbone(backbone, weights, tuple(sorted(layers)), feature_location)
+        self.backbone = backbone
+        self.layers = tuple(sorted(layers))
+        self.patch_size = patch_size
+        self.feature_location = feature_location
+        self.pooled = pooled
+        self.precision = precision
+        self.weights_source = loaded.source
+        self.weights_digest = loaded.digest
+        self.random_weights = loaded.random
+        self.net = loaded.net.to(memory_format=torch.channels_last)
+        taps: Any = loaded.net.feature_info  # timm's declaration of the stages
+        self.stage_channels: tuple[int, ...] = tuple(taps.channels())
+        self.strides: tuple[int, ...] = tuple(taps.reduction())
+        self.register_buffer("mean", _per_channel(backbone, "mean"), persistent=False)
+        self.register_buffer("std", _per_channel(backbone, "std"), persistent=False)
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone runs."""
+        return self.mean.device
+
+    @property
+    def channels(self) -> int:
+        """Channels of the concatenated features."""
+        return sum(self.stage_channels)
+
+    def grid(self, image_size: int) -> int:
+        """Side of the feature map for square images of `image_size` pixels (1 when pooled)."""
+        return 1 if self.pooled else -(-image_size // min(self.strides))
+
+    def train(self, mode: bool = True) -> "FrozenExtractor":
+        """Stay in eval mode: batch statistics of a frozen network must not move."""
+        del mode
+        return super().train(False)
+
+    @torch.inference_mode()
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """Run the backbone once.
+
+        Args:
+            images: (B, 3, S, S), uint8.
+
+        Returns:
+            One (B, C_l, H_l, W_l) float32 map per stage at its own resolution, patch-averaged
+            (or (B, C_l, 1, 1) when pooled). Feed them to `assemble`.
+        """
+        pixels = images.to(self.device, memory_format=torch.channels_last)
+        pixels = (pixels.float() / 255 - self.mean) / self.std
+        with self._autocast(pixels.device.type):
+            maps = self.net(pixels)
+        if getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC:
+            maps = [rearrange(m, "b h w c -> b c h w") for m in maps]
+        maps = [m.float() for m in maps]
+        if self.pooled:
+            return [m.mean(dim=(2, 3), keepdim=True) for m in maps]  # (B, C_l, 1, 1)
+        return [F.avg_pool2d(m, self.patch_size, 1, self.patch_size // 2) for m in maps]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features (B, C, H, W), float32, of uint8 images (B, 3, S, S)."""
+        return assemble(self.stage_maps(images))
+
+    def _autocast(self, device_type: str) -> contextlib.AbstractContextManager:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return torch.autocast(device_type, dtype=dtype)
+
+
+def assemble(maps: list[Tensor]) -> Tensor:
+    """Resize the stages' maps (B, C_l, H_l, W_l) to the largest one and concatenate them.
+
+    Returns:
+        (B, C, H, W) float32, channels last in memory, so that a flattening to positions is a view.
+    """
+    size = max((m.shape[2:] for m in maps), key=lambda s: s[0] * s[1])
+    resized = [
+        m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear", align_corners=False)
+        for m in (m.float() for m in maps)
+    ]
+    return torch.cat(resized, dim=1).contiguous(memory_format=torch.channels_last)  # (B, C, H, W)
+
+
+def describe_stages(backbone: str) -> list[str]:
+    """List the stages a backbone has, e.g. "1 (layer1, 256 channels, stride 4)"."""
+    with torch.device("meta"):
+        net = timm.create_model(backbone, pretrained=False, features_only=True)
+    info: Any = net.feature_info
+    return [
+        f"{i} ({entry['module']}, {entry['num_chs']} channels, stride {entry['reduction']})"
+        for i, entry in enumerate(info.info)
+    ]
+
+
+def _check_backbone(backbone: str, layers: tuple[int, ...], feature_location: str) -> None:
+    if not timm.is_model(backbone):
+        near = difflib.get_close_matches(backbone.split(".")[0], timm.list_models(), n=5)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise ModelError(f"timm has no backbone {backbone!r}{hint}")
+    if feature_location not in {"bottleneck", "expansion"}:
+        raise ModelError(f"feature location {feature_location!r} is not bottleneck or expansion")
+    if feature_location == "expansion" and "efficientnet" not in backbone:
+        raise ModelError(f"{backbone} has no expansion features; only EfficientNets have")
+    stages = describe_stages(backbone)
+    if not layers or len(set(layers)) != len(layers):
+        raise ModelError(f"layers {layers} must name at least one stage, each once")
+    for layer in layers:
+        if not 0 <= layer < len(stages):
+            raise ModelError(f"{backbone} has no stage {layer}; it has {', '.join(stages)}")
+
+
+def _per_channel(backbone: str, key: str) -> Tensor:
+    values = getattr(timm.get_pretrained_cfg(backbone), key)
+    return rearrange(torch.tensor(values), "c -> 1 c 1 1")

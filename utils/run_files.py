@@ -1,0 +1,219 @@
+"""The files of a run folder: their names, atomic writing, and values that read back unchanged."""
+
+import csv
+import hashlib
+import io
+import json
+import numbers
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+SELECTS = ("last", "best_test", "synthetic")
+_TOP_FILES = (
+    "results.csv",
+    "metrics.jsonl",
+    "table.md",
+    "table.tex",
+    "table.csv",
+    "environment.json",
+    "config.json",
+)
+_STEM = r".+-seed-?\d+"
+_SUFFIX = r"(-[a-z_]+)?"
+_INT = re.compile(r"-?[0-9]+")
+_FLOAT = re.compile(r"-?(?:[0-9]+\.[0-9]+(?:e[+-]?[0-9]+)?|[0-9]+e[+-]?[0-9]+|inf)|nan")
+
+
+class RunError(Exception):
+    """The run folder cannot be used; the message names the file or option and the way out."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which it replaces when the block ends without error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically, line ends as given."""
+    with atomic_path(path) as temporary:
+        # Category names come from folder names, which need not be valid UTF-8.
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def file_stem(category: str, seed: int, suffix: str = "") -> str:
+    """Return the file name, without extension, of a (category, seed).
+
+    A category that is a plain file name keeps it. Any other (a slash, a space, a leading dot, too
+    long) is made readable and gets a tilde and a hash of the true name, so no two categories meet.
+    """
+    if suffix and not re.fullmatch(_SUFFIX, suffix):
+        raise ValueError(f"suffix {suffix!r}: expected a hyphen and lower-case letters, as -last")
+    name = category
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", category):
+        digest = hashlib.sha256(category.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        name = re.sub(r"[^\w.-]+", "_", category).lstrip(".")[:30] + "~" + digest
+    return f"{name}-seed{seed}{suffix}"
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete the temporary files a killed run left behind."""
+    for place in (folder, folder / "scores", folder / "heads", *(folder / "overlays").glob("*")):
+        for path in place.glob(".*.tmp"):
+            if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
+                path.unlink()
+
+
+def delete_run(folder: Path) -> None:
+    """Delete what a run writes and nothing else; results.csv first: no row outlives its files."""
+    written = [
+        *(folder / name for name in _TOP_FILES[:-1]),
+        *(p for p in folder.glob("scores/*.npz") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
+        *(p for p in folder.glob("heads/*.safetensors") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
+        *(p for p in folder.glob("overlays/*/*.png") if re.fullmatch(_STEM, p.parent.name)),
+        folder / _TOP_FILES[-1],
+    ]
+    delete_leftovers(folder)
+    for path in written:
+        path.unlink(missing_ok=True)
+    for place in (
+        *folder.glob("overlays/*"),
+        *map(folder.joinpath, ("overlays", "scores", "heads")),
+    ):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+
+
+def corrupt(path: Path, reason: str) -> RunError:
+    """Return the error of a file that cannot be read."""
+    return RunError(f"{path}: corrupt ({reason}); repair it, use another --run name, or --restart")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file, or raise RunError naming it."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise corrupt(path, str(error)) from None
+    if not isinstance(value, dict):
+        raise corrupt(path, "not a JSON object")
+    return value
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a results.csv, or raise RunError naming it and the record."""
+    text = path.read_bytes().decode("utf-8", "surrogateescape")
+    if not text.endswith("\n"):
+        raise corrupt(path, "the last line is cut")
+    try:
+        columns, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    except csv.Error as error:
+        raise corrupt(path, str(error)) from None
+    if columns[:3] != ["category", "seed", "select"]:
+        raise corrupt(path, f"its columns are {columns}")
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=2):
+        if len(line) != len(columns) or not _INT.fullmatch(line[1]) or line[2] not in SELECTS:
+            raise corrupt(path, f"record {number}: {','.join(line)!r}")
+        row = {name: _decode(name, text) for name, text in zip(columns, line, strict=True)}
+        if rows.setdefault(tuple(line[:3]), row) is not row:
+            raise corrupt(path, f"record {number} is there twice: {','.join(line[:3])!r}")
+    return list(rows.values())
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows whose values are ints, floats or strings; `read_rows` returns them unchanged."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_encode(name, row[name]) for name in columns] for row in rows)
+    write_text(path, text.getvalue())
+
+
+def keep_metrics(path: Path, pairs: Set[tuple[str, int]]) -> None:
+    """Rewrite a metrics.jsonl, if there is one, with only the lines of `pairs`."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            keep = (record["category"], record["seed"]) in pairs
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):  # no line end after it: the write was cut by a kill
+                continue
+            raise corrupt(path, f"line {number} is not a record of a run") from None
+        if keep:
+            kept.append(line + b"\n")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
+
+
+def _decode(column: str, text: str) -> str | int | float:
+    if column in ("category", "select"):
+        return text
+    if _INT.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def _encode(column: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+        raise TypeError(f"column {column!r}: {value!r} is not an int, a float or a string")
+    if isinstance(value, numbers.Integral):
+        return str(int(value))
+    if not isinstance(value, str):
+        return repr(float(value))  # the shortest text that reads back to the same bits
+    if _decode(column, value) is not value or "\r" in value:
+        raise ValueError(f"column {column!r}: the string {value!r} would not be read back as it is")
+    return value
+
+
+def jsonable(value: Any) -> Any:
+    """Return `value` with NaN as None, infinities as text and numpy numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(entry) for entry in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, numbers.Integral)):
+        value = float(value)
+        return value if np.isfinite(value) else None if np.isnan(value) else str(value)
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return a config as dotted keys and JSON texts: 1 and 1.0 differ, NaN equals NaN."""
+    leaves: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            leaves.update(flat(value, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
+    return leaves
+
+
+def as_array(values: ArrayLike | Tensor) -> np.ndarray:
+    """Return an array; a tensor may lie on any device and require gradients."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        # numpy has no bfloat16; float32 holds each of its values.
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return np.asarray(values)
