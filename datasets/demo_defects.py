@@ -14,10 +14,11 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
-from skimage import draw
+from skimage import draw, filters
 
 DEFECTS = ("foreign", "hole", "scratch", "smear", "stain")
 CHANGE_THRESHOLD = 4
+_PLAIN_CHANGE = 12
 _MIN_AREA = 60
 
 
@@ -26,8 +27,9 @@ def draw_defect(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws one defect on a copy of a crop.
 
-    The mask is the pixels changed by at least CHANGE_THRESHOLD grey levels, with the gaps closed
-    where the drawn value happens to equal the old one. Outside of it the crop is left as it was.
+    The mask is the pixels changed by at least CHANGE_THRESHOLD grey levels that connect to a change
+    of 12 or more, with the gaps closed where the drawn value happens to equal the old one. Outside
+    of it the crop is left as it was.
 
     Args:
         kind: One of DEFECTS.
@@ -48,7 +50,9 @@ def draw_defect(
 
 
 def _changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    changed = np.abs(after.astype(int) - before.astype(int)) >= CHANGE_THRESHOLD
+    change = np.abs(after.astype(int) - before.astype(int))
+    # Hysteresis: a small change counts where it borders on a plain one, not as speckle of its own.
+    changed = filters.apply_hysteresis_threshold(change, CHANGE_THRESHOLD - 1, _PLAIN_CHANGE - 1)
     # Padded, because closing treats what lies beyond the border as unchanged.
     closed = ndimage.binary_closing(np.pad(changed, 4, mode="edge"), iterations=2)[4:-4, 4:-4]
     filled = ndimage.binary_fill_holes(closed)

@@ -116,27 +116,29 @@ class FrozenExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, C, H, W), float32, of uint8 images (B, 3, S, S)."""
-        return assemble(self.stage_maps(images))
+        return self.assemble(self.stage_maps(images))
+
+    @staticmethod
+    def assemble(maps: list[Tensor]) -> Tensor:
+        """Resize the stages' maps (B, C_l, H_l, W_l) to the largest one and concatenate them.
+
+        Returns:
+            (B, C, H, W) float32, channels last in memory, so that flattening to positions is a
+            view.
+        """
+        size = max((m.shape[2:] for m in maps), key=lambda s: s[0] * s[1])
+        resized = [
+            m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear")
+            for m in (m.float() for m in maps)
+        ]
+        joined = torch.cat(resized, dim=1)  # (B, C, H, W)
+        return joined.contiguous(memory_format=torch.channels_last)
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager:
         if self.precision == "fp32":
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(device_type, dtype=dtype)
-
-
-def assemble(maps: list[Tensor]) -> Tensor:
-    """Resize the stages' maps (B, C_l, H_l, W_l) to the largest one and concatenate them.
-
-    Returns:
-        (B, C, H, W) float32, channels last in memory, so that a flattening to positions is a view.
-    """
-    size = max((m.shape[2:] for m in maps), key=lambda s: s[0] * s[1])
-    resized = [
-        m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear", align_corners=False)
-        for m in (m.float() for m in maps)
-    ]
-    return torch.cat(resized, dim=1).contiguous(memory_format=torch.channels_last)  # (B, C, H, W)
 
 
 def describe_stages(backbone: str) -> list[str]:

@@ -1,9 +1,8 @@
 """How a script meets its user: the device, and one clear message instead of a traceback."""
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -23,7 +22,6 @@ def exits_cleanly(*expected: type[Exception]) -> Callable[[Callable[P, R]], Call
         expected: the error classes whose message is meant for the user. Anything else is a defect
             of ours and keeps its traceback.
     """
-
     caught: tuple[type[Exception], ...] = (UsageError, *expected)
 
     def decorate(main: Callable[P, R]) -> Callable[P, R]:
@@ -64,12 +62,3 @@ def pick_device(name: str) -> torch.device:
     elif device.type not in {"cpu", "mps"}:
         raise UsageError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:1")
     return device
-
-
-@contextlib.contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Put the category and seed before the message of a numerical failure inside the block."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{what}: {error}") from error

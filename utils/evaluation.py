@@ -2,8 +2,9 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class TestSet:
     Args:
         bank: features of N images.
         labels: (N,), 1 = anomalous.
+        names: (N,) file or position of each image, for the scores file.
+        kinds: (N,) kind of defect or class of each image.
         masks: (N, S, S) bool, or None where there are none.
         map_size: side in pixels that maps are upsampled to; None on a 1 x 1 grid.
         blur_sigma: of the Gaussian blur of maps, in pixels.
@@ -48,14 +51,18 @@ class TestSet:
         self,
         bank: FeatureBank,
         labels: Tensor,
-        masks: Tensor | None,
         *,
+        names: Sequence[Path | str],
+        kinds: Sequence[str],
+        masks: Tensor | None = None,
         map_size: int | None = None,
         blur_sigma: float = 0.0,
         batch_size: int = 32,
     ) -> None:
         self.bank = bank
         self.labels = labels
+        self.names = [str(name) for name in names]
+        self.kinds = list(kinds)
         self.masks = masks
         self.map_size = map_size
         self.blur_sigma = blur_sigma

@@ -1,8 +1,9 @@
 """Features of a set of images, extracted once and read many times by small heads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -18,16 +19,17 @@ DEVICE_SHARE = 0.4
 class Extractor(Protocol):
     """What the bank needs of a backbone."""
 
-    def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Run the backbone on uint8 images (B, 3, S, S); one (B, C_l, H_l, W_l) per stage."""
+    @property
+    def device(self) -> torch.device:
+        """Where it runs, and where the heads will."""
         ...
 
+    def assemble(self, maps: list[Tensor]) -> Tensor:
+        """Join the stages' maps into features (B, C, H, W), float32."""
+        ...
 
-class Assemble(Protocol):
-    """Join the stages' maps into features (B, C, H, W), float32."""
-
-    def __call__(self, maps: list[Tensor]) -> Tensor:
-        """Return (B, C, H, W)."""
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """Run the backbone on uint8 images (B, 3, S, S); one (B, C_l, H_l, W_l) per stage."""
         ...
 
 
@@ -74,7 +76,7 @@ class FeatureBank:
         stages: Sequence[Tensor],
         indices: Sequence[int],
         *,
-        assemble: Assemble,
+        assemble: Callable[[list[Tensor]], Tensor],
         device: torch.device,
         rows: Tensor | None = None,
     ) -> None:
@@ -91,8 +93,6 @@ class FeatureBank:
         extractor: Extractor,
         loader: ImageLoader,
         *,
-        assemble: Assemble,
-        device: torch.device,
         store: str = "auto",
         dtype: torch.dtype = torch.float16,
         description: str = "features",
@@ -102,8 +102,6 @@ class FeatureBank:
         Args:
             extractor: the backbone; its stage maps are what is stored.
             loader: batches of images, in order.
-            assemble: joins the stages when features are read.
-            device: where features are wanted, the device of the heads.
             store: "device" keeps the features where the heads run, "host" in main memory, "auto"
                 on the device if they fit in `DEVICE_SHARE` of its free memory.
             dtype: of the stored features.
@@ -122,7 +120,7 @@ class FeatureBank:
                     for m in extractor.stage_maps(batch.images)
                 ]
                 if not stages:
-                    place = _place(maps, loader.num_images, device, store)
+                    place = _place(maps, loader.num_images, extractor.device, store)
                     stages = [
                         torch.empty((loader.num_images, *m.shape[1:]), dtype=dtype, device=place)
                         for m in maps
@@ -137,7 +135,7 @@ class FeatureBank:
         stages = [s[: len(indices)] for s in stages]
         for stage in stages:
             _check_finite(stage, description)
-        return cls(stages, indices, assemble=assemble, device=device)
+        return cls(stages, indices, assemble=extractor.assemble, device=extractor.device)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -147,10 +145,11 @@ class FeatureBank:
         """Memory the stored features take, in bytes."""
         return sum(s.numel() * s.element_size() for s in self.stages)
 
-    def subset(self, rows: Sequence[int] | Tensor) -> "FeatureBank":
+    def subset(self, rows: Sequence[int] | np.ndarray | Tensor) -> "FeatureBank":
         """Return a view of the images at `rows` of this bank; nothing is copied."""
-        chosen = self._rows[torch.as_tensor(rows, dtype=torch.long)]
-        indices = [self.indices[i] for i in torch.as_tensor(rows).tolist()]
+        wanted = torch.as_tensor(rows, dtype=torch.long)
+        chosen = self._rows[wanted]
+        indices = [self.indices[i] for i in wanted.tolist()]
         return FeatureBank(
             self.stages, indices, assemble=self._assemble, device=self._device, rows=chosen
         )

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from utils.run_files import atomic_path
+
 # Blue and vermillion of Okabe and Ito's palette, which the colour-blind tell apart.
 NORMAL_COLOUR = "#0072B2"
 ANOMALOUS_COLOUR = "#D55E00"
@@ -32,7 +34,7 @@ def save_gallery(
     Each image carries its score and true class; the frame tells whether that class is anomalous.
 
     Args:
-        path: The PNG to write; its folder must exist.
+        path: The PNG to write; its folder is made when absent.
         images: The image of an index: (H, W, 3) uint8 of any size. Asked only for images shown.
         scores: (N,) finite, higher is more anomalous.
         labels: (N,), 1 = anomalous.
@@ -80,7 +82,7 @@ def save_histogram(
     """Draws the histograms of normal and anomalous scores over each other, each of area 1.
 
     Args:
-        path: The PNG to write; its folder must exist.
+        path: The PNG to write; its folder is made when absent.
         scores: (N,) finite, higher is more anomalous.
         labels: (N,), 1 = anomalous.
         title: Heading.
@@ -181,5 +183,6 @@ def _drawn_range(scores: np.ndarray, anomalous: np.ndarray) -> tuple[float, floa
 
 
 def _write(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=_DPI, format="png")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI, format="png")
     return path

@@ -4,6 +4,7 @@ A sheet is one big RGB array, one screen pixel per array pixel, on which text an
 in a single pair of axes: panels stay sharp and a sheet takes a fraction of a second.
 """
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patheffects import withStroke
 from skimage.measure import find_contours
 from torch import Tensor
@@ -226,7 +227,7 @@ def _draw_header(
 ) -> None:
     """Write the sheet's title, the panels' names and the colour bar with its ends."""
     right = lefts[3] + width
-    _write(axes, lefts[0], 16, _fitted(heading, right - lefts[0], 12), size=12)
+    _write(axes, lefts[0], 16, _fitted(axes, heading, right - lefts[0], 12), size=12)
     _write(axes, lefts[0], 44, f"rank 1 = highest score of {len(subject.scores)} test images")
     bar = np.linspace(0, 1, right - lefts[2])
     canvas[36:48, lefts[2] : right] = mpl.colormaps[_COLOUR_MAP](bar)[:, :3] * 255
@@ -246,15 +247,15 @@ def _draw_header(
             axes.plot([x, x], [33, 50], color="white", linewidth=1.3,
                       path_effects=[withStroke(linewidth=3, foreground="black")])  # fmt: skip
     for left, name in zip(lefts, names, strict=True):
-        _write(axes, left, HEADER - 10, _fitted(name, width, 9))
+        _write(axes, left, HEADER - 10, _fitted(axes, name, width, 9))
 
 
 def _draw_title(axes: Axes, subject: _Subject, place: int, y: float, left: int, right: int) -> None:
     """Write name and defect on the left, score and rank on the right."""
     rank = f"score {subject.scores[place]:.4g}    rank {subject.ranks[place]}"
-    room = right - left - _text_width(rank, 9) - 2 * GAP
-    defect = _fitted(subject.defects[place], room * 0.4, 9)
-    name = _fitted(subject.names[place], room - _text_width(defect + "    ", 9), 9)
+    room = right - left - _text_width(axes, rank, 9) - 2 * GAP
+    defect = _fitted(axes, subject.defects[place], room * 0.4, 9)
+    name = _fitted(axes, subject.names[place], room - _text_width(axes, defect + "    ", 9), 9)
     _write(axes, left, y, f"{name}    {defect}")
     _write(axes, right, y, rank, ha="right")
 
@@ -264,15 +265,15 @@ def _write(axes: Axes, x: float, y: float, text: str, size: float = 9, **options
     axes.text(x, y, text, fontsize=size, family=_FONT, va="center", parse_math=False, **options)
 
 
-def _text_width(text: str, size: float) -> float:
-    """Return the width of a text in pixels."""
-    font = get_font(findfont(_FONT))
-    font.set_size(size, _DPI)
-    font.set_text(text)
-    return font.get_width_height()[0] / 64
+def _text_width(axes: Axes, text: str, size: float) -> float:
+    """Return the width of a text in pixels, as the renderer will draw it."""
+    canvas = axes.figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    font = FontProperties(family=_FONT, size=size)
+    return canvas.get_renderer().get_text_width_height_descent(text, font, ismath=False)[0]
 
 
-def _fitted(text: str, room: float, size: float) -> str:
+def _fitted(axes: Axes, text: str, room: float, size: float) -> str:
     """Return `text` in letters the font has, its middle left out where it is too wide."""
     font = get_font(findfont(_FONT))
     text = "".join(
@@ -281,11 +282,18 @@ def _fitted(text: str, room: float, size: float) -> str:
         else f"\\u{ord(letter):04x}"
         for letter in text
     )
-    keep, shown = len(text), text
-    while _text_width(shown, size) > room and keep > 2:
-        keep -= 1
-        shown = text[: keep // 2] + "…" + text[-(keep - keep // 2) :]
-    return shown
+    if _text_width(axes, text, size) <= room:
+        return text
+    # How many letters fit: bisection, as measuring a long text takes milliseconds.
+    fits = bisect(
+        range(1, len(text)), room, key=lambda k: _text_width(axes, _shortened(text, k), size)
+    )
+    return _shortened(text, max(1, fits))
+
+
+def _shortened(text: str, keep: int) -> str:
+    """Return the first and last letters, `keep` in all, with an ellipsis between."""
+    return text[: keep // 2] + "…" + text[len(text) - (keep - keep // 2) :]
 
 
 def _resized(array: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -1,84 +1,118 @@
-"""From the outcomes of one (category, seed) to the run folder and to a line on the terminal."""
+"""One (category, seed) from fit to run folder, and the whole run to its table."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
-from utils.evaluation import Outcome
+from utils.evaluation import Monitor, Outcome, TestSet
+from utils.feature_bank import FeatureBank
 from utils.metrics import METRIC_NAMES
 from utils.runs import Run
+from utils.seeding import seed_everything
 from utils.table_formats import Table
 from utils.tables import SELECT_LABELS, build_table
 
 RANDOM_WEIGHTS = "RANDOM BACKBONE WEIGHTS (--weights random): these numbers measure no method."
 
 
-def record_pair(
+def fit_and_record(
     run: Run,
     category: str,
     seed: int,
-    outcomes: Sequence[Outcome],
+    build: Callable[[], Any],
+    train: FeatureBank,
+    test: TestSet,
     *,
-    paths: Sequence[Path | str],
-    labels: Tensor,
-    defects: Sequence[str],
-    facts: Mapping[str, float | int | str],
-    metadata: Mapping[str, str],
+    select: str,
+    skipped: Sequence[str] = (),
+    draw: Callable[[Outcome], None] | None = None,
     save_maps: bool = False,
-) -> str:
-    """Write scores, heads and, last of all, the rows that mark the pair as finished.
+) -> None:
+    """Fit a head on normal features with one seed, evaluate it, and write all of it down.
+
+    Everything random follows from the seed alone, so a category gives the same bits whether it runs
+    alone or among others. The rows of results.csv come last: a pair interrupted before that is run
+    again.
 
     Args:
         run: the open run.
         category: category or normal class.
         seed: of this fit.
-        outcomes: one per way of selecting; the last one is what `--select` names.
-        paths: (N,) test images.
-        labels: (N,), 1 = anomalous.
-        defects: (N,) kinds of defect, "good" for normal images.
-        facts: further columns of results.csv, e.g. counts and seconds.
-        metadata: kept inside the head's file.
+        build: makes the unfitted detector, on its device: a module with `fit`.
+        train: normal training features.
+        test: the test set of the category.
+        select: "last" or "best_test".
+        skipped: images left out as unreadable, with the reason.
+        draw: makes the pictures of the reported outcome.
         save_maps: keep the anomaly maps too.
 
-    Returns:
-        One summary line.
+    Raises:
+        FloatingPointError: the fit left the finite numbers; category, seed, epoch and step are
+            named.
     """
-    rows = []
+    log = functools.partial(run.log, category, seed)
+    empty = [test.names[i] for i in test.empty_masks]
+    log(event="data", skipped=list(skipped), empty_masks=empty)
+    generator = seed_everything(seed)
+    detector = build()
+    monitor = Monitor(detector, test, select, log)
+    try:
+        detector.fit(train, generator=generator, monitor=monitor)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{category}, seed {seed}: {error}") from error
+    facts = {
+        "num_train": len(train),
+        "num_test": len(test.bank),
+        "skipped": len(skipped),
+        "empty_masks": len(empty),
+        "trainable": sum(p.numel() for p in detector.parameters() if p.requires_grad),
+        "fit_seconds": round(monitor.fit_seconds, 3),
+    }
+    outcomes = monitor.outcomes()
+    if draw is not None:
+        draw(outcomes[-1])
     for outcome in outcomes:
-        run.save_scores(
-            category,
-            seed,
-            paths=paths,
-            labels=labels,
-            scores=outcome.scores.images,
-            defects=defects,
-            maps=outcome.scores.maps if save_maps else None,
-            suffix="" if "" in outcome.states else next(iter(outcome.states)),
-        )
-        for suffix, state in outcome.states.items():
-            run.save_head(category, seed, state, metadata, suffix=suffix)
-        rows.append(
-            {
-                "category": category,
-                "seed": seed,
-                "select": outcome.select,
-                **outcome.metrics,
-                **outcome.steps,
-                **facts,
-                "undefined": "; ".join(f"{n}: {why}" for n, why in outcome.undefined.items()),
-            }
-        )
+        _save(run, category, seed, outcome, test, save_maps)
+    rows = [
+        {
+            "category": category,
+            "seed": seed,
+            "select": outcome.select,
+            **outcome.metrics,
+            **outcome.steps,
+            **facts,
+            "undefined": "; ".join(f"{n}: {why}" for n, why in outcome.undefined.items()),
+        }
+        for outcome in outcomes
+    ]
     run.finish(category, seed, rows)
-    return summary_line(category, seed, outcomes, facts)
+    tqdm.write(summary_line(category, seed, outcomes, facts["fit_seconds"]))
 
 
-def summary_line(
-    category: str, seed: int, outcomes: Sequence[Outcome], facts: Mapping[str, float | int | str]
-) -> str:
+def _save(
+    run: Run, category: str, seed: int, outcome: Outcome, test: TestSet, save_maps: bool
+) -> None:
+    """Write the scores and heads of an outcome."""
+    suffixes = list(outcome.states)
+    run.save_scores(
+        category,
+        seed,
+        paths=test.names,
+        labels=test.labels,
+        scores=outcome.scores.images,
+        defects=test.kinds,
+        maps=outcome.scores.maps if save_maps else None,
+        suffix=suffixes[0],
+    )
+    for suffix in suffixes:
+        metadata = {"category": category, "seed": str(seed), "select": outcome.select}
+        run.save_head(category, seed, outcome.states[suffix], metadata, suffix=suffix)
+
+
+def summary_line(category: str, seed: int, outcomes: Sequence[Outcome], fit_seconds: float) -> str:
     """Say in one line how a fit went, in percent."""
     shown = ("image_auroc", "pixel_auroc", "aupro")
     parts = []
@@ -86,9 +120,7 @@ def summary_line(
         values = [(n, outcome.metrics[n]) for n in shown if not math.isnan(outcome.metrics[n])]
         head = "" if outcome.select == "last" else "best on test (optimistic): "
         parts.append(head + "  ".join(f"{name} {100 * value:.2f}" for name, value in values))
-    seconds = facts.get("fit_seconds")
-    took = "" if seconds is None else f"  (fit {float(seconds):.1f} s)"
-    return f"{category}  seed {seed}:  " + "  |  ".join(parts) + took
+    return f"{category}  seed {seed}:  {'  |  '.join(parts)}  (fit {fit_seconds:.1f} s)"
 
 
 def finish_tables(

@@ -1,0 +1,240 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from datasets.loading import ArrayDataset, Batch, BatchLoader, ImageDataset, read_masks
+from datasets.samples import DataError, Sample
+from datasets.transforms import PairTransform
+from tests.datasets.trees import add_defect, save, texture
+
+TRANSFORM = PairTransform(32, None, "opencv_square")
+
+
+@pytest.fixture
+def samples(tmp_path):
+    rng = np.random.default_rng(0)
+    return [
+        Sample(save(tmp_path / f"{index}.png", texture(rng, (40, 36))), label=0)
+        for index in range(7)
+    ]
+
+
+def loader(dataset, *, workers=0, skip=False, batch_size=3):
+    return BatchLoader(dataset, batch_size=batch_size, workers=workers, skip_unreadable=skip)
+
+
+def truncate(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order(samples, workers):
+    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers)
+    assert len(batches) == 3
+    assert batches.num_images == 7
+    for _ in range(2):
+        found = list(batches)
+        assert all(isinstance(batch, Batch) for batch in found)
+        assert [batch.indices for batch in found] == [[0, 1, 2], [3, 4, 5], [6]]
+        images = torch.cat([batch.images for batch in found])
+        assert images.shape == (7, 3, 32, 32)
+        assert images.dtype == torch.uint8
+        assert batches.skipped == []
+    with Image.open(samples[5].path) as image:
+        expected = TRANSFORM.image(np.asarray(image))
+    np.testing.assert_array_equal(images[5].permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_image_is_named(samples, workers):
+    truncate(samples[4].path)
+    with pytest.raises(DataError, match=r"cannot read the image .*4\.png.*--skip-unreadable"):
+        list(loader(ImageDataset(samples, TRANSFORM), workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_left_out_and_listed(samples, workers):
+    truncate(samples[1].path)
+    samples[6].path.unlink()
+    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers, skip=True)
+    for _ in range(2):
+        found = list(batches)
+        # The last batch has no image left.
+        assert [batch.indices for batch in found] == [[0, 2], [3, 4, 5]]
+        assert [len(batch.images) for batch in found] == [2, 3]
+        (cut, cut_error), (gone, gone_error) = batches.skipped
+        assert (cut, gone) == (samples[1].path, samples[6].path)
+        assert "truncated" in cut_error
+        assert "not found" in gone_error
+    save(samples[1].path, texture(np.random.default_rng(1), (8, 8)))
+    save(samples[6].path, texture(np.random.default_rng(1), (8, 8)))
+    assert sum(len(batch.indices) for batch in batches) == 7
+    assert batches.skipped == []
+
+
+def test_empty_data_set_gives_no_batches():
+    batches = loader(ImageDataset([], TRANSFORM), workers=2)
+    assert len(batches) == 0
+    assert list(batches) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_global_generator_alone(samples, workers):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(loader(ImageDataset(samples, TRANSFORM), workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class WorkerState:
+    """A transform whose image tells the state of the process it runs in."""
+
+    output_size = 1
+
+    def image(self, image):
+        del image
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return np.array([[[torch.get_num_threads(), ignored, os.getpid() % 251]]], dtype=np.uint8)
+
+    def mask(self, mask):
+        raise NotImplementedError
+
+
+def test_workers_have_one_thread_and_leave_interrupts_to_the_main_process(samples):
+    batches = list(loader(ImageDataset(samples, WorkerState()), workers=2))
+    states = torch.cat([batch.images for batch in batches]).flatten(1)  # (7, 3)
+    assert (states[:, 0] == 1).all()
+    assert (states[:, 1] == 1).all()
+    assert len(states[:, 2].unique()) == 2
+
+
+def test_interrupt_ends_quickly_with_one_traceback(tmp_path):
+    script = tmp_path / "load.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import time
+            import numpy as np
+            from datasets.loading import ArrayDataset, BatchLoader
+
+            class Slow:
+                output_size = 8
+                def image(self, image):
+                    time.sleep(0.05)
+                    return image
+                def mask(self, mask):
+                    return mask
+
+            if __name__ == "__main__":
+                images = ArrayDataset(np.zeros((4000, 8, 8), np.uint8), Slow())
+                for batch in BatchLoader(images, batch_size=1, workers=2, skip_unreadable=False):
+                    print(batch.indices, flush=True)
+            """
+        )
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline().strip() == "[0]"
+        os.killpg(process.pid, signal.SIGINT)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert time.monotonic() - start < 10
+    assert process.returncode != 0
+    assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_arrays_of_grey_and_colour():
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (5, 32, 32), dtype=np.uint8)
+    colour = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    (grey_batch,) = loader(ArrayDataset(grey, TRANSFORM), batch_size=8)
+    (colour_batch,) = loader(ArrayDataset(colour, TRANSFORM), batch_size=8)
+    assert grey_batch.indices == [0, 1, 2, 3, 4]
+    for channel in range(3):
+        np.testing.assert_array_equal(grey_batch.images[:, channel], grey)
+        np.testing.assert_array_equal(colour_batch.images[:, channel], colour[..., channel])
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 4, 4)), np.zeros((2, 4, 4, 1), np.uint8), np.zeros((4, 4), np.uint8)]
+)
+def test_arrays_of_another_type_or_shape_are_refused(images):
+    with pytest.raises(ValueError, match=r"uint8 of shape \(N, H, W\)"):
+        ArrayDataset(images, TRANSFORM)
+
+
+@pytest.fixture
+def defective(tmp_path):
+    rng = np.random.default_rng(3)
+    image, mask = add_defect(texture(rng, (40, 36)), "hole", rng)
+    path = save(tmp_path / "defective.png", image)
+    mask_path = save(tmp_path / "defective_mask.png", mask)
+    return Sample(path, label=1, defect="hole", mask_path=mask_path), mask
+
+
+def test_read_masks(samples, defective):
+    sample, mask = defective
+    masks = read_masks([samples[0], sample, samples[1]], TRANSFORM)
+    assert masks.shape == (3, 32, 32)
+    assert masks.dtype == torch.bool
+    np.testing.assert_array_equal(masks[1], TRANSFORM.mask(mask))
+    assert masks[1].any()
+    assert not masks[0].any()
+    assert not masks[2].any()
+    assert read_masks([], TRANSFORM).shape == (0, 32, 32)
+
+
+def test_mask_of_another_size_is_named(defective):
+    sample, mask = defective
+    save(sample.mask_path, mask[:, :-1])
+    message = r"defective_mask\.png is 39 x 36 pixels, its image .*defective\.png is 40 x 36"
+    with pytest.raises(DataError, match=message):
+        read_masks([sample], TRANSFORM)
+
+
+def test_mask_of_an_image_turned_by_exif(defective):
+    sample, mask = defective
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(sample.path) as image:
+        pixels = image.copy()
+    pixels.save(sample.path, exif=exif)
+    with pytest.raises(DataError, match=r"is 40 x 36 pixels, its image .* is 36 x 40"):
+        read_masks([sample], TRANSFORM)
+    save(sample.mask_path, np.rot90(mask, 3))
+    np.testing.assert_array_equal(
+        read_masks([sample], TRANSFORM)[0], TRANSFORM.mask(np.rot90(mask, 3))
+    )
+
+
+def test_defect_without_mask_is_refused(samples):
+    with pytest.raises(DataError, match=r"anomalous image .*0\.png has no mask"):
+        read_masks([Sample(samples[0].path, label=1, defect="hole")], TRANSFORM)
+
+
+def test_unreadable_mask_is_named(defective):
+    sample, _ = defective
+    truncate(sample.mask_path)
+    with pytest.raises(DataError, match=r"cannot read the image .*defective_mask\.png"):
+        read_masks([sample], TRANSFORM)

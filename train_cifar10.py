@@ -1,0 +1,192 @@
+"""Semantic anomaly detection on colour images: CIFAR-10, CIFAR-100, cats against dogs, folders.
+
+Reproduces the semantic columns of Table II of the NoCo paper (published training, method `noco`):
+
+    python train_cifar10.py cifar10 --data-root /data/cifar10 --select best_test      # paper: 93.9
+    python train_cifar10.py cifar100 --data-root /data/cifar100 --select best_test    # paper: 96.5
+    python train_cifar10.py cats_vs_dogs --data-root /data/pets --select best_test    # paper: 97.5
+    python train_cifar10.py cifar10 --data-root /data/cifar10 --seeds 0 1 2           # last epoch
+    python train_cifar10.py folder --data-root my_classes --protocol leave-one-out    # your own
+
+The paper's numbers are mean image AUROC in percent (figures/published.csv), each the maximum over
+repeated evaluations on the test set; `--select best_test` evaluates after every epoch and says so.
+The backbone sees every image once: all one-class tasks of a data set share its stored features.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs.command_line import parse
+from configs.methods import METHODS
+from configs.semantic import COLOUR, SemanticExperiment, semantic_experiment
+from datasets.images import read_image
+from datasets.labelled import LabelledSet, LabelledSplit, read_labelled_set
+from datasets.loading import BatchLoader
+from datasets.one_class import OneClassTask, one_class_tasks
+from datasets.samples import DataError
+from datasets.transforms import PairTransform
+from models import build_detector
+from models.detector import Detector
+from models.errors import ModelError
+from models.extractor import FrozenExtractor
+from utils.cli import exits_cleanly, pick_device
+from utils.evaluation import Outcome, TestSet
+from utils.feature_bank import FeatureBank
+from utils.galleries import save_gallery
+from utils.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
+from utils.runs import Run, RunError
+
+METRICS = ("image_auroc", "image_ap", "image_f1_max")
+
+
+@exits_cleanly(DataError, ModelError, RunError, FloatingPointError)
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train and evaluate every normal class and seed, write the table, return the run folder."""
+    experiment = parse(
+        argv,
+        compose=semantic_experiment,
+        datasets=tuple(COLOUR),
+        methods=tuple(METHODS),
+        prog="train_cifar10.py",
+        description="Semantic anomaly detection on colour images.",
+    )
+    command = ["train_cifar10.py", *(sys.argv[1:] if argv is None else argv)]
+    return run_one_class_tasks(experiment, command)
+
+
+def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) -> Path:
+    """Extract a data set's features once, run all its one-class tasks on them, write the table."""
+    device = pick_device(experiment.device)
+    labelled = read_labelled_set(experiment.dataset, experiment.data_root)
+    tasks = one_class_tasks(labelled, experiment.protocol, experiment.categories)
+
+    extractor = FrozenExtractor(
+        experiment.backbone,
+        experiment.layers,
+        weights=experiment.weights,
+        feature_location=experiment.feature_location,
+        pooled=True,
+        precision=experiment.precision,
+    ).to(device)
+    run = Run.open(
+        experiment.run_folder,
+        experiment.to_json(),
+        categories=[task.category for task in tasks],
+        seeds=experiment.seeds,
+        command=command,
+        device=str(device),
+        restart=experiment.restart,
+    )
+    pending = [task for task in tasks if run.pending(task.category)]
+    if pending:
+        train, skipped_train = extract(experiment, extractor, labelled.train)
+        test, skipped_test = extract(experiment, extractor, labelled.test)
+        for task in pending:
+            skipped = skipped_train + skipped_test
+            train_task(experiment, run, extractor, labelled, task, train, test, skipped)
+    # The papers' numbers are for one class against the rest.
+    published = experiment.dataset if experiment.protocol == "one-vs-rest" else None
+    finish_tables(
+        run,
+        title=f"{experiment.method_name} on {experiment.dataset} ({experiment.protocol}), "
+        f"{experiment.backbone}",
+        dataset=published,
+        metrics=METRICS,
+        select=experiment.select,
+        display={t.category: f"{t.number} {t.category}" for t in tasks if not t.category.isdigit()},
+        notes=[RANDOM_WEIGHTS] if extractor.random_weights else [],
+    )
+    return run.folder
+
+
+def extract(
+    experiment: SemanticExperiment, extractor: FrozenExtractor, split: LabelledSplit
+) -> tuple[FeatureBank, list[str]]:
+    """Run the backbone once over a split; also return what could not be read."""
+    loader = BatchLoader(
+        split.dataset(transform_of(experiment)),
+        batch_size=experiment.extract_batch_size,
+        workers=experiment.workers,
+        skip_unreadable=experiment.skip_unreadable,
+        pin_memory=extractor.device.type == "cuda",
+    )
+    bank = FeatureBank.extract(
+        extractor, loader, store=experiment.cache, description=f"{split.split} features"
+    )
+    return bank, [why for _, why in loader.skipped]
+
+
+def train_task(
+    experiment: SemanticExperiment,
+    run: Run,
+    extractor: FrozenExtractor,
+    labelled: LabelledSet,
+    task: OneClassTask,
+    train_bank: FeatureBank,
+    test_bank: FeatureBank,
+    skipped: Sequence[str],
+) -> None:
+    """Fit and evaluate a head for each seed on the shared features of one task."""
+    normal_rows = np.isin(train_bank.indices, task.train_indices).nonzero()[0]
+    kinds = [labelled.class_names[labelled.test.labels[i]] for i in test_bank.indices]
+    test = TestSet(
+        test_bank,
+        torch.from_numpy(task.test_labels[test_bank.indices]),
+        names=[labelled.test.names[i] for i in test_bank.indices],
+        kinds=kinds,
+        batch_size=1024,
+    )
+
+    def build() -> Detector:
+        options = experiment.method_options()
+        head = build_detector(experiment.method_name, extractor.channels, options)
+        return head.to(extractor.device)
+
+    def draw(outcome: Outcome) -> None:
+        anomaly = "anomalous" if experiment.protocol == "leave-one-out" else "normal"
+        save_gallery(
+            run.overlays_folder(task.category, experiment.seeds[0]) / "gallery.png",
+            images=lambda i: shown_image(labelled.test, test_bank.indices[i]),
+            scores=outcome.scores.images.numpy(),
+            labels=test.labels.numpy(),
+            class_names_of_images=kinds,
+            title=f"{experiment.dataset}, {anomaly}: {task.category}",
+            auroc=outcome.metrics["image_auroc"],
+            count=experiment.overlays,
+        )
+
+    for seed in run.pending(task.category):
+        with_pictures = experiment.overlays and seed == experiment.seeds[0]
+        fit_and_record(
+            run,
+            task.category,
+            seed,
+            build,
+            train_bank.subset(normal_rows),
+            test,
+            select=experiment.select,
+            skipped=skipped,
+            draw=draw if with_pictures else None,
+        )
+
+
+def transform_of(experiment: SemanticExperiment) -> PairTransform:
+    """Return the transform an experiment asks for."""
+    return PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
+
+
+def shown_image(split: LabelledSplit, index: int) -> np.ndarray:
+    """Return an image of a split as it is stored, (H, W, 3) uint8."""
+    if split.paths is not None:
+        return read_image(split.paths[index])
+    assert split.images is not None
+    image = split.images[index]
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)  # (H, W, 3)
+
+
+if __name__ == "__main__":
+    main()
