@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from scipy.integrate import trapezoid
 from scipy.ndimage import gaussian_filter
 from skimage.measure import label, regionprops
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -70,7 +71,7 @@ def threshold_loop_aupro(maps: np.ndarray, masks: np.ndarray, *, label_once: boo
         rates.append((found & normal).sum() / normal.sum())
     rate, mean_overlap = np.array(rates[::-1]), np.array(overlaps[::-1])
     kept = rate <= FPR_LIMIT
-    return float(np.trapezoid(mean_overlap[kept], rate[kept]) / rate[kept].max())
+    return float(trapezoid(mean_overlap[kept], rate[kept]) / rate[kept].max())
 
 
 def sklearn_f1_max(labels: np.ndarray, scores: np.ndarray) -> float:

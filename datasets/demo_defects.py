@@ -19,7 +19,7 @@ from skimage import draw, filters
 DEFECTS = ("foreign", "hole", "scratch", "smear", "stain")
 CHANGE_THRESHOLD = 4
 _PLAIN_CHANGE = 12
-_MIN_AREA = 60
+_MIN_AREA = 100
 
 
 def draw_defect(
@@ -38,7 +38,7 @@ def draw_defect(
         rng: Where the defect is drawn, and how.
 
     Returns:
-        The defective crop, (H, W) uint8, and its mask, (H, W) bool, with at least 60 pixels.
+        The defective crop, (H, W) uint8, and its mask, (H, W) bool, with at least 100 pixels.
     """
     while True:
         drawn = _DRAWERS[kind](crop.astype(float), foreign.astype(float), rng)

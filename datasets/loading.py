@@ -201,7 +201,7 @@ def _collate(items: list[Item]) -> tuple[list[int], Tensor, list[tuple[int, str]
             indices.append(index)
             images.append(image)
     stacked = torch.stack(images) if images else torch.empty(0)  # (B, 3, S, S)
-    return indices, stacked.contiguous(), errors
+    return indices, stacked, errors
 
 
 def _init_worker(worker_id: int) -> None:  # noqa: ARG001  (the signature is DataLoader's)

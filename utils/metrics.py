@@ -17,7 +17,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-# The limit of Bergmann et al., "The MVTec Anomaly Detection Dataset" (IJCV 2021), section 5.2.
+# The limit of Bergmann et al., "Uninformed Students" (CVPR 2020), and of MVTec's evaluation code.
 FPR_LIMIT = 0.3
 
 # Pixels that touch at a corner are one region, as in MVTec's official evaluation code

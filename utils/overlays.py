@@ -169,23 +169,10 @@ def _sheet(subject: _Subject, chosen: Sequence[int], heading: str) -> Figure:
     truths: list[np.ndarray] = []
     predictions: list[np.ndarray] = []
     for place, top in zip(chosen, tops, strict=True):
-        image, anomaly_map = subject.images(place), as_array(subject.anomaly_maps[place])
-        if image.shape != (map_height, map_width, 3) or image.dtype != np.uint8:
-            raise ValueError(
-                f"overlays: image {subject.names[place]} is {image.shape} {image.dtype}, "
-                f"its anomaly map {anomaly_map.shape}"
-            )
-        level = (anomaly_map.astype(np.float32) - subject.low) / (subject.high - subject.low)
-        level = _resized(level.clip(0, 1), width, height).clip(0, 1)
-        heat = mpl.colormaps[_COLOUR_MAP](level)[..., :3] * 255  # (height, width, 3)
-        image = _resized(image, width, height)
-        blend = 0.75 * level[..., None]  # cold places keep the image
-        panels = (image, image, heat, (1 - blend) * image + blend * heat)
-        for left, panel in zip(lefts, panels, strict=True):
+        for left, panel in zip(lefts, _panels(subject, place, width, height), strict=True):
             canvas[top : top + height, left : left + width] = panel.round()
         _draw_title(axes, subject, place, top - TITLE / 2, lefts[0], lefts[-1] + width)
         if subject.masks is None:
-            canvas[top : top + height, lefts[1] : lefts[1] + width] = 225
             _write(axes, lefts[1] + width / 2, top + height / 2, "no mask", ha="center")
         else:
             mask = as_array(subject.masks[place]) > 0
@@ -194,6 +181,7 @@ def _sheet(subject: _Subject, chosen: Sequence[int], heading: str) -> Figure:
                 _write(axes, lefts[1] + width / 2, top + 12, "its mask is empty", ha="center",
                        backgroundcolor="white")  # fmt: skip
         if subject.threshold is not None:
+            anomaly_map = as_array(subject.anomaly_maps[place])
             predictions += _contours(anomaly_map, subject.threshold, scale, lefts[3], top)
     for lines, colour in ((truths, _TRUTH), (predictions, _PREDICTED)):
         # The dark rim keeps a bright contour visible on a bright image.
@@ -203,6 +191,23 @@ def _sheet(subject: _Subject, chosen: Sequence[int], heading: str) -> Figure:
         )
     figure.figimage(canvas, origin="upper", zorder=-1)  # unlike imshow, it does not resample
     return figure
+
+
+def _panels(subject: _Subject, place: int, width: int, height: int) -> list[np.ndarray]:
+    """Return the four panels of one image without their contours, each (height, width, 3)."""
+    image, anomaly_map = subject.images(place), as_array(subject.anomaly_maps[place])
+    if image.shape != (*anomaly_map.shape, 3) or image.dtype != np.uint8:
+        raise ValueError(
+            f"overlays: image {subject.names[place]} is {image.shape} {image.dtype}, "
+            f"its anomaly map {anomaly_map.shape}"
+        )
+    level = (anomaly_map.astype(np.float32) - subject.low) / (subject.high - subject.low)
+    level = _resized(level.clip(0, 1), width, height)
+    heat = mpl.colormaps[_COLOUR_MAP](level)[..., :3] * 255
+    image = _resized(image, width, height)
+    truth = np.full_like(image, 225) if subject.masks is None else image
+    blend = 0.75 * level[..., None]  # cold places keep the image
+    return [image, truth, heat, (1 - blend) * image + blend * heat]
 
 
 def _pixel_axes(canvas: np.ndarray) -> tuple[Figure, Axes]:
@@ -231,7 +236,8 @@ def _draw_header(
     _write(axes, lefts[0], 44, f"rank 1 = highest score of {len(subject.scores)} test images")
     bar = np.linspace(0, 1, right - lefts[2])
     canvas[36:48, lefts[2] : right] = mpl.colormaps[_COLOUR_MAP](bar)[:, :3] * 255
-    _write(axes, lefts[2], 58, f"≤ {subject.low:.4g}, median of normal maps", size=8)
+    whose = "normal" if (subject.labels == 0).any() else "all"
+    _write(axes, lefts[2], 58, f"≤ {subject.low:.4g}, median of {whose} maps", size=8)
     _write(axes, right, 58, f"≥ {subject.high:.4g}, 99.9th percentile of all", size=8, ha="right")
     names = [
         "image",

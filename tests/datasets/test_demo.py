@@ -144,20 +144,11 @@ def test_folder_has_the_usual_permissions(root, tmp_path):
 
 def test_training_and_test_share_no_pixel():
     assert TRAIN_COLUMNS[1] <= TEST_COLUMNS[0]
-    # Each pixel of this texture is its column, so a crop tells where it was cut.
-    columns = np.tile(np.arange(512) // 2, (512, 1)).astype(np.uint8)
-    rng = np.random.default_rng(0)
-    for region in (TRAIN_COLUMNS, TEST_COLUMNS):
-        found = np.concatenate(
-            [np.unique(cut_crop(columns, region, rng, turns=True)) for _ in range(200)]
-        ).astype(float)
-        gain = 1.06
-        assert found.min() * 2 >= region[0] / gain - 2
-        assert found.max() * 2 <= min(region[1] * gain + 2, 512)
 
 
 def test_cut_crop_stays_in_its_columns(monkeypatch):
     monkeypatch.setattr(demo, "_GAIN", (1.0, 1.0))
+    # Each pixel of this texture is its column, so a crop tells where it was cut.
     columns = np.tile(np.arange(512) // 2, (512, 1)).astype(np.uint8)
     rng = np.random.default_rng(0)
     for first, end in (TRAIN_COLUMNS, TEST_COLUMNS):
@@ -191,7 +182,7 @@ def test_mask_is_what_the_defect_changed(kind, category):
         # The rest are closed gaps, where the drawn value happens to equal the old one.
         assert (change[mask] >= CHANGE_THRESHOLD).mean() > 0.7
         assert change[mask].mean() > 8
-        assert 60 <= mask.sum() < 0.25 * mask.size
+        assert 100 <= mask.sum() < 0.25 * mask.size
         regions, count = ndimage.label(mask)
         assert count >= 1
         assert (ndimage.maximum(change, regions, range(1, count + 1)) >= 12).all()

@@ -184,6 +184,16 @@ def test_process_killed_while_writing_leaves_the_old_file(tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_reader_of_the_old_file_never_sees_a_mixture(tmp_path):
+    run = open_run(tmp_path)
+    run.finish("bottle", 0, [row("bottle", 0)])
+    old = (tmp_path / "results.csv").read_text()
+    with (tmp_path / "results.csv").open() as file:
+        run.finish("bottle", 1, [row("bottle", 1)])
+        assert file.read() == old
+    assert len(run.rows()) == 2
+
+
 def test_failed_write_leaves_the_old_file_and_no_leftover(tmp_path):
     run = open_run(tmp_path)
     path = run.save_head("bottle", 0, {"r": torch.ones(2)}, {})
