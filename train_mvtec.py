@@ -99,7 +99,6 @@ def train_category(
 ) -> None:
     """Extract the features of a category once, then fit and evaluate a head for each seed."""
     transform = PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
-    masks = read_masks(category.test, transform) if category.has_masks else None  # (N, S, S)
 
     def extract(samples: Sequence[Sample], what: str) -> tuple[FeatureBank, list[str]]:
         loader = BatchLoader(
@@ -117,12 +116,14 @@ def train_category(
     train_bank, skipped_train = extract(category.train, "train features")
     test_bank, skipped_test = extract(category.test, "test features")
     samples = [category.test[i] for i in test_bank.indices]
+    # After the images: the mask of one that was left out as unreadable cannot be checked.
+    masks = read_masks(samples, transform) if category.has_masks else None  # (N, S, S)
     test = TestSet(
         test_bank,
         torch.tensor([sample.label for sample in samples]),
         names=[sample.path for sample in samples],
         kinds=[sample.defect for sample in samples],
-        masks=None if masks is None else masks[test_bank.indices],
+        masks=masks,
         map_size=experiment.map_size,
         blur_sigma=experiment.blur_sigma,
         batch_size=experiment.extract_batch_size,

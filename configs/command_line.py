@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,10 +120,11 @@ def _arity(option: str, kind: type[Experiment]) -> float:
     types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
     for method in METHODS.values():
         types |= {f"method.{f.name}": str(f.type) for f in dataclasses.fields(method)}
-    if types.get(name, "").startswith("tuple"):
-        return float("inf")
-    is_switch = name not in types or types[name] == "bool" or types[name].endswith("'bool'>")
-    return 0 if is_switch else 1
+    switches = {n for n, t in types.items() if t == "bool" or t.endswith("'bool'>")}
+    if name in {"", "help", *switches} or re.sub(r"(^|\.)no_", r"\1", name) in switches:
+        return 0
+    # The word after a misspelt option is its value, so that tyro names the option, not the word.
+    return float("inf") if types.get(name, "").startswith("tuple") else 1
 
 
 def _read_config(kind: type[E], run: Path, prog: str) -> E:

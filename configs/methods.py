@@ -2,26 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
-
-def _none_or_int(values: list[str]) -> int | None:
-    return None if values[0].lower() == "none" else int(values[0])
-
-
-OptionalInt = Annotated[
-    int | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT|none",
-        instance_from_str=_none_or_int,
-        is_instance=lambda value: value is None or isinstance(value, int),
-        str_from_instance=lambda value: ["none" if value is None else str(value)],
-    ),
-]
-"""An integer, or `none` on the command line."""
+from configs.options import OptionalInt, require_positive
+from configs.simplenet import SIMPLENET, SIMPLENET_SEMANTIC, SimpleNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +43,11 @@ class NocoConfig:
             raise ValueError(f"--method.out-dim {self.out_dim} must be at least 1, or none")
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """Check fields of a dataclass.
-
-    Raises:
-        ValueError: one is not above zero; the message names the option.
-    """
-    for name in names:
-        if getattr(config, name) <= 0:
-            option = name.replace("_", "-")
-            raise ValueError(f"{option} is {getattr(config, name)}; it must be above 0")
-
-
-MethodConfig = NocoConfig
+MethodConfig = NocoConfig | SimpleNetConfig
 
 METHODS: dict[str, MethodConfig] = {
     "noco": NocoConfig(),
+    **SIMPLENET,
 }
 """Method name on the command line -> its published settings for MVTec."""
 
@@ -86,6 +59,7 @@ SEMANTIC: dict[str, dict[str, Any]] = {
         "batch_size": 64,
         "epochs": 10,
     },
+    **SIMPLENET_SEMANTIC,
 }
 """What the released semantic scripts change, whatever the data set."""
 

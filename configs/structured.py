@@ -7,6 +7,7 @@ from typing import Any, Literal
 from configs.cache import cache_folder
 from configs.experiment import Experiment
 from configs.methods import method_config, require_positive
+from configs.simplenet import SIMPLENET_STRUCTURED
 
 # The published pipeline: NoCo resizes MVTec with OpenCV, MPDD and VisA with Lanczos; crop 224.
 WIDE_RESNET = {"backbone": "wide_resnet50_2.tv_in1k", "layers": (1, 2, 3)}
@@ -27,6 +28,9 @@ DATASETS: dict[str, dict[str, Any]] = {
         **WHOLE_IMAGES,
     },
 }
+
+EXPERIMENT_CHANGES: dict[str, dict[str, Any]] = {**SIMPLENET_STRUCTURED}
+"""What a method changes in the experiment itself: layers, sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,10 @@ class StructuredExperiment(Experiment):
 
 def structured_experiment(dataset: str, method: str) -> StructuredExperiment:
     """Compose the preset of a data set and a method."""
-    entry = {"data_root": cache_folder(), **DATASETS[dataset]}
+    changes = EXPERIMENT_CHANGES.get(method, {})
+    entry = {"data_root": cache_folder(), **DATASETS[dataset], **changes}
+    if DATASETS[dataset]["crop_size"] is None and "crop_size" in changes:
+        entry |= {"image_size": changes["crop_size"], "crop_size": None}  # images stay whole
     return StructuredExperiment(
         dataset=dataset,
         method_name=method,

@@ -4,8 +4,14 @@ from typing import Any
 
 from models.detector import Detector
 from models.noco import Noco
+from models.simplenet import SimpleNet
 
-DETECTORS: dict[str, type[Detector]] = {"noco": Noco}
+DETECTORS: dict[str, type[Detector]] = {
+    "noco": Noco,
+    "simplenet": SimpleNet,
+    "simplenet_released": SimpleNet,
+    "nc_disc": SimpleNet,
+}
 """Method name -> detector; the arguments after `channels` are the method's options."""
 
 

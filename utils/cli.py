@@ -7,6 +7,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from utils.allocator import keep_freed_memory
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -44,11 +46,13 @@ def exits_cleanly(*expected: type[Exception]) -> Callable[[Callable[P, R]], Call
 def pick_device(name: str) -> torch.device:
     """Return the device `name` stands for: "auto", "cpu", "cuda", "cuda:1", "mps".
 
+    On the CPU, freed memory stays in the process from here on (see `utils.allocator`).
+
     Raises:
         UsageError: unknown, or CUDA asked for and absent.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -58,7 +62,8 @@ def pick_device(name: str) -> torch.device:
             raise UsageError(f"--device {name}: no CUDA device is available here; use --device cpu")
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()}")
-        torch.set_float32_matmul_precision("high")  # heads are trained in TF32, as published
-    elif device.type not in {"cpu", "mps"}:
+    elif device.type == "cpu":
+        keep_freed_memory()
+    elif device.type != "mps":
         raise UsageError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:1")
     return device

@@ -85,7 +85,7 @@ def test_digest_depends_on_every_tensor():
     assert len(digests) == 1 + len(net.state_dict())
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pth", "nested", "pytorch names"])
+@pytest.mark.parametrize("form", ["safetensors", "pth", "nested", "plain"])
 def test_files_give_the_packages_numbers(tmp_path, packaged, whole_model, form):
     path = tmp_path / "weights.pth"
     if form == "safetensors":
@@ -117,7 +117,7 @@ def test_file_with_another_classifier_or_none_is_welcome(tmp_path, resnet18):
 def test_file_that_lacks_a_tensor_is_refused(tmp_path, resnet18, name):
     del resnet18[name]
     torch.save(resnet18, tmp_path / "weights.pth")
-    with pytest.raises(ModelError, match=rf"does not fit resnet18: .*{name}"):
+    with pytest.raises(ModelError, match=rf"(?s)does not fit resnet18: .*{name}"):
         load(tmp_path / "weights.pth", "resnet18")
 
 
@@ -137,6 +137,7 @@ class Malicious:
         return os.mkdir, (str(self.folder),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickle_that_would_execute_code_is_refused(tmp_path, resnet18):
     harmless = tmp_path / "proof"
     pickle.loads(pickle.dumps(Malicious(harmless)))
@@ -202,7 +203,9 @@ def test_lite0_without_its_package_says_that_it_is_not_installed(no_network, mon
 
 
 def test_backbone_without_published_weights_says_so():
-    with pytest.raises(ModelError, match=r"no pretrained weights for resnet10t_.*|--weights FILE"):
+    with pytest.raises(
+        ModelError, match=r"no pretrained weights for botnet50ts_256; pass --weights FILE"
+    ):
         load("auto", "botnet50ts_256")
 
 

@@ -1,0 +1,245 @@
+"""NoCo without epochs: the exact solution of its training, from one pass over the features.
+
+For the squared loss E||W f~ - G||^2 with f~ = [f; 1] (the projector with its bias as last column),
+C = E[f~ f~'] and m = E[f~], full-batch gradient flow reads dW/ds = -(W C - G m'). The last entry of
+f~ is 1, so m is the last column of C, m = C e with e the last unit vector, and the flow is solved by
+
+    W(s) = G e' + (W0 - G e') exp(-C s).
+
+(It equals W0 exp(-C s) + G b', b = C^+ (I - exp(-C s)) m, since C^+ C e and e differ only where
+I - exp(-C s) vanishes; no pseudo-inverse is needed, and a singular C is no special case.) So for a
+feature f the residual is
+
+    W(s) f~ - G = (W0 - G e') exp(-C s) f~,
+
+and, over the entries of W0 (independent, mean 0, variance v, o rows),
+
+    E ||W(s) f~ - G||^2 = o v ||exp(-C s) f~||^2 + ||G||^2 (e' exp(-C s) f~)^2.
+
+That is a spectral filter of the normal second moment: directions that normal features fill are
+suppressed, the rest stays. PyTorch draws W0 with v = 1 / (3 D), so o v = 1/3 for o = D. Plain
+gradient descent with step eta on the mean loss reaches s = 2 eta steps.
+
+| symbol | here |
+| --- | --- |
+| C | second moment, `_sums` divided by `_counts` |
+| s | `time` / trace(C), so that times compare across backbones |
+| G, ||G|| | objective, norm |
+| exp(-C s) with both terms | `filters`: the score is ||filter f~||^2 |
+
+With prototypes there is one centre and one second moment about it for each group of normal
+features, and a feature's score is the smallest over its `nearest` centres.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from models.detector import Detector, FeatureSource, Monitor
+from models.errors import ModelError
+
+CHUNK = 16384
+"""Positions per float64 product: bounds memory beside the sums."""
+
+
+class ClosedFormNoco(Detector):
+    """The norm-constrained detector solved in closed form.
+
+    Args:
+        channels: channels of the features, D.
+        norm: Euclidean norm of the objective; weighs the second term.
+        loss: "distance" scores by the root of the expected squared distance, "squared" by itself.
+        time: training times t, ascending; s = t / trace(C). `fit` visits each and ends at the last.
+        prototypes: centres K; 1 is the plain method, with no centre.
+        nearest: centres each feature is compared with.
+        sample_w0: draw one W0 and one objective instead of the expectation, as training does.
+        kmeans_positions: normal features that k-means sees.
+
+    Attributes:
+        centres: (K, D) float32, zero for K = 1.
+        filters: (K, R, D + 1) float32; R = D + 2, or D with `sample_w0`.
+    """
+
+    centres: Tensor
+    filters: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        norm: float = 1.0,
+        loss: str = "distance",
+        time: Sequence[float] = (1e4,),
+        prototypes: int = 1,
+        nearest: int = 3,
+        sample_w0: bool = False,
+        kmeans_positions: int = 20_000,
+    ) -> None:
+        super().__init__()
+        if list(time) != sorted(time) or not time or min(time) <= 0:
+            raise ModelError(f"time {tuple(time)} must be ascending and above 0")
+        if prototypes < 1 or nearest < 1:
+            raise ModelError(f"prototypes {prototypes} and nearest {nearest} must be at least 1")
+        self.norm = norm
+        self.loss_kind = loss
+        self.times = tuple(time)
+        self.nearest = min(nearest, prototypes)
+        self.sample_w0 = sample_w0
+        self.kmeans_positions = kmeans_positions
+        rows = channels if sample_w0 else channels + 2
+        K, D = prototypes, channels
+        self.register_buffer("centres", torch.zeros(K, D))
+        self.register_buffer("filters", torch.zeros(K, rows, D + 1))
+        # The sums are working memory of the fit, not part of the head.
+        self._sums = torch.zeros(0)
+        self._counts = torch.zeros(0)
+        self._initial = torch.zeros(0)
+
+    def fit(
+        self,
+        bank: FeatureSource,
+        *,
+        generator: torch.Generator,
+        monitor: Monitor | None = None,
+    ) -> None:
+        """Accumulate the second moments in one pass and solve; see `Detector.fit`.
+
+        With prototypes the features are read twice, the first time for k-means. The generator is
+        used for k-means and `sample_w0` only: the plain expectation needs no seed.
+        """
+        self.start(generator)
+        if len(self.centres) > 1:
+            self.centres.copy_(self._cluster(bank, generator))
+        for features in bank.batches(4):
+            self.partial_fit(features)
+        values, vectors = self.decompose()
+        for step, time in enumerate(self.times, start=1):
+            self.set_time(time, values, vectors)
+            if monitor is not None:
+                monitor(step, {"time": time})
+
+    def start(self, generator: torch.Generator) -> None:
+        """Forget what was fitted."""
+        K, rows, columns = self.filters.shape
+        device = self.filters.device
+        self._sums = torch.zeros(K, columns, columns, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(K, dtype=torch.float64, device=device)
+        if self.sample_w0:
+            bound = 1 / math.sqrt(columns - 1)
+            weight = torch.empty(rows, columns, dtype=torch.float64)
+            weight.uniform_(-bound, bound, generator=generator)
+            objective = torch.randn(rows, dtype=torch.float64, generator=generator)
+            weight[:, -1] -= self.norm * objective / objective.norm()
+            self._initial = weight.to(device)  # W0 - G e'
+
+    def partial_fit(self, features: Tensor) -> None:
+        """Add normal features (B, C, H, W) to the sums; the next `solve` knows them.
+
+        Adding images one at a time or all at once gives the same sums up to rounding (float64).
+        """
+        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
+        for chunk in positions.split(CHUNK):
+            owner = self._nearest(chunk, 1)[:, 0]  # (P,)
+            order = owner.argsort()
+            sizes = torch.bincount(owner, minlength=len(self.centres))
+            for k, rows in enumerate(order.split(sizes.tolist())):
+                if len(rows):
+                    extended = self._extend(chunk[rows].double() - self.centres[k].double())
+                    self._sums[k].addmm_(extended.T, extended)
+            self._counts += sizes
+
+    def solve(self) -> None:
+        """Set the filters from the sums at the last of the times."""
+        self.set_time(self.times[-1], *self.decompose())
+
+    def decompose(self) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues (K, D+1), divided by the mean trace, and eigenvectors of C."""
+        if self._counts.sum() == 0:
+            raise ModelError("no normal feature was seen; fit first")
+        counts = self._counts.clamp_min(1)
+        moments = self._sums / rearrange(counts, "k -> k 1 1")  # (K, D+1, D+1)
+        traces = moments.diagonal(dim1=1, dim2=2).sum(dim=1)  # (K,)
+        # One time scale for all centres, so that their scores compare.
+        trace = (traces * counts).sum() / counts.sum()
+        values, vectors = torch.linalg.eigh(moments / trace)
+        return values.clamp_min(0), vectors
+
+    def set_time(self, time: float, values: Tensor, vectors: Tensor) -> None:
+        """Set the filters to exp(-C s) at s = time / trace(C), both terms of the score."""
+        decay = rearrange(torch.exp(-values * time), "k d -> k d 1")
+        if self.sample_w0:
+            flow = vectors @ (decay * vectors.mT)  # (K, D+1, D+1)
+            self.filters.copy_(self._initial @ flow)
+            return
+        # The rotation out of the eigenbasis changes no length, so the first term does without it.
+        spectrum = decay * vectors.mT  # (K, D+1, D+1)
+        last = vectors[:, -1:, :] @ spectrum  # (K, 1, D+1), e' exp(-C s)
+        first_weight = math.sqrt(1 / 3)  # o v for PyTorch's initialisation
+        self.filters.copy_(torch.cat([first_weight * spectrum, self.norm * last], dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the (root of the) expected squared distance at each position, (B, H, W)."""
+        B, _, H, W = features.shape
+        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
+        if len(self.centres) == 1:
+            scores = self._energy(positions - self.centres[0], self.filters[0])  # (P,)
+        else:
+            scores = self._smallest_energy(positions)  # (P,)
+        if self.loss_kind == "distance":
+            scores = scores.sqrt()
+        return rearrange(scores, "(b h w) -> b h w", b=B, h=H, w=W)
+
+    def _smallest_energy(self, positions: Tensor) -> Tensor:
+        """Return each position's smallest energy over its nearest centres, (P,)."""
+        P = len(positions)
+        centre = rearrange(self._nearest(positions, self.nearest), "p n -> (n p)")
+        order = centre.argsort()
+        sizes = torch.bincount(centre, minlength=len(self.centres)).tolist()
+        energies = torch.empty(len(centre), device=positions.device)
+        for k, rows in enumerate(order.split(sizes)):
+            if len(rows):
+                energies[rows] = self._energy(
+                    positions[rows % P] - self.centres[k], self.filters[k]
+                )
+        return rearrange(energies, "(n p) -> n p", p=P).amin(dim=0)  # (P,)
+
+    def _nearest(self, positions: Tensor, count: int) -> Tensor:
+        """Return the indices of the nearest centres, (P, count)."""
+        if len(self.centres) == 1:
+            return torch.zeros(len(positions), 1, dtype=torch.long, device=positions.device)
+        # |f - c|^2 without |f|^2, which orders the same and needs one product.
+        distance = self.centres.square().sum(dim=1) - 2 * positions @ self.centres.T  # (P, K)
+        return distance.topk(count, dim=1, largest=False).indices
+
+    @staticmethod
+    def _energy(offsets: Tensor, filter_matrix: Tensor) -> Tensor:
+        """Return ||filter [offset; 1]||^2 of offsets (P, D), (P,)."""
+        filtered = torch.addmm(filter_matrix[:, -1], offsets, filter_matrix[:, :-1].T)  # (P, R)
+        return filtered.square().sum(dim=1)
+
+    @staticmethod
+    def _extend(positions: Tensor) -> Tensor:
+        """Append the bias feature: (P, D) to (P, D + 1)."""
+        return torch.nn.functional.pad(positions, (0, 1), value=1.0)
+
+    def _cluster(self, bank: FeatureSource, generator: torch.Generator) -> Tensor:
+        """Return k-means centres (K, D) of a sample of the normal features."""
+        per_image = math.ceil(self.kmeans_positions / len(bank))
+        sample = []
+        for features in bank.batches(16):
+            positions = rearrange(features, "b c h w -> b (h w) c")  # (B, P, D)
+            P = positions.shape[1]
+            for image in positions:
+                chosen = torch.randperm(P, generator=generator)[:per_image]
+                sample.append(image[chosen.to(image.device)].cpu())
+        stacked = torch.cat(sample).numpy()  # (S, D)
+        K = len(self.centres)
+        if len(stacked) < K:
+            raise ModelError(f"{K} prototypes need as many normal features; there are {len(stacked)}")
+        state = int(torch.randint(2**31, (1,), generator=generator))
+        means = KMeans(K, n_init=1, max_iter=50, random_state=state).fit(stacked)
+        return torch.from_numpy(means.cluster_centers_)

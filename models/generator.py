@@ -1,0 +1,40 @@
+"""The generator of anomalous features: Gaussian noise on normal ones.
+
+Source: SimpleNet (CVPR 2023), section 3.3. Used in training only.
+"""
+
+import torch
+from torch import Tensor
+
+from models.errors import ModelError
+
+
+class GaussianNoise:
+    """Adds independent noise of one standard deviation to every entry.
+
+    The noise has a generator of its own, on the device it is used on, seeded by one number of the
+    generator given: a step costs no copy from the host, the same seed gives the same noise on the
+    same kind of device, and the training images come in the same order whatever the noise is.
+
+    Args:
+        sigma: standard deviation of the noise.
+        generator: a CPU generator; it advances by one draw.
+        device: where the noise is made.
+
+    Raises:
+        ModelError: sigma is not above zero.
+    """
+
+    def __init__(
+        self, sigma: float, generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> None:
+        if sigma <= 0:
+            raise ModelError(f"sigma {sigma} must be above 0: noise makes the anomalous features")
+        self.sigma = sigma
+        seed = int(torch.randint(2**62, (), generator=generator))
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, adapted: Tensor) -> Tensor:
+        """Return noisy features (P, C) of adapted features (P, C), which stay as they are."""
+        noisy = torch.empty_like(adapted).normal_(0, self.sigma, generator=self.generator)
+        return noisy.add_(adapted)  # in place: no third array of this size

@@ -1,0 +1,256 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from configs.command_line import parse
+from configs.methods import METHODS
+from configs.semantic import COLOUR, GREY, semantic_experiment
+from configs.structured import DATASETS, structured_experiment
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {
+    "train_mvtec.py": (structured_experiment, tuple(DATASETS)),
+    "train_cifar10.py": (semantic_experiment, tuple(COLOUR)),
+    "train_mnist.py": (semantic_experiment, tuple(GREY)),
+}
+
+
+def parsed(*words, prog="train_mvtec.py"):
+    compose, datasets = SCRIPTS[prog]
+    return parse(
+        words,
+        compose=compose,
+        datasets=datasets,
+        methods=tuple(METHODS),
+        prog=prog,
+        description="Detects anomalies.",
+    )
+
+
+def refused(capsys, *words, **options):
+    """The message, on one line, with which the words end the program with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        parsed(*words, **options)
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return on_one_line(printed.err)
+
+
+def on_one_line(text):
+    """Text without the frames and line breaks of a terminal."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
+
+
+def test_no_words_give_the_first_preset_of_each_script():
+    assert parsed() == structured_experiment("mvtec", "noco")
+    assert parsed(prog="train_cifar10.py") == semantic_experiment("cifar10", "noco")
+    assert parsed(prog="train_mnist.py") == semantic_experiment("digits", "noco")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_pair_is_two_words(dataset, method):
+    assert parsed(dataset, method) == structured_experiment(dataset, method)
+
+
+def test_a_method_alone_takes_the_first_data_set():
+    assert parsed("noco") == parsed("mvtec", "noco")
+    assert parsed("noco", prog="train_mnist.py").dataset == "digits"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "visa --data-root X",
+        "--data-root X visa",
+        "--data-root=X visa",
+        "--data_root X visa",
+        "visa noco --data-root X",
+        "visa --data-root X noco",
+        "--data-root X visa noco",
+        "--data-root X -- visa",
+    ],
+)
+def test_words_may_stand_anywhere(words):
+    expected = dataclasses.replace(structured_experiment("visa", "noco"), data_root=Path("X"))
+    assert parsed(*words.split()) == expected
+
+
+def test_words_after_a_switch_are_not_its_value():
+    for switch, value in (("--skip-unreadable", True), ("--no-skip-unreadable", False)):
+        experiment = parsed(switch, "visa")
+        assert (experiment.dataset, experiment.skip_unreadable) == ("visa", value)
+    for switch, value in (("--method.amsgrad", True), ("--method.no-amsgrad", False)):
+        experiment = parsed(switch, "visa", "noco")
+        assert (experiment.dataset, experiment.method.amsgrad) == ("visa", value)
+    assert parsed("--restart", "--save-maps", "folder", "noco").dataset == "folder"
+
+
+def test_words_after_a_list_belong_to_the_list_until_the_next_option():
+    experiment = parsed("--categories", "screw", "visa")
+    assert (experiment.dataset, experiment.categories) == ("mvtec", ("screw", "visa"))
+    experiment = parsed(
+        "--categories", "candle", "pcb1", "--seeds", "0", "1", "--device=cpu", "visa"
+    )
+    assert (experiment.dataset, experiment.categories) == ("visa", ("candle", "pcb1"))
+    assert (experiment.seeds, experiment.device) == ((0, 1), "cpu")
+    experiment = parsed("--categories", "candle", "--", "visa")
+    assert (experiment.dataset, experiment.categories) == ("visa", ("candle",))
+    assert parsed("--layers", "2", "3", "--skip-unreadable", "mpdd").layers == (2, 3)
+
+
+def test_an_option_of_one_value_leaves_the_rest():
+    experiment = parsed("--crop-size", "none", "visa")
+    assert (experiment.dataset, experiment.crop_size, experiment.map_size) == ("visa", None, 256)
+    experiment = parsed("--method.objective", "mean", "visa", "--method.norm", "8", "noco")
+    assert (experiment.method.objective, experiment.method.norm) == ("mean", 8.0)
+    # A value may be called like a data set.
+    experiment = parsed("--run", "visa", "mpdd")
+    assert (experiment.dataset, experiment.run) == ("mpdd", "visa")
+
+
+def test_optional_integers():
+    assert parsed("--crop-size", "NONE").crop_size is None
+    assert parsed("--crop-size", "192").crop_size == 192
+    assert parsed("--method.out-dim", "64").method.out_dim == 64
+    assert parsed("--method.out-dim", "none", "noco").method.out_dim is None
+
+
+def test_options_change_one_field_of_the_preset():
+    experiment = parsed("mpdd", "--method.learning-rate", "3e-4")
+    assert experiment.method.learning_rate == 3e-4
+    assert experiment.method.batch_size == 8
+    restored = dataclasses.replace(
+        experiment, method=dataclasses.replace(experiment.method, learning_rate=1e-4)
+    )
+    assert restored == structured_experiment("mpdd", "noco")
+
+
+@pytest.mark.parametrize("prog", SCRIPTS)
+def test_help_names_every_option_and_its_default(prog, capsys):
+    for word in ("--help", "-h"):
+        with pytest.raises(SystemExit) as exit_:
+            parsed(word, prog=prog)
+        assert exit_.value.code == 0
+    text = on_one_line(capsys.readouterr().out)
+    compose, datasets = SCRIPTS[prog]
+    default = compose(datasets[0], "noco")
+    assert f"DATASET: {', '.join(datasets)} (default {datasets[0]})" in text
+    for field in dataclasses.fields(default):
+        if field.name not in {"dataset", "method_name", "method"}:
+            assert f"--{field.name.replace('_', '-')}" in text
+    for field in dataclasses.fields(default.method):
+        assert f"--method.{field.name.replace('_', '-')}" in text
+    assert "--dataset " not in text
+
+
+def test_help_shows_the_defaults_of_the_pair_asked_for(capsys):
+    for words in (("visa", "noco", "--help"), ("--help", "visa")):
+        with pytest.raises(SystemExit) as exit_:
+            parsed(*words)
+        assert exit_.value.code == 0
+        text = on_one_line(capsys.readouterr().out)
+        assert "defaults below are those of visa noco" in text
+        assert "--method.batch-size INT" in text
+        assert "(default: lanczos_shorter)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("mvtecc", r"unknown data set 'mvtecc'; did you mean mvtec\? \(known: mvtec, mpdd, visa"),
+        ("zzz", r"unknown data set 'zzz' \(known: mvtec, mpdd"),
+        ("visa nocoo", r"unknown method 'nocoo'; did you mean noco\? \(known: noco"),
+        ("noco visa", "unexpected word 'visa' after data set and method"),
+        ("visa noco more", "unexpected word 'more' after data set and method"),
+        ("--epochz 3", "Unrecognized options: --epochz"),
+        ("--method.epoch 3", r"Unrecognized options: --method\.epoch\b.*--method\.epochs INT"),
+        ("--dataset visa", "Unrecognized options: --dataset"),
+        ("--method-name noco", "Unrecognized options: --method-name"),
+        ("visa --colour", "Unrecognized options: --colour"),
+        ("--crop-size 999", "--crop-size 999 must lie between 1 and --image-size 256, or be none"),
+        ("--crop-size half", "Error parsing --crop-size: .*'half'"),
+        ("--crop-size", "Missing value for argument '--crop-size'"),
+        ("--seeds 0 0", r"--seeds \(0, 0\) must be different and not negative"),
+        ("--seeds -1", r"--seeds \(-1,\) must be different and not negative"),
+        ("--seeds", "--seeds needs at least one seed"),
+        ("--seeds a", "Error parsing --seeds"),
+        ("--layers 1 2 visa", "Error parsing --layers: .*'visa'"),
+        ("--precision fp8", "invalid choice 'fp8' for argument '--precision'"),
+        ("--select best", "invalid choice 'best' for argument '--select'"),
+        ("--method.epochs 0", "epochs is 0; it must be above 0"),
+        ("--method.objective zeros", "invalid choice 'zeros'"),
+        ("--method.amsgrad False", "False"),
+        ("--patch-size 2", "--patch-size 2 must be odd"),
+        ("--image-size 2.5", "Error parsing --image-size"),
+        ("--run a/b", "--run 'a/b' must be a plain folder name"),
+        ("--from-run", "--from-run needs a value"),
+        ("--from-run nowhere", "--from-run nowhere: .*No such file"),
+        ("visa --from-run nowhere", "--from-run brings its own data set and method"),
+    ],
+)
+def test_bad_words_are_named(words, message, capsys):
+    text = refused(capsys, *words.split())
+    assert re.search(message, text), text
+    assert "Traceback" not in text
+
+
+def test_other_scripts_data_sets_are_unknown(capsys):
+    text = refused(capsys, "mnist", prog="train_cifar10.py")
+    assert "train_cifar10.py: unknown data set 'mnist'" in text
+    assert "cats_vs_dogs" in text
+
+
+def write_run(folder, experiment):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(experiment.to_json()))
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("prog", SCRIPTS)
+def test_from_run_is_the_same_measurement(tmp_path, prog, method):
+    _, datasets = SCRIPTS[prog]
+    for dataset in datasets:
+        words = (dataset, method, "--seeds", "3", "4", "--categories", "a", "--image-size", "300")
+        first = parsed(*words, "--crop-size", "none", "--workers", "5", prog=prog)
+        run = write_run(tmp_path / dataset, first)
+        for words in (("--from-run", run), (f"--from-run={run}",)):
+            again = parsed(*words, prog=prog)
+            assert again.to_json() == first.to_json()
+            assert again.digest == first.digest
+            assert type(again.method) is type(first.method)
+
+
+def test_from_run_takes_further_options(tmp_path):
+    run = write_run(tmp_path, structured_experiment("visa", "noco"))
+    again = parsed("--method.norm", "8", "--from-run", run, "--seeds", "7")
+    assert (again.dataset, again.method.norm, again.seeds) == ("visa", 8.0, (7,))
+    assert again.method.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "configuration of this version|not"),
+        ('{"method_name": "noco"}', "not a configuration of this version: 'method'"),
+    ],
+)
+def test_broken_config_of_a_run_is_named(tmp_path, capsys, content, message):
+    (tmp_path / "config.json").write_text(content)
+    text = refused(capsys, "--from-run", str(tmp_path))
+    assert f"--from-run {tmp_path}: " in text.replace(" /", " /")
+    assert re.search(message, text)
+
+
+def test_run_of_the_other_kind_of_task_is_refused(tmp_path, capsys):
+    run = write_run(tmp_path, semantic_experiment("cifar10", "noco"))
+    assert "not a configuration of this version" in refused(capsys, "--from-run", run)
+    run = write_run(tmp_path, structured_experiment("visa", "noco"))
+    text = refused(capsys, "--from-run", run, prog="train_cifar10.py")
+    assert "not a configuration of this version" in text

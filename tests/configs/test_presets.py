@@ -1,0 +1,280 @@
+"""The presets are the papers' numbers, written out again here by hand; see each comment."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from configs import semantic, structured
+from configs.cache import cache_folder
+from configs.experiment import HOW_NOT_WHAT, Experiment, from_json
+from configs.methods import METHODS, NocoConfig, method_config
+from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
+from configs.structured import StructuredExperiment, structured_experiment
+from datasets.labelled import LABELLED_SETS
+from datasets.one_class import OneClassProtocol
+from datasets.structured import StructuredDataset
+from datasets.transforms import Resize
+from datasets.visa import VisaSplit
+from models.extractor import describe_stages
+from models.noco import LOSSES, OBJECTIVES
+from utils.feature_bank import STORES
+from utils.run_files import SELECTS
+
+# Of NoCo's released scripts, structured: WideResNet50 stages 1 to 3, 256 then crop 224, batch,
+# epochs. MVTec is resized by OpenCV (albumentations), the other two with Lanczos.
+STRUCTURED = {
+    "mvtec": ("opencv_square", 16, 50),
+    "mpdd": ("lanczos_shorter", 8, 50),
+    "visa": ("lanczos_shorter", 8, 50),
+}
+# Semantic: epochs, and the weight of r, which only the CIFAR script has.
+SEMANTIC = {
+    "cifar10": (10, 1e3),
+    "cifar100": (10, 1e3),
+    "cifar100_coarse": (10, 1e3),
+    "cats_vs_dogs": (10, 1e3),
+    "mnist": (20, 0.0),
+    "fashion_mnist": (20, 0.0),
+}
+# Paper and code alike for both kinds of task.
+NOCO = {
+    "norm": 1.0,
+    "objective": "randn",
+    "out_dim": None,
+    "radius_init": 1e-5,
+    "weight_decay": 5e-4,
+    "amsgrad": True,
+}
+ALL = [
+    *(
+        structured_experiment(dataset, method)
+        for dataset in structured.DATASETS
+        for method in METHODS
+    ),
+    *(semantic_experiment(dataset, method) for dataset in semantic.DATASETS for method in METHODS),
+]
+
+
+def names(experiment):
+    return f"{experiment.dataset}-{experiment.method_name}"
+
+
+def assert_options(config, expected):
+    found = dataclasses.asdict(config)
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("dataset", STRUCTURED)
+def test_structured_presets_are_the_papers(dataset):
+    resize, batch_size, epochs = STRUCTURED[dataset]
+    experiment = structured_experiment(dataset, "noco")
+    assert experiment.backbone == "wide_resnet50_2.tv_in1k"
+    assert experiment.layers == (1, 2, 3)
+    assert (experiment.image_size, experiment.crop_size) == (256, 224)
+    assert (experiment.resize, experiment.map_size) == (resize, 224)
+    assert (experiment.patch_size, experiment.blur_sigma) == (3, 4.0)
+    published = {"loss": "distance", "nu": 1e-3, "learning_rate": 1e-4, "radius_weight": 0.0}
+    sizes = {"batch_size": batch_size, "epochs": epochs}
+    assert_options(experiment.method, {**NOCO, **published, **sizes})
+
+
+@pytest.mark.parametrize("dataset", SEMANTIC)
+def test_semantic_presets_are_the_papers(dataset):
+    epochs, radius_weight = SEMANTIC[dataset]
+    experiment = semantic_experiment(dataset, "noco")
+    assert experiment.backbone == "resnet152.tv_in1k"
+    assert experiment.layers == (4,)
+    assert (experiment.image_size, experiment.crop_size) == (256, 224)
+    assert (experiment.resize, experiment.protocol) == ("bilinear_shorter", "one-vs-rest")
+    published = {"loss": "squared", "nu": 1.0, "learning_rate": 1e-3, "batch_size": 64}
+    assert_options(
+        experiment.method,
+        {**NOCO, **published, "epochs": epochs, "radius_weight": radius_weight},
+    )
+
+
+def test_layers_are_the_stages_the_papers_name():
+    wide = describe_stages("wide_resnet50_2")
+    assert [wide[layer].split(", ")[1] for layer in (1, 2, 3)] == [
+        "256 channels",
+        "512 channels",
+        "1024 channels",
+    ]
+    assert describe_stages("resnet152")[4] == "4 (layer4, 2048 channels, stride 32)"
+
+
+@pytest.mark.parametrize("dataset", ["folder", "demo"])
+def test_own_images_are_never_cropped(dataset):
+    experiment = structured_experiment(dataset, "noco")
+    assert experiment.crop_size is None
+    assert experiment.map_size == experiment.image_size == 224
+
+
+def test_defaults_that_need_no_download():
+    demo, digits = structured_experiment("demo", "noco"), semantic_experiment("digits", "noco")
+    for experiment in (demo, digits):
+        assert experiment.backbone == "tf_efficientnet_lite0"
+        assert experiment.data_root == cache_folder()
+    assert next(iter(GREY)) == "digits"
+    assert next(iter(structured.DATASETS)) == "mvtec"
+    assert next(iter(COLOUR)) == "cifar10"
+    assert digits.method.epochs == 20
+
+
+@pytest.mark.parametrize("experiment", ALL, ids=names)
+def test_every_preset_is_honest_and_survives_its_config_file(experiment):
+    assert experiment.select != "best_test"
+    assert experiment.weights == "auto"
+    assert not experiment.skip_unreadable
+    again = from_json(type(experiment), experiment.to_json())
+    assert again == experiment
+    assert again.run_folder == experiment.run_folder
+
+
+def test_configs_and_the_code_they_configure_know_the_same_words():
+    structured_types = get_type_hints(StructuredExperiment)
+    assert set(structured.DATASETS) == set(get_args(StructuredDataset))
+    assert set(semantic.DATASETS) == set(LABELLED_SETS)
+    assert not set(COLOUR) & set(GREY)
+    assert get_args(structured_types["resize"]) == get_args(Resize)
+    assert get_args(structured_types["visa_split"]) == get_args(VisaSplit)
+    assert get_args(get_type_hints(SemanticExperiment)["protocol"]) == get_args(OneClassProtocol)
+    assert set(get_args(structured_types["cache"])) <= set(STORES)
+    assert set(get_args(structured_types["select"])) <= set(SELECTS)
+    noco_types = get_type_hints(NocoConfig)
+    assert get_args(noco_types["objective"]) == OBJECTIVES
+    assert get_args(noco_types["loss"]) == LOSSES
+
+
+def other_value(experiment, field, types):
+    """Another value that the field may have."""
+    value = getattr(experiment, field.name)
+    choices = get_args(types[field.name])
+    if field.name == "method":
+        return dataclasses.replace(value, learning_rate=0.5)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 2
+    if isinstance(value, Path):
+        return value / "other"
+    if isinstance(value, tuple):
+        return ("other",) if field.name == "categories" else (*value, 7)
+    return next((c for c in choices if isinstance(c, str) and c != value), "other")
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [structured_experiment("mvtec", "noco"), semantic_experiment("cifar10", "noco")],
+    ids=names,
+)
+def test_run_folder_depends_on_what_is_measured_and_not_on_how(experiment):
+    types = get_type_hints(type(experiment))
+    fields = {f.name: f for f in dataclasses.fields(experiment)}
+    assert fields.keys() >= HOW_NOT_WHAT
+    for field in fields.values():
+        changed = dataclasses.replace(
+            experiment, **{field.name: other_value(experiment, field, types)}
+        )
+        assert getattr(changed, field.name) != getattr(experiment, field.name)
+        is_same = changed.digest == experiment.digest
+        assert is_same == (field.name in HOW_NOT_WHAT), field.name
+        assert (field.name in changed.to_json()) == (field.name not in HOW_NOT_WHAT)
+
+
+def test_run_folder_is_named_by_data_method_and_backbone():
+    experiment = structured_experiment("visa", "noco")
+    assert experiment.run_folder.parent == Path("results/visa-noco")
+    assert experiment.run_folder.name == f"wide_resnet50_2.tv_in1k-{experiment.digest}"
+    named = dataclasses.replace(experiment, run="mine", output=Path("elsewhere"))
+    assert named.run_folder == Path("elsewhere/visa-noco/mine")
+    slashed = dataclasses.replace(experiment, backbone="hf-hub:timm/resnet18")
+    assert slashed.run_folder.parent == Path("results/visa-noco")
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Experiment)])
+def test_nothing_writes_a_field(field):
+    experiment = structured_experiment("mvtec", "noco")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(experiment, field, getattr(experiment, field))
+
+
+BAD = [
+    ({"image_size": 0}, "image-size is 0; it must be above 0"),
+    ({"crop_size": 257}, "--crop-size 257 must lie between 1 and --image-size 256, or be none"),
+    ({"crop_size": 0}, "--crop-size 0 must lie between 1"),
+    ({"seeds": ()}, "--seeds needs at least one"),
+    ({"seeds": (0, 0)}, r"--seeds \(0, 0\) must be different and not negative"),
+    ({"seeds": (-1,)}, "must be different and not negative"),
+    ({"categories": ("a", "b", "a")}, "--categories names one twice"),
+    ({"layers": ()}, "--layers needs at least one stage"),
+    ({"workers": -1}, "cannot be negative"),
+    ({"overlays": -1}, "cannot be negative"),
+    ({"extract_batch_size": 0}, "extract-batch-size is 0"),
+    ({"run": "a/b"}, "--run 'a/b' must be a plain folder name"),
+    ({"patch_size": 4}, "--patch-size 4 must be odd"),
+    ({"patch_size": -1}, "patch-size is -1"),
+    ({"blur_sigma": -0.5}, "--blur-sigma cannot be negative"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_values_are_refused_by_their_option(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(structured_experiment("mvtec", "noco"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": 0.0}, "norm is 0.0; it must be above 0"),
+        ({"nu": -1.0}, "nu is -1.0"),
+        ({"learning_rate": float("nan")}, "learning-rate is nan"),
+        ({"batch_size": 0}, "batch-size is 0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"out_dim": 0}, "--method.out-dim 0 must be at least 1, or none"),
+    ],
+)
+def test_bad_method_options_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        NocoConfig(**changes)
+
+
+def test_config_of_another_version_is_refused():
+    values = structured_experiment("mvtec", "noco").to_json()
+    for broken in (
+        {**values, "colour": "blue"},
+        {name: value for name, value in values.items() if name != "layers"},
+        {**values, "method_name": "nobody"},
+        {**values, "method": {**values["method"], "momentum": 0.9}},
+        {**values, "seeds": [0, 0]},
+        {**values, "image_size": "large"},
+        {},
+    ):
+        with pytest.raises(ValueError, match=r"configuration of this version|--seeds"):
+            from_json(StructuredExperiment, broken)
+
+
+def test_semantic_changes_do_not_leak_into_structured_presets():
+    before = method_config("noco", "mvtec", semantic=False)
+    method_config("noco", "cifar10", semantic=True)
+    assert method_config("noco", "mvtec", semantic=False) == before == METHODS["noco"]
+
+
+def test_cache_folder(monkeypatch):
+    monkeypatch.setenv("NOCO_CACHE", "elsewhere")
+    assert cache_folder() == Path("elsewhere")
+    monkeypatch.delenv("NOCO_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")
+    assert cache_folder() == Path("caches/noco")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache/noco"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache_folder() == Path.home() / "Library/Caches/noco"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", "local")
+    assert cache_folder() == Path("local/noco")

@@ -1,0 +1,185 @@
+import dataclasses
+import inspect
+
+import pytest
+
+from configs.command_line import parse
+from configs.experiment import from_json
+from configs.methods import METHODS
+from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
+from configs.simplenet import SIMPLENET, SimpleNetConfig
+from configs.structured import DATASETS, StructuredExperiment, structured_experiment
+from models import DETECTORS, build_detector
+from models.simplenet import SimpleNet
+
+NAMES = ("simplenet", "simplenet_released", "nc_disc")
+
+
+def parsed(*words):
+    return parse(
+        words,
+        compose=structured_experiment,
+        datasets=tuple(DATASETS),
+        methods=tuple(METHODS),
+        prog="train_mvtec.py",
+        description="",
+    )
+
+
+def test_paper_preset_has_the_papers_numbers():
+    expected = {
+        "adaptor": "linear",
+        "adaptor_bias": False,
+        "norm": None,
+        "sigma": 0.015,
+        "hidden": None,
+        "loss": "truncated_l1",
+        "threshold": 0.5,
+        "learning_rate": 2e-4,
+        "adaptor_learning_rate": 1e-4,
+        "weight_decay": 1e-5,
+        "adaptor_weight_decay": 1e-5,
+        "adaptor_optimizer": "adam",
+        "batch_size": 4,
+        "epochs": 160,
+    }
+    options = dataclasses.asdict(SIMPLENET["simplenet"])
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_released_preset_differs_where_the_released_code_does():
+    paper, released = (dataclasses.asdict(SIMPLENET[name]) for name in NAMES[:2])
+    assert {name: value for name, value in released.items() if value != paper[name]} == {
+        "adaptor_bias": True,
+        "adaptor_optimizer": "adamw",
+        "adaptor_weight_decay": 1e-2,
+        "hidden": 1024,
+        "last_bias": False,
+        "init": "xavier",
+        "batch_size": 8,
+        "report_every": 4,
+    }
+
+
+def test_nc_disc_is_simplenet_with_a_norm():
+    assert dataclasses.replace(SIMPLENET["nc_disc"], norm=None) == SIMPLENET["simplenet"]
+    assert SIMPLENET["nc_disc"].norm == 1.0
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("simplenet", 4_724_737), ("nc_disc", 4_724_737), ("simplenet_released", 3_937_792)],
+)
+def test_parameter_counts_with_the_papers_backbone(method, expected):
+    options = structured_experiment("mvtec", method).method_options()
+    assert build_detector(method, 512 + 1024, options).num_trainable == expected
+
+
+def test_options_and_detector_have_the_same_names_and_defaults():
+    signature = inspect.signature(SimpleNet).parameters
+    defaults = {name: p.default for name, p in signature.items() if name != "channels"}
+    assert dataclasses.asdict(SimpleNetConfig()) == defaults
+    for name in NAMES:
+        assert DETECTORS[name] is SimpleNet
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_structured_data_take_stages_2_and_3(dataset, method):
+    assert structured_experiment(dataset, method).layers == (2, 3)
+
+
+def test_only_the_released_preset_changes_the_images():
+    for dataset in DATASETS:
+        plain = structured_experiment(dataset, "noco")
+        for method in ("simplenet", "nc_disc"):
+            ours = structured_experiment(dataset, method)
+            assert (ours.image_size, ours.crop_size) == (plain.image_size, plain.crop_size)
+            assert (ours.backbone, ours.resize) == (plain.backbone, plain.resize)
+        released = structured_experiment(dataset, "simplenet_released")
+        whole = plain.crop_size is None  # the user's own images and the demo are never cropped
+        assert (released.image_size, released.crop_size) == ((288, None) if whole else (329, 288))
+        assert released.map_size == 288
+        assert released.backbone == plain.backbone
+    mvtec = structured_experiment("mvtec", "simplenet")
+    assert (mvtec.image_size, mvtec.crop_size) == (256, 224)
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("dataset", [*COLOUR, *GREY])
+def test_semantic_data_keep_their_layers_and_take_larger_batches(dataset, method):
+    ours, plain = semantic_experiment(dataset, method), semantic_experiment(dataset, "noco")
+    assert (ours.layers, ours.backbone) == (plain.layers, plain.backbone)
+    assert (ours.image_size, ours.crop_size) == (plain.image_size, plain.crop_size)
+    assert isinstance(ours.method, SimpleNetConfig)
+    assert ours.method == dataclasses.replace(SIMPLENET[method], batch_size=64)
+
+
+def test_every_ablation_is_one_command():
+    for words, field, value in [
+        (["--layers", "1", "2", "3"], "layers", (1, 2, 3)),
+        (["--patch-size", "5"], "patch_size", 5),
+        (["--backbone", "resnet18"], "backbone", "resnet18"),
+    ]:
+        assert getattr(parsed("mvtec", "simplenet", *words), field) == value
+    for words, field, value in [
+        (["--method.adaptor", "none"], "adaptor", "none"),
+        (["--method.adaptor", "mlp"], "adaptor", "mlp"),
+        (["--method.adaptor-bias"], "adaptor_bias", True),
+        (["--method.no-last-bias"], "last_bias", False),
+        (["--method.loss", "cross_entropy"], "loss", "cross_entropy"),
+        (["--method.sigma", "0.05"], "sigma", 0.05),
+        (["--method.hidden", "1024"], "hidden", 1024),
+        (["--method.norm", "2.5"], "norm", 2.5),
+    ]:
+        assert getattr(parsed("mvtec", "simplenet", *words).method, field) == value
+
+
+def test_norm_none_on_the_command_line_turns_nc_disc_into_simplenet():
+    plain, constrained = parsed("demo", "simplenet"), parsed("demo", "nc_disc")
+    assert constrained.method.norm == 1.0
+    assert parsed("demo", "nc_disc", "--method.norm", "none").method == plain.method
+    assert plain.run_folder != constrained.run_folder
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_config_json_gives_the_experiment_back(method):
+    structured = structured_experiment("demo", method)
+    assert from_json(StructuredExperiment, structured.to_json()) == structured
+    semantic = semantic_experiment("digits", method)
+    assert from_json(SemanticExperiment, semantic.to_json()) == semantic
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "norm",
+        "sigma",
+        "hidden",
+        "threshold",
+        "learning_rate",
+        "adaptor_learning_rate",
+        "batch_size",
+        "epochs",
+        "report_every",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_what_must_be_positive_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name.replace('_', '-')} is {value}; it must be above"):
+        SimpleNetConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "adaptor_weight_decay"])
+def test_weight_decay_may_be_zero_but_not_negative(name):
+    SimpleNetConfig(**{name: 0.0})
+    with pytest.raises(ValueError, match=f"--method.{name.replace('_', '-')} -1.0 cannot"):
+        SimpleNetConfig(**{name: -1.0})
+
+
+def test_bad_values_on_the_command_line_exit_with_2(capsys):
+    for words in (["--method.norm", "-1"], ["--method.adaptor", "conv"], ["--method.nu", "1"]):
+        with pytest.raises(SystemExit) as stop:
+            parsed("demo", "nc_disc", *words)
+        assert stop.value.code == 2
+    assert "norm is -1.0; it must be above 0" in capsys.readouterr().err

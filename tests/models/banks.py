@@ -1,0 +1,31 @@
+"""Normal features for detectors under test."""
+
+import torch
+
+
+class Bank:
+    """Features (N, C, H, W) in memory, as a detector sees them."""
+
+    def __init__(self, features):
+        self.features = features
+        self.channels = features.shape[1]
+        self.orders = []
+
+    def __len__(self):
+        return len(self.features)
+
+    def batches(self, batch_size, *, generator=None):
+        order = torch.arange(len(self))
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+            self.orders.append(order)
+        for rows in order.split(batch_size):
+            yield self.features[rows]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_bank(count=8, channels=6, side=5, seed=1):
+    return Bank(torch.randn(count, channels, side, side, generator=seeded(seed)))

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from utils.cli import UsageError, exits_cleanly, pick_device
+
+
+class KnownError(Exception):
+    pass
+
+
+def ending_with(error):
+    @exits_cleanly(KnownError)
+    def main(number, *, extra=0):
+        """Adds."""
+        if error is not None:
+            raise error
+        return number + extra
+
+    return main
+
+
+def test_a_script_that_works_returns_its_result():
+    main = ending_with(None)
+    assert main(2, extra=3) == 5
+    assert (main.__name__, main.__doc__) == ("main", "Adds.")
+
+
+@pytest.mark.parametrize("kind", [KnownError, UsageError])
+def test_expected_errors_are_one_message_and_exit_code_2(kind, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        ending_with(kind("no folder here; pass --data-root"))(1)
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err == "error: no folder here; pass --data-root\n"
+    assert printed.out == ""
+
+
+def test_our_own_defects_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        ending_with(ZeroDivisionError())(1)
+
+
+def test_interrupt_says_that_nothing_is_lost(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        ending_with(KeyboardInterrupt())(1)
+    assert exit_.value.code == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert pick_device("auto").type == expected
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu", "cuda:x", ""])
+def test_unknown_device_is_named(name):
+    with pytest.raises(UsageError, match=rf"--device {name}.*auto, cpu, cuda or cuda:1"):
+        pick_device(name)
+
+
+def test_unsupported_device_is_named():
+    with pytest.raises(UsageError, match="--device meta is not supported"):
+        pick_device("meta")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_absent_cuda_is_named(name):
+    with pytest.raises(UsageError, match=f"--device {name}: no CUDA device is available here"):
+        pick_device(name)
+
+
+def test_gpu_that_this_machine_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="--device cuda:1: this machine has 1"):
+        pick_device("cuda:1")
