@@ -15,7 +15,9 @@ The backbone sees every image once: all one-class tasks of a data set share its 
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +27,10 @@ from configs.methods import METHODS
 from configs.semantic import COLOUR, SemanticExperiment, semantic_experiment
 from datasets.images import read_image
 from datasets.labelled import LabelledSet, LabelledSplit, read_labelled_set
-from datasets.loading import BatchLoader
+from datasets.loading import BatchLoader, Images
 from datasets.one_class import OneClassTask, one_class_tasks
 from datasets.samples import DataError
+from datasets.synthetic import SyntheticDataset, rotate
 from datasets.transforms import PairTransform
 from models import build_detector
 from models.detector import Detector
@@ -39,6 +42,7 @@ from utils.feature_bank import FeatureBank
 from utils.galleries import save_gallery
 from utils.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
 from utils.runs import Run, RunError
+from utils.selection import hold_out, validation_set
 
 METRICS = ("image_auroc", "image_ap", "image_f1_max")
 
@@ -83,11 +87,18 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
     )
     pending = [task for task in tasks if run.pending(task.category)]
     if pending:
-        train, skipped_train = extract(experiment, extractor, labelled.train)
-        test, skipped_test = extract(experiment, extractor, labelled.test)
+        transform = PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
+        train_images = labelled.train.dataset(transform)
+        train, skipped_train = extract(experiment, extractor, train_images, "train features")
+        test_images = labelled.test.dataset(transform)
+        test, skipped_test = extract(experiment, extractor, test_images, "test features")
+        turned = None
+        if experiment.select == "synthetic":
+            turned_images = SyntheticDataset(train_images, rotate)
+            turned, _ = extract(experiment, extractor, turned_images, "features of rotated images")
+        features = Features(train, test, turned, skipped_train + skipped_test)
         for task in pending:
-            skipped = skipped_train + skipped_test
-            train_task(experiment, run, extractor, labelled, task, train, test, skipped)
+            train_task(experiment, run, extractor, labelled, task, features)
     # The papers' numbers are for one class against the rest.
     published = experiment.dataset if experiment.protocol == "one-vs-rest" else None
     finish_tables(
@@ -103,20 +114,32 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
     return run.folder
 
 
+@dataclass(frozen=True)
+class Features:
+    """Stored features of a whole data set, which all tasks share.
+
+    `turned` are the training images rotated, for `--select synthetic`; `skipped` names unreadable
+    images.
+    """
+
+    train: FeatureBank
+    test: FeatureBank
+    turned: FeatureBank | None
+    skipped: list[str]
+
+
 def extract(
-    experiment: SemanticExperiment, extractor: FrozenExtractor, split: LabelledSplit
+    experiment: SemanticExperiment, extractor: FrozenExtractor, images: Images, what: str
 ) -> tuple[FeatureBank, list[str]]:
-    """Run the backbone once over a split; also return what could not be read."""
+    """Run the backbone once over some images; also return what could not be read."""
     loader = BatchLoader(
-        split.dataset(transform_of(experiment)),
+        images,
         batch_size=experiment.extract_batch_size,
         workers=experiment.workers,
         skip_unreadable=experiment.skip_unreadable,
         pin_memory=extractor.device.type == "cuda",
     )
-    bank = FeatureBank.extract(
-        extractor, loader, store=experiment.cache, description=f"{split.split} features"
-    )
+    bank = FeatureBank.extract(extractor, loader, store=experiment.cache, description=what)
     return bank, [why for _, why in loader.skipped]
 
 
@@ -126,12 +149,12 @@ def train_task(
     extractor: FrozenExtractor,
     labelled: LabelledSet,
     task: OneClassTask,
-    train_bank: FeatureBank,
-    test_bank: FeatureBank,
-    skipped: Sequence[str],
+    features: Features,
 ) -> None:
     """Fit and evaluate a head for each seed on the shared features of one task."""
-    normal_rows = np.isin(train_bank.indices, task.train_indices).nonzero()[0]
+    test_bank = features.test
+    normal_rows = np.isin(features.train.indices, task.train_indices).nonzero()[0]
+    normals = features.train.subset(normal_rows)
     kinds = [labelled.class_names[labelled.test.labels[i]] for i in test_bank.indices]
     test = TestSet(
         test_bank,
@@ -141,9 +164,16 @@ def train_task(
         batch_size=1024,
     )
 
-    def build() -> Detector:
-        options = experiment.method_options()
-        head = build_detector(experiment.method_name, extractor.channels, options)
+    validation = None
+    if features.turned is not None:
+        kept, held = hold_out(len(normals))
+        turned_rows = np.isin(features.turned.indices, normals.subset(held).indices).nonzero()[0]
+        turned = features.turned.subset(turned_rows)
+        validation = validation_set(normals, kept, held, turned, batch_size=1024)
+
+    def build(changes: dict[str, Any]) -> Detector:
+        options = experiment.method_options() | changes
+        head = build_detector(experiment.method_name, extractor.stage_channels, options)
         return head.to(extractor.device)
 
     def draw(outcome: Outcome) -> None:
@@ -166,17 +196,16 @@ def train_task(
             task.category,
             seed,
             build,
-            train_bank.subset(normal_rows),
+            normals,
             test,
             select=experiment.select,
-            skipped=skipped,
+            candidates=experiment.candidates(),
+            validation=validation,
+            monitor_test=experiment.monitor_test,
+            online=experiment.online,
+            skipped=features.skipped,
             draw=draw if with_pictures else None,
         )
-
-
-def transform_of(experiment: SemanticExperiment) -> PairTransform:
-    """Return the transform an experiment asks for."""
-    return PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
 
 
 def shown_image(split: LabelledSplit, index: int) -> np.ndarray:

@@ -16,6 +16,7 @@ test-set evaluations after every epoch; `--select best_test` does the same and s
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,9 +25,10 @@ from configs.methods import METHODS
 from configs.structured import DATASETS, StructuredExperiment, structured_experiment
 from datasets.demo import build_demo
 from datasets.images import read_image
-from datasets.loading import BatchLoader, ImageDataset, read_masks
-from datasets.samples import Category, DataError, Sample
+from datasets.loading import BatchLoader, ImageDataset, Images, read_masks
+from datasets.samples import Category, DataError
 from datasets.structured import MVTEC_OBJECTS, MVTEC_TEXTURES, list_categories, read_category
+from datasets.synthetic import SyntheticDataset, cutpaste
 from datasets.transforms import PairTransform
 from models import build_detector
 from models.detector import Detector
@@ -38,6 +40,7 @@ from utils.feature_bank import FeatureBank
 from utils.overlays import save_overlays
 from utils.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
 from utils.runs import Run, RunError
+from utils.selection import hold_out, num_copies, validation_set
 
 METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
 GROUPS = {"mvtec": {"mean_textures": MVTEC_TEXTURES, "mean_objects": MVTEC_OBJECTS}}
@@ -100,9 +103,9 @@ def train_category(
     """Extract the features of a category once, then fit and evaluate a head for each seed."""
     transform = PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
 
-    def extract(samples: Sequence[Sample], what: str) -> tuple[FeatureBank, list[str]]:
+    def extract(images: Images, what: str) -> tuple[FeatureBank, list[str]]:
         loader = BatchLoader(
-            ImageDataset(samples, transform),
+            images,
             batch_size=experiment.extract_batch_size,
             workers=experiment.workers,
             skip_unreadable=experiment.skip_unreadable,
@@ -113,8 +116,13 @@ def train_category(
         )
         return bank, [why for _, why in loader.skipped]
 
-    train_bank, skipped_train = extract(category.train, "train features")
-    test_bank, skipped_test = extract(category.test, "test features")
+    train_bank, skipped_train = extract(ImageDataset(category.train, transform), "train features")
+    test_bank, skipped_test = extract(ImageDataset(category.test, transform), "test features")
+    scoring: dict[str, Any] = {
+        "map_size": experiment.map_size,
+        "blur_sigma": experiment.blur_sigma,
+        "batch_size": experiment.extract_batch_size,
+    }
     samples = [category.test[i] for i in test_bank.indices]
     # After the images: the mask of one that was left out as unreadable cannot be checked.
     masks = read_masks(samples, transform) if category.has_masks else None  # (N, S, S)
@@ -124,14 +132,23 @@ def train_category(
         names=[sample.path for sample in samples],
         kinds=[sample.defect for sample in samples],
         masks=masks,
-        map_size=experiment.map_size,
-        blur_sigma=experiment.blur_sigma,
-        batch_size=experiment.extract_batch_size,
+        **scoring,
     )
 
-    def build() -> Detector:
-        options = experiment.method_options()
-        head = build_detector(experiment.method_name, extractor.channels, options)
+    validation = None
+    if experiment.select == "synthetic":
+        kept, held = hold_out(len(train_bank))
+        originals = [category.train[i] for i in train_bank.subset(held).indices]
+        pasted = SyntheticDataset(
+            ImageDataset(originals, transform), cutpaste, copies=num_copies(len(originals))
+        )
+        pasted_bank, _ = extract(pasted, "features of pasted defects")
+        pasted_masks = pasted.masks(pasted_bank.indices)
+        validation = validation_set(train_bank, kept, held, pasted_bank, pasted_masks, **scoring)
+
+    def build(changes: dict[str, Any]) -> Detector:
+        options = experiment.method_options() | changes
+        head = build_detector(experiment.method_name, extractor.stage_channels, options)
         return head.to(extractor.device)
 
     def draw(outcome: Outcome) -> None:
@@ -159,6 +176,10 @@ def train_category(
             train_bank,
             test,
             select=experiment.select,
+            candidates=experiment.candidates(),
+            validation=validation,
+            monitor_test=experiment.monitor_test,
+            online=experiment.online,
             skipped=skipped_train + skipped_test,
             draw=draw if with_pictures else None,
             save_maps=experiment.save_maps,

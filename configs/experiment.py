@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,8 +48,15 @@ class Experiment:
     resize: Literal["opencv_square", "lanczos_shorter", "bilinear_shorter"]
     """Resize to a square by OpenCV, or the shorter side by Pillow (Lanczos, bilinear)."""
 
-    select: Literal["last", "best_test"] = "last"
-    """Which epoch counts: the last, or the best on the test set (optimistic, as published)."""
+    select: Literal["last", "synthetic", "best_test"] = "last"
+    """Which epoch or time counts: the last; the best on pasted defects (no test image is used); or
+    the best on the test set (optimistic, as published)."""
+    grid: tuple[str, ...] = ()
+    """Options `--select synthetic` chooses too, e.g. prototypes=1,8,32 feature_norm=none,std."""
+    monitor_test: bool = False
+    """Log the test metrics of every epoch or candidate; chooses nothing."""
+    online: bool = False
+    """Also learn from one image at a time and write the curve over their number (closed_form)."""
     skip_unreadable: bool = False
     """Leave unreadable images out and count them in the table instead of stopping."""
     overlays: int = 8
@@ -78,6 +87,8 @@ class Experiment:
             raise ValueError("--seeds needs at least one seed")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"--seeds {self.seeds} must be different and not negative")
+        if max(self.seeds) >= 2**32:
+            raise ValueError(f"--seeds {self.seeds} must be below 2^32, numpy's limit")
         if len(set(self.categories)) != len(self.categories):
             raise ValueError("--categories names one twice")
         if not self.layers:
@@ -87,6 +98,7 @@ class Experiment:
                 f"--crop-size {self.crop_size} must lie between 1 and --image-size "
                 f"{self.image_size}, or be none"
             )
+        parse_grid(self.grid, self.method)
         if self.workers < 0 or self.overlays < 0:
             raise ValueError("--workers and --overlays cannot be negative")
         if Path(self.run).name != self.run:
@@ -115,9 +127,37 @@ class Experiment:
         plain = json.loads(json.dumps(fields, default=str))
         return dict(plain)
 
+    def candidates(self) -> list[dict[str, Any]]:
+        """Return the method options of each point of the grid; one empty point without a grid."""
+        return parse_grid(self.grid, self.method)
+
     def method_options(self) -> dict[str, Any]:
         """Return the method's options as keyword arguments of its detector."""
         return dataclasses.asdict(self.method)
+
+
+def parse_grid(grid: Sequence[str], method: MethodConfig) -> list[dict[str, Any]]:
+    """Return every combination of `name=value,value` items as method options.
+
+    Raises:
+        ValueError: an item is malformed, or the method has no such option or value.
+    """
+    axes: list[list[tuple[str, Any]]] = []
+    for item in grid:
+        name, equals, values = item.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not hasattr(method, name):
+            raise ValueError(
+                f"--grid {item!r} must be OPTION=VALUE,VALUE with an option of --method"
+            )
+        kind = type(getattr(method, name))
+        if kind not in {int, float, str}:
+            raise ValueError(f"--grid {item!r}: only numbers and words can be searched")
+        axes.append([(name, kind(value)) for value in values.split(",")])
+    points = [dict(point) for point in itertools.product(*axes)]
+    for point in points:
+        dataclasses.replace(method, **point)  # checks the values
+    return points
 
 
 def from_json(kind: type[Experiment], values: dict[str, Any]) -> Experiment:
@@ -129,9 +169,12 @@ def from_json(kind: type[Experiment], values: dict[str, Any]) -> Experiment:
     values = dict(values)
     try:
         method_type = type(METHODS[values["method_name"]])
-        values["method"] = method_type(**values["method"])
+        options: Any = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values["method"].items()
+        }
+        values["method"] = method_type(**options)
         values["data_root"] = Path(values["data_root"])
-        for name in ("categories", "seeds", "layers"):
+        for name in ("categories", "seeds", "layers", "grid"):
             values[name] = tuple(values[name])
         return kind(**values)
     except (KeyError, TypeError) as error:

@@ -4,41 +4,54 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from configs.options import OptionalInt, require_positive
+from configs.options import FeatureOptions, OptionalInt, require_positive
 from configs.simplenet import SIMPLENET, SIMPLENET_SEMANTIC, SimpleNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class NocoConfig:
+class NocoConfig(FeatureOptions):
     """NoCo: linear projector, one random objective of fixed norm, distance as the score."""
 
+    solver: Literal["sgd", "closed_form"] = "sgd"
+    """Train by AdamW as published, or solve exactly in one pass (options below say whose)."""
     norm: float = 1.0
     """Euclidean norm of the objective G (paper: about 1 is best for both kinds of task)."""
     objective: Literal["randn", "rand", "ones", "mean"] = "randn"
-    """How G is drawn before it is scaled (paper's ablation of objective types; default randn)."""
+    """How G is drawn before it is scaled (paper's ablation; sgd)."""
     out_dim: OptionalInt = None
-    """Outputs of the projector; none for as many as features have channels (paper)."""
+    """Outputs of the projector; none for as many as features have channels (paper; sgd)."""
     loss: Literal["distance", "squared"] = "distance"
     """Distance of Z to G, or its square; the score is the same quantity."""
     nu: float = 1e-3
-    """Divisor of the loss (released code: 1e-3 structured, 1 semantic)."""
+    """Divisor of the loss (released code: 1e-3 structured, 1 semantic; sgd)."""
     radius_init: float = 1e-5
-    """The learnable margin r before training (released code)."""
+    """The learnable margin r before training (released code; sgd)."""
     radius_weight: float = 0.0
-    """Adds radius_weight * r to the loss (released CIFAR script: 1e3)."""
+    """Adds radius_weight * r to the loss (released CIFAR script: 1e3; sgd)."""
     learning_rate: float = 1e-4
-    """Of AdamW (released code: 1e-4 structured, 1e-3 semantic)."""
+    """Of AdamW (released code: 1e-4 structured, 1e-3 semantic; sgd)."""
     weight_decay: float = 5e-4
-    """Of AdamW (released code)."""
+    """Of AdamW (released code; sgd)."""
     amsgrad: bool = True
-    """Use AdamW's amsgrad variant (released code)."""
+    """Use AdamW's amsgrad variant (released code; sgd)."""
     batch_size: int = 16
-    """Images per step (released code: 16 MVTec, 8 MPDD and VisA, 64 semantic)."""
+    """Images per step (released code: 16 MVTec, 8 MPDD and VisA, 64 semantic; sgd)."""
     epochs: int = 50
-    """Passes over the training features (released code: 50, CIFAR 10, MNIST 20)."""
+    """Passes over the training features (released code: 50, CIFAR 10, MNIST 20; sgd)."""
+    time: tuple[float, ...] = (1e4,)
+    """Training times t, s = t / trace(C); each is visited, the last is `last` (closed_form)."""
+    prototypes: int = 1
+    """Centres of normal features with a second moment each; 1 is the plain method (closed_form)."""
+    nearest: int = 3
+    """Centres each feature is compared with (closed_form)."""
+    sample_w0: bool = False
+    """Draw one initial projector instead of the expectation over it (closed_form)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "norm", "nu", "learning_rate", "batch_size", "epochs")
+        require_positive(self, "prototypes", "nearest")
+        if not self.time or list(self.time) != sorted(set(self.time)) or self.time[0] <= 0:
+            raise ValueError(f"--method.time {self.time} must be ascending and above 0")
         if self.out_dim is not None and self.out_dim < 1:
             raise ValueError(f"--method.out-dim {self.out_dim} must be at least 1, or none")
 
@@ -47,6 +60,12 @@ MethodConfig = NocoConfig | SimpleNetConfig
 
 METHODS: dict[str, MethodConfig] = {
     "noco": NocoConfig(),
+    # Ours: the exact solution, prototypes for local features, the time chosen without the test set.
+    "noco_cf": NocoConfig(
+        solver="closed_form",
+        time=(1e1, 3e1, 1e2, 3e2, 1e3, 3e3, 1e4, 1e5),
+        prototypes=32,
+    ),
     **SIMPLENET,
 }
 """Method name on the command line -> its published settings for MVTec."""
@@ -59,6 +78,8 @@ SEMANTIC: dict[str, dict[str, Any]] = {
         "batch_size": 64,
         "epochs": 10,
     },
+    # Pooled features: the norm is nuisance, one centre is enough, and the result flat in time.
+    "noco_cf": {"feature_norm": "l2", "prototypes": 1, "time": (1e4,), "loss": "squared"},
     **SIMPLENET_SEMANTIC,
 }
 """What the released semantic scripts change, whatever the data set."""

@@ -1,6 +1,7 @@
 """Types and checks of options that tyro does not bring."""
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -36,6 +37,14 @@ OptionalFloat = Annotated[
     ),
 ]
 """A number, or `none` on the command line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """What every method can do to features before its head sees them."""
+
+    feature_norm: Literal["none", "l2", "l2_per_layer", "std"] = "none"
+    """Unit length (of all or of each stage's channels), or channels over their deviation."""
 
 
 def require_positive(config: Any, *names: str) -> None:

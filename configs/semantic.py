@@ -44,6 +44,14 @@ class SemanticExperiment(Experiment):
     protocol: Literal["one-vs-rest", "leave-one-out"] = "one-vs-rest"
     """One class is normal and the rest anomalous, or all classes but one are normal."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select == "synthetic" and self.dataset in {"digits", "mnist"}:
+            raise ValueError(
+                "--select synthetic makes semantic anomalies by rotation, and a turned digit is no "
+                "anomaly (0, 8; 6 and 9): use --select last"
+            )
+
 
 def semantic_experiment(dataset: str, method: str) -> SemanticExperiment:
     """Compose the preset of a data set and a method."""

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from configs.options import OptionalFloat, OptionalInt, require_positive
+from configs.options import FeatureOptions, OptionalFloat, OptionalInt, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimpleNetConfig:
+class SimpleNetConfig(FeatureOptions):
     """SimpleNet: linear adaptor, Gaussian noise, and a discriminator whose logit is the score."""
 
     adaptor: Literal["linear", "none", "mlp"] = "linear"

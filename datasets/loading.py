@@ -46,7 +46,18 @@ class Batch:
 Item = tuple[int, Tensor | str]
 
 
-class ImageDataset(Dataset[Item]):
+class Images(Dataset[Item]):
+    """Images that a `BatchLoader` can read; an item is as `ImageDataset` says."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def source(self, index: int) -> Path | int:
+        """What to call an image in a message."""
+        raise NotImplementedError
+
+
+class ImageDataset(Images):
     """Transformed images of files.
 
     An item is its index with the image, (3, S, S) uint8, or, where the file cannot be read, with
@@ -72,7 +83,7 @@ class ImageDataset(Dataset[Item]):
         return self.samples[index].path
 
 
-class ArrayDataset(Dataset[Item]):
+class ArrayDataset(Images):
     """Transformed images of an array; an item is its index with the image, (3, S, S) uint8.
 
     Raises:
@@ -116,7 +127,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: ImageDataset | ArrayDataset,
+        dataset: Images,
         *,
         batch_size: int,
         workers: int,

@@ -1,8 +1,8 @@
 """NoCo without epochs: the exact solution of its training, from one pass over the features.
 
 For the squared loss E||W f~ - G||^2 with f~ = [f; 1] (the projector with its bias as last column),
-C = E[f~ f~'] and m = E[f~], full-batch gradient flow reads dW/ds = -(W C - G m'). The last entry of
-f~ is 1, so m is the last column of C, m = C e with e the last unit vector, and the flow is solved by
+C = E[f~ f~'] and m = E[f~], full-batch gradient flow reads dW/ds = -(W C - G m'). The last entry
+of f~ is 1, so m is the last column of C, m = C e with e the last unit vector, and the solution is
 
     W(s) = G e' + (W0 - G e') exp(-C s).
 
@@ -33,6 +33,7 @@ features, and a feature's score is the smallest over its `nearest` centres.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -122,8 +123,15 @@ class ClosedFormNoco(Detector):
             if monitor is not None:
                 monitor(step, {"time": time})
 
+    def stopped_at(self, step: int) -> dict[str, Any]:
+        """A step is one of the times; see `Detector.stopped_at`."""
+        return {"time": (self.times[step - 1],)}
+
     def start(self, generator: torch.Generator) -> None:
-        """Forget what was fitted."""
+        """Forget what was fitted; see `Detector.start`.
+
+        With prototypes the centres come from k-means on a bank, so that only `fit` can set them.
+        """
         K, rows, columns = self.filters.shape
         device = self.filters.device
         self._sums = torch.zeros(K, columns, columns, dtype=torch.float64, device=device)
@@ -239,7 +247,9 @@ class ClosedFormNoco(Detector):
         stacked = torch.cat(sample).numpy()  # (S, D)
         K = len(self.centres)
         if len(stacked) < K:
-            raise ModelError(f"{K} prototypes need as many normal features; there are {len(stacked)}")
+            raise ModelError(
+                f"{K} prototypes need as many normal features; there are {len(stacked)}"
+            )
         state = int(torch.randint(2**31, (1,), generator=generator))
         means = KMeans(K, n_init=1, max_iter=50, random_state=state).fit(stacked)
         return torch.from_numpy(means.cluster_centers_)

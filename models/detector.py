@@ -1,11 +1,14 @@
 """What every detector is: a small head that is fitted on stored features and returns maps."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from models.errors import ModelError
+
+ONLINE_HINT = "use --method.solver closed_form with --method.prototypes 1"
 Monitor = Callable[[int, dict[str, float]], None]
 """Called with (step, values to log) after each epoch or candidate; it decides what is kept."""
 
@@ -33,6 +36,9 @@ class Detector(nn.Module):
     grid, 1 x 1 included. `state_dict` holds the head and nothing of the backbone.
     """
 
+    remarks: list[str] = []  # noqa: RUF012  replaced, never changed, by those that have any
+    """What a reader of the fit's numbers must know, in words."""
+
     def fit(
         self,
         bank: FeatureSource,
@@ -50,6 +56,31 @@ class Detector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return anomaly maps (B, H, W) of features (B, C, H, W)."""
         raise NotImplementedError
+
+    def stopped_at(self, step: int) -> dict[str, Any]:
+        """Return the options under which `fit` ends where it was at `monitor(step)`."""
+        raise NotImplementedError
+
+    def diagnostics(self) -> dict[str, list[float]]:
+        """Return what figures need of a fit beside the scores; nothing for most detectors."""
+        return {}
+
+    def start(self, generator: torch.Generator) -> None:
+        """Forget what was fitted, before the first `partial_fit`.
+
+        Raises:
+            ModelError: this detector cannot learn online.
+        """
+        del generator
+        raise ModelError(f"{type(self).__name__} cannot learn online; {ONLINE_HINT}")
+
+    def partial_fit(self, features: Tensor) -> None:
+        """Add normal features (B, C, H, W) to what is known; `solve` makes them count."""
+        del features
+        raise ModelError(f"{type(self).__name__} cannot learn online; {ONLINE_HINT}")
+
+    def solve(self) -> None:
+        """Make what `partial_fit` was given count; nothing to do where it counts at once."""
 
     @property
     def num_trainable(self) -> int:

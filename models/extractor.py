@@ -161,7 +161,10 @@ def _check_backbone(backbone: str, layers: tuple[int, ...], feature_location: st
         raise ModelError(f"feature location {feature_location!r} is not bottleneck or expansion")
     if feature_location == "expansion" and "efficientnet" not in backbone:
         raise ModelError(f"{backbone} has no expansion features; only EfficientNets have")
-    stages = describe_stages(backbone)
+    try:
+        stages = describe_stages(backbone)
+    except RuntimeError as error:  # a tag that timm does not know, or no maps to be had
+        raise ModelError(f"backbone {backbone}: {error}") from error
     if not layers or len(set(layers)) != len(layers):
         raise ModelError(f"layers {layers} must name at least one stage, each once")
     for layer in layers:

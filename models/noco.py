@@ -13,6 +13,7 @@ Source: "A Norm-Constrained Method for Semantic and Structured Anomaly Detection
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -139,6 +140,10 @@ class Noco(Detector):
             mean_loss = mean_of_finite(losses, epoch)
             if monitor is not None:
                 monitor(epoch, {"loss": mean_loss, "radius": self.radius.item()})
+
+    def stopped_at(self, step: int) -> dict[str, Any]:
+        """A step is an epoch; see `Detector.stopped_at`."""
+        return {"epochs": step}
 
     def loss(self, features: Tensor) -> Tensor:
         """Return the training loss, a scalar, of normal features (B, C, H, W)."""

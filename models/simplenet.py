@@ -27,6 +27,7 @@ which gives each pair a run folder of its own.
 import contextlib
 import math
 import warnings
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -238,6 +239,10 @@ class SimpleNet(Detector):
         positions = rearrange(features, "b c h w -> (b h w) c")
         logits = self.discriminator(self.adapt(positions))  # (B*H*W,)
         return rearrange(-logits, "(b h w) -> b h w", b=B, h=H, w=W)
+
+    def stopped_at(self, step: int) -> dict[str, Any]:
+        """A step is an epoch; see `Detector.stopped_at`."""
+        return {"epochs": step}
 
     def diagnostics(self) -> dict[str, list[float]]:
         """Return the standard deviation of each channel over all training positions.

@@ -105,7 +105,7 @@ class Outcome:
     """What one way of selecting gives.
 
     Attributes:
-        select: "last" or "best_test".
+        select: "last", "synthetic" or "best_test".
         metrics: by name, in [0, 1] or nan.
         undefined: metric -> why it is nan.
         scores: of the test images, from the state whose image AUROC counts.
@@ -139,8 +139,10 @@ class Monitor:
     Args:
         detector: the head being fitted.
         test: its test set.
-        select: "last" or "best_test".
+        select: how the detector's options were chosen: "last", "synthetic" (before this fit) or
+            "best_test" (during it).
         log: takes the values of a step.
+        monitor_test: log the test metrics of every step; chooses nothing.
     """
 
     def __init__(
@@ -149,11 +151,14 @@ class Monitor:
         test: TestSet,
         select: str,
         log: Callable[..., None],
+        *,
+        monitor_test: bool = False,
     ) -> None:
         self._detector = detector
         self._test = test
         self._select = select
         self._log = log
+        self._monitor_test = monitor_test
         self._step = 0
         self._best: dict[str, _Best] = {}
         self._watched: dict[str, str] = {}
@@ -170,7 +175,7 @@ class Monitor:
         """Record the end of a step (an epoch) and evaluate it if asked for."""
         self._step = step
         record: dict[str, Any] = dict(values)
-        if self._watched:
+        if self._watched or self._monitor_test:
             record |= self._evaluate_step(step).values()
         self._log(event="step", step=step, **record)
 
@@ -178,8 +183,8 @@ class Monitor:
         """Evaluate what was kept: the last state, then the best on the test set if asked for."""
         last = self._snapshot()
         if not self._watched:
-            return [self._outcome_of_last("", last)]
-        outcomes = [self._outcome_of_last("-last", last)]
+            return [self._outcome_of_last(self._select, "", last)]
+        outcomes = [self._outcome_of_last("last", "-last", last)]
         image, pixel = self._best["image"], self._best.get("pixel", self._best["image"])
         self._detector.load_state_dict(image.state)
         metrics = {
@@ -214,11 +219,11 @@ class Monitor:
         self._seconds += time.perf_counter() - start
         return metrics
 
-    def _outcome_of_last(self, suffix: str, state: State) -> Outcome:
+    def _outcome_of_last(self, select: str, suffix: str, state: State) -> Outcome:
         scores = self._test.score(self._detector)
         metrics = self._test.metrics(scores)
         steps = {"step": self._step, "pixel_step": self._step}
-        return Outcome("last", metrics.values(), metrics.undefined, scores, {suffix: state}, steps)
+        return Outcome(select, metrics.values(), metrics.undefined, scores, {suffix: state}, steps)
 
     def _snapshot(self) -> State:
         return copy.deepcopy(self._detector.state_dict())

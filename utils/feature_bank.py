@@ -154,6 +154,16 @@ class FeatureBank:
             self.stages, indices, assemble=self._assemble, device=self._device, rows=chosen
         )
 
+    @staticmethod
+    def join(first: "FeatureBank", second: "FeatureBank") -> "FeatureBank":
+        """Return a bank of the images of both, copied; `indices` counts them anew."""
+        stages = [
+            torch.cat([a[first._rows.to(a.device)], b[second._rows.to(b.device)].to(a.device)])
+            for a, b in zip(first.stages, second.stages, strict=True)
+        ]
+        count = len(first) + len(second)
+        return FeatureBank(stages, range(count), assemble=first._assemble, device=first._device)
+
     def batches(
         self, batch_size: int, *, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:

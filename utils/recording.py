@@ -10,8 +10,10 @@ from tqdm import tqdm
 from utils.evaluation import Monitor, Outcome, TestSet
 from utils.feature_bank import FeatureBank
 from utils.metrics import METRIC_NAMES
-from utils.runs import Run
+from utils.online import online_curve, save_online_curve
+from utils.runs import Run, file_stem
 from utils.seeding import seed_everything
+from utils.selection import Validation, choose
 from utils.table_formats import Table
 from utils.tables import SELECT_LABELS, build_table
 
@@ -22,11 +24,15 @@ def fit_and_record(
     run: Run,
     category: str,
     seed: int,
-    build: Callable[[], Any],
+    build: Callable[[dict[str, Any]], Any],
     train: FeatureBank,
     test: TestSet,
     *,
     select: str,
+    candidates: Sequence[dict[str, Any]] = ({},),
+    validation: Validation | None = None,
+    monitor_test: bool = False,
+    online: bool = False,
     skipped: Sequence[str] = (),
     draw: Callable[[Outcome], None] | None = None,
     save_maps: bool = False,
@@ -41,10 +47,14 @@ def fit_and_record(
         run: the open run.
         category: category or normal class.
         seed: of this fit.
-        build: makes the unfitted detector, on its device: a module with `fit`.
+        build: makes the unfitted detector from changed options, on its device.
         train: normal training features.
         test: the test set of the category.
-        select: "last" or "best_test".
+        select: "last", "synthetic" or "best_test".
+        candidates: changed options that `synthetic` chooses from.
+        validation: what `synthetic` judges them by.
+        monitor_test: log the test metrics of every step or candidate; chooses nothing.
+        online: also write the curve over the number of images seen.
         skipped: images left out as unreadable, with the reason.
         draw: makes the pictures of the reported outcome.
         save_maps: keep the anomaly maps too.
@@ -56,24 +66,40 @@ def fit_and_record(
     log = functools.partial(run.log, category, seed)
     empty = [test.names[i] for i in test.empty_masks]
     log(event="data", skipped=list(skipped), empty_masks=empty)
-    generator = seed_everything(seed)
-    detector = build()
-    monitor = Monitor(detector, test, select, log)
     try:
+        options: dict[str, Any] = {}
+        if validation is not None:
+            watched = test if monitor_test else None
+            choice = choose(build, candidates, validation, seed=seed, log=log, watched=watched)
+            options = choice.options
+            log(event="chosen", options=options, synthetic_auroc=choice.auroc)
+        generator = seed_everything(seed)
+        detector = build(options)
+        monitor = Monitor(detector, test, select, log, monitor_test=monitor_test)
         detector.fit(train, generator=generator, monitor=monitor)
     except FloatingPointError as error:
         raise FloatingPointError(f"{category}, seed {seed}: {error}") from error
-    facts = {
+    fit_seconds = round(monitor.fit_seconds, 3)
+    if diagnostics := detector.diagnostics():
+        log(event="diagnostics", **diagnostics)
+    facts: dict[str, Any] = {
         "num_train": len(train),
         "num_test": len(test.bank),
         "skipped": len(skipped),
         "empty_masks": len(empty),
         "trainable": sum(p.numel() for p in detector.parameters() if p.requires_grad),
-        "fit_seconds": round(monitor.fit_seconds, 3),
+        "fit_seconds": fit_seconds,
+        "chosen": " ".join(f"{name}={_plain(value)}" for name, value in options.items()),
+        "remarks": " ".join(detector.remarks),
     }
     outcomes = monitor.outcomes()
     if draw is not None:
         draw(outcomes[-1])
+    if online:
+        learner = build(options)
+        curve = online_curve(learner, train, test, generator=seed_everything(seed))
+        path = run.folder / "online" / f"{file_stem(category, seed)}.csv"
+        save_online_curve(path, curve, title=f"{category}, seed {seed}")
     for outcome in outcomes:
         _save(run, category, seed, outcome, test, save_maps)
     rows = [
@@ -89,7 +115,7 @@ def fit_and_record(
         for outcome in outcomes
     ]
     run.finish(category, seed, rows)
-    tqdm.write(summary_line(category, seed, outcomes, facts["fit_seconds"]))
+    tqdm.write(summary_line(category, seed, outcomes, fit_seconds))
 
 
 def _save(
@@ -118,7 +144,7 @@ def summary_line(category: str, seed: int, outcomes: Sequence[Outcome], fit_seco
     parts = []
     for outcome in outcomes:
         values = [(n, outcome.metrics[n]) for n in shown if not math.isnan(outcome.metrics[n])]
-        head = "" if outcome.select == "last" else "best on test (optimistic): "
+        head = "" if outcome.select == "last" else f"{SELECT_LABELS[outcome.select]}: "
         parts.append(head + "  ".join(f"{name} {100 * value:.2f}" for name, value in values))
     return f"{category}  seed {seed}:  {'  |  '.join(parts)}  (fit {fit_seconds:.1f} s)"
 
@@ -183,7 +209,12 @@ def row_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "or thinner than a pixel): they count as anomalous, but no map can find them; "
             "metrics.jsonl names them."
         )
-    return notes
+    remarks = [(row["category"], row["seed"], row["remarks"]) for row in rows if row["remarks"]]
+    return notes + [f"{category}, seed {seed}: {text}" for category, seed, text in remarks]
+
+
+def _plain(value: Any) -> str:
+    return f"{value[0]:g}" if isinstance(value, tuple) else str(value)
 
 
 def undefined_reasons(rows: Sequence[Mapping[str, object]]) -> dict[str, str]:

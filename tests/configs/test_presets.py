@@ -162,7 +162,8 @@ def other_value(experiment, field, types):
     if isinstance(value, Path):
         return value / "other"
     if isinstance(value, tuple):
-        return ("other",) if field.name == "categories" else (*value, 7)
+        words = {"categories": ("other",), "grid": ("norm=1,2",)}
+        return words.get(field.name, (*value, 7))
     return next((c for c in choices if isinstance(c, str) and c != value), "other")
 
 
@@ -175,6 +176,8 @@ def test_run_folder_depends_on_what_is_measured_and_not_on_how(experiment):
     types = get_type_hints(type(experiment))
     fields = {f.name: f for f in dataclasses.fields(experiment)}
     assert fields.keys() >= HOW_NOT_WHAT
+    harmless = {"device", "workers", "cache", "output", "run", "restart"}
+    assert harmless >= HOW_NOT_WHAT, "does a number depend on the new one?"
     for field in fields.values():
         changed = dataclasses.replace(
             experiment, **{field.name: other_value(experiment, field, types)}
@@ -209,6 +212,7 @@ BAD = [
     ({"seeds": ()}, "--seeds needs at least one"),
     ({"seeds": (0, 0)}, r"--seeds \(0, 0\) must be different and not negative"),
     ({"seeds": (-1,)}, "must be different and not negative"),
+    ({"seeds": (2**32,)}, r"--seeds \(4294967296,\) must be below 2\^32"),
     ({"categories": ("a", "b", "a")}, "--categories names one twice"),
     ({"layers": ()}, "--layers needs at least one stage"),
     ({"workers": -1}, "cannot be negative"),
@@ -217,7 +221,9 @@ BAD = [
     ({"run": "a/b"}, "--run 'a/b' must be a plain folder name"),
     ({"patch_size": 4}, "--patch-size 4 must be odd"),
     ({"patch_size": -1}, "patch-size is -1"),
-    ({"blur_sigma": -0.5}, "--blur-sigma cannot be negative"),
+    ({"blur_sigma": -0.5}, r"--blur-sigma -0\.5 must be 0 \(no blur\) or above"),
+    ({"blur_sigma": float("nan")}, "--blur-sigma nan"),
+    ({"blur_sigma": float("inf")}, "--blur-sigma inf"),
 ]
 
 

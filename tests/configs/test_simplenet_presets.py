@@ -72,15 +72,17 @@ def test_nc_disc_is_simplenet_with_a_norm():
 )
 def test_parameter_counts_with_the_papers_backbone(method, expected):
     options = structured_experiment("mvtec", method).method_options()
-    assert build_detector(method, 512 + 1024, options).num_trainable == expected
+    assert build_detector(method, [512, 1024], options).num_trainable == expected
 
 
 def test_options_and_detector_have_the_same_names_and_defaults():
     signature = inspect.signature(SimpleNet).parameters
     defaults = {name: p.default for name, p in signature.items() if name != "channels"}
-    assert dataclasses.asdict(SimpleNetConfig()) == defaults
+    options = dataclasses.asdict(SimpleNetConfig())
+    assert options.pop("feature_norm") == "none"  # of every method, and built before the head
+    assert options == defaults
     for name in NAMES:
-        assert DETECTORS[name] is SimpleNet
+        assert DETECTORS[name] == {"sgd": SimpleNet}
 
 
 @pytest.mark.parametrize("method", NAMES)

@@ -185,6 +185,8 @@ def test_unknown_backbone_gets_the_nearest_names():
         FrozenExtractor("resnet5O", (1,), weights="random")
     with pytest.raises(ModelError, match=r"no backbone '!!!'$"):
         FrozenExtractor("!!!", (1,), weights="random")
+    with pytest.raises(ModelError, match=r"resnet18\.nonsense: Invalid pretrained tag"):
+        FrozenExtractor("resnet18.nonsense", (1,), weights="random")
 
 
 @pytest.mark.parametrize("layers", [(1, 7), (-1,), (5,)])

@@ -280,6 +280,22 @@ def test_batches_and_epochs_are_as_asked(monkeypatch):
     assert sizes == [4, 4, 2] * 2
 
 
+def test_each_epoch_sees_every_image_once_in_another_order(monkeypatch):
+    bank = Bank(torch.arange(10.0)[:, None, None, None].expand(10, 6, 2, 2).contiguous())
+    seen = []
+    loss = Noco.loss
+    monkeypatch.setattr(
+        Noco, "loss", lambda self, f: (seen.extend(f[:, 0, 0, 0].tolist()), loss(self, f))[1]
+    )
+    fitted(bank, epochs=2, batch_size=4, seed=1)
+    first, second = seen[:10], seen[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert first != sorted(first)
+    fitted(bank, epochs=2, batch_size=4, seed=1)
+    assert seen[20:] == seen[:20]
+
+
 class Poisoned(Bank):
     """The third batch of the second pass holds an infinity; nothing is shuffled."""
 
@@ -321,8 +337,9 @@ def test_bad_options_are_refused():
 
 
 def test_detectors_are_built_by_name():
-    detector = build_detector("noco", 12, {"norm": 2.0, "out_dim": 3})
-    assert type(detector) is DETECTORS["noco"] is Noco
+    detector = build_detector("noco", (8, 4), {"solver": "sgd", "norm": 2.0, "out_dim": 3})
+    assert type(detector) is DETECTORS["noco"]["sgd"] is Noco
+    assert detector.projector.in_features == 12
     assert (detector.norm, detector.objective.numel()) == (2.0, 3)
     with pytest.raises(TypeError, match="normm"):
-        build_detector("noco", 12, {"normm": 2.0})
+        build_detector("noco", (8, 4), {"normm": 2.0})

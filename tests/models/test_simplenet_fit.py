@@ -251,3 +251,21 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step():
     bank.features[:] = math.nan
     with pytest.raises(FloatingPointError, match="epoch 1, step 1"):
         fitted(bank)
+
+
+@pytest.mark.parametrize("report_every", [1, 2])
+def test_stopped_at_names_the_options_that_end_there(report_every):
+    bank = draw_bank()
+    states = {}
+    detector = SimpleNet(6, epochs=5, sigma=1.0, report_every=report_every)
+    detector.fit(
+        bank,
+        generator=seeded(),
+        monitor=lambda step, _: states.update({step: copy.deepcopy(detector.state_dict())}),
+    )
+    for step, state in states.items():
+        options = {"epochs": 5, "report_every": report_every, **detector.stopped_at(step)}
+        again = SimpleNet(6, sigma=1.0, **options)
+        again.fit(bank, generator=seeded())
+        for name, value in again.state_dict().items():
+            assert torch.equal(value, state[name]), name

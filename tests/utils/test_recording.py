@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.detector import Detector
 from utils.evaluation import TestSet
 from utils.feature_bank import FeatureBank
 from utils.recording import (
@@ -47,11 +48,12 @@ def small_test_set(values=(1.0, 2.0, 3.0, 4.0), masks=None):
     )
 
 
-class Drawn(nn.Module):
+class Drawn(Detector):
     """Draws its one weight from the global generator and its other one from the explicit one."""
 
-    def __init__(self):
+    def __init__(self, options):
         super().__init__()
+        assert options == {}, "nothing was chosen"
         self.weight = nn.Parameter(torch.rand(1) + float(np.random.rand()))  # noqa: NPY002
         self.offset = nn.Parameter(torch.zeros(1))
 
@@ -219,7 +221,7 @@ def test_table_of_the_best_on_test_says_that_it_is_optimistic(tmp_path):
     assert [column.group for column in table.header] == ["last", "best on test (optimistic)"]
 
 
-def row(category, seed=0, select="last", skipped=0, empty_masks=0, undefined=""):
+def row(category, seed=0, select="last", skipped=0, empty_masks=0, undefined="", remarks=""):
     return {
         "category": category,
         "seed": seed,
@@ -227,6 +229,7 @@ def row(category, seed=0, select="last", skipped=0, empty_masks=0, undefined="")
         "skipped": skipped,
         "empty_masks": empty_masks,
         "undefined": undefined,
+        "remarks": remarks,
     }
 
 
@@ -241,6 +244,7 @@ def test_notes_count_an_image_once_over_seeds_and_selections():
     assert unreadable.startswith("3 unreadable images were left out (--skip-unreadable)")
     assert empty.startswith("5 anomalous test images have an empty mask")
     assert row_notes([row("tile")]) == []
+    assert row_notes([row("tile", 3, remarks="stuck")]) == ["tile, seed 3: stuck"]
 
 
 def test_undefined_reasons_come_from_the_rows():

@@ -1,0 +1,174 @@
+"""Every command that the README and the scripts' docstrings show is one that parses."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+FENCE = re.compile(r"^```(?:bash|sh|shell|console)\s*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
+
+
+def readme_commands():
+    """Words of each command in the README's shell fences."""
+    if not README.exists():
+        return []
+    text = README.read_text(encoding="utf-8")
+    return [words for block in FENCE.findall(text) for words in commands(block)]
+
+
+def docstring_commands():
+    """Words of each `python train_*.py` line in the docstring of a script."""
+    found = []
+    for script in sorted(ROOT.glob("*.py")):
+        docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+        lines = [line for line in docstring.splitlines() if line.startswith("    python ")]
+        found += commands("\n".join(line.strip() for line in lines))
+    return found
+
+
+def commands(block):
+    """Words of each line of a shell block: comments, prompts and environment variables dropped."""
+    joined = re.sub(r"\\\n\s*", " ", block)
+    for line in joined.splitlines():
+        for part in re.split(r"&&|;", line.removeprefix("$ ")):
+            words = shlex.split(part, comments=True)
+            while words and ASSIGNMENT.fullmatch(words[0]):
+                words = words[1:]
+            if words:
+                yield words
+
+
+def of_scripts(found):
+    """Arguments of the `python train_*.py` commands, without anything behind a pipe."""
+    for words in found:
+        if re.search(r"(^|/)python[0-9.]*$", words[0]) and words[1:]:
+            script = re.fullmatch(r"(train_\w+)\.py", words[1])
+            if script:
+                ends = [i for i, word in enumerate(words) if word in {"|", ">", "2>&1", "&"}]
+                yield script[1], words[2 : ends[0] if ends else None]
+
+
+class Parsed(Exception):  # noqa: N818  it ends a script that has parsed its command line
+    pass
+
+
+@pytest.fixture
+def parse_only(monkeypatch, tmp_path):
+    """Run a script up to the end of its parsing and return the experiment."""
+
+    def run(name, arguments):
+        script, found = importlib.import_module(name), []
+        parse = script.parse
+
+        def stop(*args, **options):
+            found.append(parse(*args, **options))
+            raise Parsed
+
+        monkeypatch.setattr(script, "parse", stop)
+        with pytest.raises(Parsed):
+            script.main(with_runs(name, arguments, tmp_path))
+        return found[0]
+
+    return run
+
+
+def with_runs(name, arguments, tmp_path):
+    """The arguments with an existing run in place of the one that --from-run names."""
+    if "--from-run" not in arguments:
+        return arguments
+    place = arguments.index("--from-run") + 1
+    script = importlib.import_module(name)
+    if name == "train_mvtec":
+        experiment = script.structured_experiment("mvtec", "noco")
+    else:
+        experiment = script.semantic_experiment("mnist", "noco")
+    (tmp_path / "config.json").write_text(json.dumps(experiment.to_json()))
+    return [*arguments[:place], str(tmp_path), *arguments[place + 1 :]]
+
+
+def as_test(command):
+    name, arguments = command
+    return shlex.join([f"{name}.py", *arguments])
+
+
+def distinct(found):
+    return list({as_test(command): command for command in found}.values())
+
+
+@pytest.mark.parametrize("command", distinct(of_scripts(readme_commands())), ids=as_test)
+def test_readme_command_parses(command, parse_only):
+    assert parse_only(*command).dataset
+
+
+@pytest.mark.parametrize("command", distinct(of_scripts(docstring_commands())), ids=as_test)
+def test_docstring_command_parses(command, parse_only):
+    assert parse_only(*command).dataset
+
+
+def test_readme_shows_commands_of_each_script():
+    assert README.is_file()
+    shown = {name for name, _ in of_scripts(readme_commands())}
+    assert shown == {"train_mvtec", "train_cifar10", "train_mnist"}
+    assert {name for name, _ in of_scripts(docstring_commands())} == shown
+
+
+def test_a_wrong_command_would_be_found(parse_only):
+    (command,) = of_scripts(
+        commands("$ NOCO_CACHE=x python train_mvtec.py \\\n  visa --epochz 3  # no")
+    )
+    assert command == ("train_mvtec", ["visa", "--epochz", "3"])
+    with pytest.raises(SystemExit):
+        parse_only(*command)
+
+
+def make_targets():
+    return sorted(
+        {
+            target
+            for words in readme_commands()
+            if words[0] == "make"
+            for target in words[1:]
+            if "=" not in target and not target.startswith("-")
+        }
+    )
+
+
+def test_readme_sets_up_by_make():
+    assert {"demo", "test"} <= set(make_targets())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", make_targets())
+def test_make_target_exists(target):
+    command = ["make", "--dry-run", "--always-make", target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def other_python_commands():
+    return [words for words in readme_commands() if re.search(r"(^|/)python[0-9.]*$", words[0])]
+
+
+def test_modules_and_files_that_the_readme_runs_exist():
+    for words in other_python_commands():
+        if words[1:2] == ["-m"]:
+            assert importlib.util.find_spec(words[2]) is not None, words
+        elif words[1:] and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), words
+
+
+def test_files_that_the_readme_links_exist():
+    text = README.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        if not re.match(r"[a-z]+:", link):
+            assert (ROOT / link).exists(), link
