@@ -135,9 +135,9 @@ def _draw_panel(axes: Axes, fits: Fits, category: str, seeds: Sequence[int]) -> 
         steps, values = fits.curves[pair]
         axes.plot(steps, [100 * v for v in values], **style(number), linewidth=1.0, alpha=0.8)
         best = int(np.argmax(values))
-        marked = {
-            "last": (steps[-1], values[-1]),
+        marked = {  # the largest mark first: a smaller one on top of it stays visible
             "best on test (optimistic)": (steps[best], values[best]),
+            "last": (steps[-1], values[-1]),
         }
         if pair in fits.synthetic:
             marked["synthetic"] = fits.synthetic[pair]
