@@ -44,12 +44,16 @@ class NocoConfig(FeatureOptions):
     """Centres of normal features with a second moment each; 1 is the plain method (closed_form)."""
     nearest: int = 3
     """Centres each feature is compared with (closed_form)."""
+    kmeans_positions: int = 20_000
+    """Normal features the centres are found on (closed_form)."""
     sample_w0: bool = False
     """Draw one initial projector instead of the expectation over it (closed_form)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "norm", "nu", "learning_rate", "batch_size", "epochs")
-        require_positive(self, "prototypes", "nearest")
+        require_positive(self, "prototypes", "nearest", "kmeans_positions")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"--method.weight-decay {self.weight_decay} cannot be negative")
         if not self.time or list(self.time) != sorted(set(self.time)) or self.time[0] <= 0:
             raise ValueError(f"--method.time {self.time} must be ascending and above 0")
         if self.out_dim is not None and self.out_dim < 1:

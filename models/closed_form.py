@@ -40,7 +40,7 @@ from einops import rearrange
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from models.detector import Detector, FeatureSource, Monitor
+from models.detector import ONLINE_HINT, Detector, FeatureSource, Monitor
 from models.errors import ModelError
 
 CHUNK = 16384
@@ -112,7 +112,7 @@ class ClosedFormNoco(Detector):
         With prototypes the features are read twice, the first time for k-means. The generator is
         used for k-means and `sample_w0` only: the plain expectation needs no seed.
         """
-        self.start(generator)
+        self._forget(generator)
         if len(self.centres) > 1:
             self.centres.copy_(self._cluster(bank, generator))
         for features in bank.batches(4):
@@ -130,8 +130,14 @@ class ClosedFormNoco(Detector):
     def start(self, generator: torch.Generator) -> None:
         """Forget what was fitted; see `Detector.start`.
 
-        With prototypes the centres come from k-means on a bank, so that only `fit` can set them.
+        Raises:
+            ModelError: with prototypes, whose centres come from k-means on all normal features.
         """
+        if len(self.centres) > 1:
+            raise ModelError(f"prototypes are centres of all features at once; {ONLINE_HINT}")
+        self._forget(generator)
+
+    def _forget(self, generator: torch.Generator) -> None:
         K, rows, columns = self.filters.shape
         device = self.filters.device
         self._sums = torch.zeros(K, columns, columns, dtype=torch.float64, device=device)

@@ -81,13 +81,17 @@ class NormalisedDetector(Detector):
 
     def partial_fit(self, features: Tensor) -> None:
         """Add normal features to an online head; see `Detector.partial_fit`."""
-        if self.feature_norm.kind == "std":
-            raise ModelError("feature norm std is measured over all images: no online learning")
+        self._require_online()
         self.head.partial_fit(self.feature_norm(features))
 
     def start(self, generator: torch.Generator) -> None:
         """See `Detector.start`."""
+        self._require_online()
         self.head.start(generator)
+
+    def _require_online(self) -> None:
+        if self.feature_norm.kind == "std":
+            raise ModelError("feature norm std is measured over all images: no online learning")
 
     def solve(self) -> None:
         """See `Detector.solve`."""

@@ -70,12 +70,18 @@ class TestSet:
 
     @torch.inference_mode()
     def score(self, detector: nn.Module) -> Scores:
-        """Score every image; the image score is the maximum of its upsampled, blurred map."""
+        """Score every image; the image score is the maximum of its upsampled, blurred map.
+
+        Raises:
+            FloatingPointError: a score is not finite.
+        """
         maps = []
         for features in self.bank.batches(self.batch_size):
             smooth = upsample_and_blur(detector(features), self.map_size, self.blur_sigma)
             maps.append(smooth.float().cpu())  # (B, S, S)
         stacked = torch.cat(maps)  # (N, S, S)
+        if not torch.isfinite(stacked).all():
+            raise FloatingPointError("a test score is not finite; the head has diverged")
         return Scores(image_scores(stacked), stacked)
 
     def metrics(self, scores: Scores) -> Metrics:
@@ -110,7 +116,7 @@ class Outcome:
         undefined: metric -> why it is nan.
         scores: of the test images, from the state whose image AUROC counts.
         states: file suffix -> state of the head.
-        steps: what each number was taken at, e.g. {"epoch": 50, "pixel_epoch": 50}.
+        steps: what each number was taken at, e.g. {"step": 50, "pixel_step": 50}.
     """
 
     select: str

@@ -1,5 +1,6 @@
 """Features of a set of images, extracted once and read many times by small heads."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -69,6 +70,7 @@ class FeatureBank:
         indices: position in the data set of each image of the bank; an unreadable image that was
             left out is missing here.
         channels: channels of the joined features.
+        extract_seconds: time the extraction took, of the whole bank where this is a subset.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class FeatureBank:
         assemble: Callable[[list[Tensor]], Tensor],
         device: torch.device,
         rows: Tensor | None = None,
+        extract_seconds: float = 0.0,
     ) -> None:
         self.stages = tuple(stages)
         self.indices = list(indices)
         self.channels = sum(s.shape[-1] for s in self.stages)
+        self.extract_seconds = extract_seconds
         self._assemble = assemble
         self._device = device
         self._rows = torch.arange(len(self.indices)) if rows is None else rows
@@ -111,6 +115,7 @@ class FeatureBank:
             UsageError: not one image could be read.
             FloatingPointError: a feature is beyond the range of `dtype`.
         """
+        start_time = time.perf_counter()
         stages: list[Tensor] = []
         indices: list[int] = []
         with tqdm(total=loader.num_images, desc=description, leave=False, disable=None) as bar:
@@ -135,7 +140,13 @@ class FeatureBank:
         stages = [s[: len(indices)] for s in stages]
         for stage in stages:
             _check_finite(stage, description)
-        return cls(stages, indices, assemble=extractor.assemble, device=extractor.device)
+        return cls(
+            stages,
+            indices,
+            assemble=extractor.assemble,
+            device=extractor.device,
+            extract_seconds=time.perf_counter() - start_time,
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -151,7 +162,12 @@ class FeatureBank:
         chosen = self._rows[wanted]
         indices = [self.indices[i] for i in wanted.tolist()]
         return FeatureBank(
-            self.stages, indices, assemble=self._assemble, device=self._device, rows=chosen
+            self.stages,
+            indices,
+            assemble=self._assemble,
+            device=self._device,
+            rows=chosen,
+            extract_seconds=self.extract_seconds,
         )
 
     @staticmethod

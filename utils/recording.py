@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.cli import UsageError
 from utils.evaluation import Monitor, Outcome, TestSet
 from utils.feature_bank import FeatureBank
 from utils.metrics import METRIC_NAMES
@@ -62,6 +63,7 @@ def fit_and_record(
     Raises:
         FloatingPointError: the fit left the finite numbers; category, seed, epoch and step are
             named.
+        UsageError: `best_test` without normal and anomalous test images.
     """
     log = functools.partial(run.log, category, seed)
     empty = [test.names[i] for i in test.empty_masks]
@@ -77,9 +79,10 @@ def fit_and_record(
         detector = build(options)
         monitor = Monitor(detector, test, select, log, monitor_test=monitor_test)
         detector.fit(train, generator=generator, monitor=monitor)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{category}, seed {seed}: {error}") from error
-    fit_seconds = round(monitor.fit_seconds, 3)
+        fit_seconds = round(monitor.fit_seconds, 3)
+        outcomes = monitor.outcomes()
+    except (FloatingPointError, UsageError) as error:
+        raise type(error)(f"{category}, seed {seed}: {error}") from error
     if diagnostics := detector.diagnostics():
         log(event="diagnostics", **diagnostics)
     facts: dict[str, Any] = {
@@ -88,11 +91,11 @@ def fit_and_record(
         "skipped": len(skipped),
         "empty_masks": len(empty),
         "trainable": sum(p.numel() for p in detector.parameters() if p.requires_grad),
+        "extract_seconds": round(train.extract_seconds + test.bank.extract_seconds, 3),
         "fit_seconds": fit_seconds,
         "chosen": " ".join(f"{name}={_plain(value)}" for name, value in options.items()),
         "remarks": " ".join(detector.remarks),
     }
-    outcomes = monitor.outcomes()
     if draw is not None:
         draw(outcomes[-1])
     if online:
@@ -159,6 +162,7 @@ def finish_tables(
     groups: Mapping[str, Sequence[str]] | None = None,
     display: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    shared_images: bool = False,
 ) -> Table:
     """Build the table from every row of the run, write it in all formats and print it.
 
@@ -171,6 +175,7 @@ def finish_tables(
         groups: mean lines over some of the categories.
         display: printed names of categories.
         notes: printed below the table, before what the rows themselves have to say.
+        shared_images: the tasks share one set of images, so an unreadable one is in every row.
 
     Raises:
         RunError: a (category, seed) of the table is missing.
@@ -185,7 +190,7 @@ def finish_tables(
         dataset=dataset,
         groups=groups,
         display=display,
-        notes=[*notes, *row_notes(rows)],
+        notes=[*notes, *row_notes(rows, shared_images=shared_images)],
         nan_reasons=[f"{n}: {why}" for n, why in undefined_reasons(rows).items() if n in metrics],
     )
     table.write(run.folder)
@@ -194,11 +199,12 @@ def finish_tables(
     return table
 
 
-def row_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def row_notes(rows: Sequence[Mapping[str, Any]], *, shared_images: bool = False) -> list[str]:
     """Say what the numbers leave out: unreadable images, and defects no map can find."""
+    count = max if shared_images else sum
     notes = []
     per_category = {row["category"]: row for row in rows}
-    if skipped := sum(row["skipped"] for row in per_category.values()):
+    if skipped := count(row["skipped"] for row in per_category.values()):
         notes.append(
             f"{skipped} unreadable images were left out (--skip-unreadable); metrics.jsonl names "
             "them."

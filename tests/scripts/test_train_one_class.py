@@ -52,7 +52,9 @@ def measured(folder):
     for row in read_rows(folder / "results.csv"):
         undefined = {name for name, value in row.items() if value != value}
         assert undefined == {"pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"}
-        rows.append({k: v for k, v in row.items() if k not in {*undefined, "fit_seconds"}})
+        rows.append(
+            {k: v for k, v in row.items() if k not in undefined and not k.endswith("_seconds")}
+        )
     return rows
 
 

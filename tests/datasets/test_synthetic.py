@@ -1,0 +1,157 @@
+"""Synthetic anomalies: where they are drawn, how large, and that nothing but seed and index matters."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.loading import BatchLoader, Images
+from datasets.samples import DataError
+from datasets.synthetic import PATCH_AREA, SyntheticDataset, cutpaste, rotate
+from tests.datasets.trees import texture
+
+SIZE = 64
+
+
+class Textures(Images):
+    """Textures that differ; the image at `broken` cannot be read."""
+
+    def __init__(self, count=4, size=SIZE, broken=None):
+        rng = np.random.default_rng(0)
+        self.images = [
+            torch.from_numpy(texture(rng, (size, size))).permute(2, 0, 1) for _ in range(count)
+        ]
+        self.broken = broken
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            return index, f"image {index} cannot be read"
+        return index, self.images[index]
+
+    def source(self, index):
+        return Path(f"{index}.png")
+
+
+def noise(size=SIZE, seed=0):
+    """An image whose pixels all differ from their neighbours, so that a paste shows."""
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_the_mask_is_where_pixels_differ(size):
+    image = noise(size)
+    before = image.copy()
+    shapes = set()
+    for seed in range(60):
+        pasted, mask = cutpaste(image, np.random.default_rng(seed))
+        assert np.array_equal(image, before), "the input was changed"
+        assert (pasted.shape, pasted.dtype) == (image.shape, np.uint8)
+        assert (mask.shape, mask.dtype) == ((size, size), bool)
+        changed = (pasted != image).any(axis=2)
+        assert not changed[~mask].any()
+        assert changed[mask].mean() > 0.95
+        rows, columns = mask.any(axis=1).sum(), mask.any(axis=0).sum()
+        patch = mask.sum() == rows * columns and mask.sum() > 0.015 * size**2
+        shapes.add("patch" if patch else "scar")
+    assert shapes == {"patch", "scar"}
+
+
+def test_sizes_stay_within_those_of_the_paper():
+    size, patches, scars = 256, [], []
+    for seed in range(300):
+        _, mask = cutpaste(noise(size), np.random.default_rng(seed))
+        rows, columns = int(mask.any(axis=1).sum()), int(mask.any(axis=0).sum())
+        if mask.sum() == rows * columns and mask.sum() > 0.015 * size**2:
+            patches.append((mask.mean(), columns / rows))
+        else:
+            scars.append((mask.sum(), np.hypot(rows, columns)))
+    areas, aspects = np.array(patches).T
+    assert PATCH_AREA[0] * 0.95 < areas.min() < 0.04 and 0.12 < areas.max() < PATCH_AREA[1] * 1.05
+    assert 0.28 < aspects.min() < 0.5 and 2 < aspects.max() < 3.5
+    assert (aspects < 1).mean() == pytest.approx(0.5, abs=0.15)
+    pixels, diagonals = np.array(scars).T
+    assert 10 < pixels.min() < 60 and 250 < pixels.max() <= 17 * 26
+    assert diagonals.max() < np.hypot(16, 25) * 1.3  # of the box around a turned scar
+    assert len(scars) / 300 == pytest.approx(0.5, abs=0.1)
+
+
+def test_colour_jitter_stays_small():
+    grey = np.full((SIZE, SIZE, 3), 128, dtype=np.uint8)
+    values = {
+        int(value)
+        for seed in range(40)
+        for value in np.unique(cutpaste(grey, np.random.default_rng(seed))[0])
+    }
+    # A scar is interpolated at its rim but never mixed with black there.
+    assert min(values) >= 128 * 0.45 and max(values) <= 128 * 1.11
+    assert len(values) > 10
+
+
+def test_a_tiny_image_still_gets_a_defect():
+    for seed in range(40):
+        pasted, mask = cutpaste(noise(4), np.random.default_rng(seed))
+        assert mask.any() and pasted.shape == (4, 4, 3)
+
+
+def test_seed_and_index_alone_decide():
+    images = Textures()
+    dataset = SyntheticDataset(images, cutpaste, copies=3, seed=7)
+    forward = [dataset[i][1] for i in range(len(dataset))]
+    again = SyntheticDataset(Textures(), cutpaste, copies=3, seed=7)
+    for i in reversed(range(len(again))):
+        assert torch.equal(again[i][1], forward[i])
+    other = SyntheticDataset(images, cutpaste, copies=3, seed=8)
+    assert not torch.equal(other[0][1], forward[0])
+    assert not torch.equal(forward[0], forward[1]), "copies must differ"
+
+
+def test_workers_draw_the_same():
+    dataset = SyntheticDataset(Textures(), cutpaste, copies=2)
+    drawn = [
+        torch.cat([b.images for b in BatchLoader(dataset, batch_size=3, workers=workers)])
+        for workers in (0, 2)
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_copies_follow_their_image():
+    images = Textures()
+    dataset = SyntheticDataset(images, cutpaste, copies=3)
+    assert len(dataset) == 12
+    masks = dataset.masks(range(12))
+    assert (masks.shape, masks.dtype) == ((12, SIZE, SIZE), torch.bool)
+    for index in range(12):
+        position, drawn = dataset[index]
+        assert (position, drawn.dtype, drawn.shape) == (index, torch.uint8, (3, SIZE, SIZE))
+        assert dataset.source(index) == Path(f"{index // 3}.png")
+        original = images.images[index // 3]
+        assert torch.equal(drawn[:, ~masks[index]], original[:, ~masks[index]])
+        assert (drawn != original).any()
+    assert torch.equal(dataset.masks([5]), masks[5:6])
+    assert all(torch.equal(a, b) for a, b in zip(images.images, Textures().images, strict=True))
+
+
+def test_rotation_turns_the_image():
+    image, turns = noise(), set()
+    for seed in range(30):
+        turned, mask = rotate(image, np.random.default_rng(seed))
+        (turn,) = [k for k in range(4) if np.array_equal(turned, np.rot90(image, k))]
+        turns.add(turn)
+        assert mask.all()
+        assert mask.shape == (SIZE, SIZE)
+    assert turns == {1, 2, 3}
+
+
+def test_an_unreadable_image_passes_through():
+    dataset = SyntheticDataset(Textures(broken=1), cutpaste, copies=2)
+    for index in (2, 3):
+        assert dataset[index] == (index, "image 1 cannot be read")
+    with pytest.raises(DataError, match="image 1 cannot be read"):
+        dataset.masks([0, 3])
+    loader = BatchLoader(dataset, batch_size=8, skip_unreadable=True, workers=0)
+    assert [b.indices for b in loader] == [[0, 1, 4, 5, 6, 7]]
+    assert [why for _, why in loader.skipped] == ["image 1 cannot be read"] * 2
