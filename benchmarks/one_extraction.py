@@ -4,9 +4,9 @@
     python -m benchmarks.one_extraction                          # scikit-learn's digits
 
 The released semantic scripts run the backbone over a class's training images in each epoch, and
-over the whole test set at each evaluation. Here both schemes are timed side by side in one run. Ours runs
-in full. The other is timed for one class: one epoch with its backbone passes and one evaluation,
-and projected to all classes and epochs (it is linear in both).
+over the whole test set at each evaluation. Here both schemes are timed side by side in one run.
+Ours runs in full. The other is timed for one class, one epoch with its backbone passes and one
+evaluation, and projected to all classes and epochs (it is linear in both).
 """
 
 import argparse

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Suppress
 
@@ -99,6 +99,18 @@ class Experiment:
                 f"{self.image_size}, or be none"
             )
         parse_grid(self.grid, self.method)
+        if self.grid and self.select != "synthetic":
+            raise ValueError("--grid is what --select synthetic chooses from; add it, or leave out")
+        learns_online = (
+            getattr(self.method, "solver", "sgd") == "closed_form"
+            and getattr(self.method, "prototypes", 0) == 1
+            and self.method.feature_norm != "std"
+        )
+        if self.online and not learns_online:
+            raise ValueError(
+                "--online needs --method.solver closed_form, --method.prototypes 1 and a "
+                "--method.feature-norm other than std, which alone are sums over images"
+            )
         if self.workers < 0 or self.overlays < 0:
             raise ValueError("--workers and --overlays cannot be negative")
         if Path(self.run).name != self.run:
@@ -142,7 +154,7 @@ def parse_grid(grid: Sequence[str], method: MethodConfig) -> list[dict[str, Any]
     Raises:
         ValueError: an item is malformed, or the method has no such option or value.
     """
-    axes: list[list[tuple[str, Any]]] = []
+    axes: dict[str, list[Any]] = {}
     for item in grid:
         name, equals, values = item.partition("=")
         name = name.replace("-", "_")
@@ -153,8 +165,18 @@ def parse_grid(grid: Sequence[str], method: MethodConfig) -> list[dict[str, Any]
         kind = type(getattr(method, name))
         if kind not in {int, float, str}:
             raise ValueError(f"--grid {item!r}: only numbers and words can be searched")
-        axes.append([(name, kind(value)) for value in values.split(",")])
-    points = [dict(point) for point in itertools.product(*axes)]
+        try:
+            searched = [kind(value) for value in values.split(",")]
+        except ValueError as error:
+            raise ValueError(f"--grid {item!r}: {error}") from error
+        hint = get_type_hints(type(method))[name]
+        words = get_args(hint) if get_origin(hint) is Literal else searched
+        if unknown := [value for value in searched if value not in words]:
+            raise ValueError(f"--grid {item!r}: {unknown[0]} is none of {', '.join(words)}")
+        if len(set(searched)) < len(searched) or name in axes:
+            raise ValueError(f"--grid {item!r}: an option or value stands twice")
+        axes[name] = searched
+    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
     for point in points:
         dataclasses.replace(method, **point)  # checks the values
     return points

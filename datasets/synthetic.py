@@ -119,7 +119,8 @@ def _paste_scar(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
         ((width - 1) / 2, (length - 1) / 2), rng.uniform(-SCAR_ANGLE, SCAR_ANGLE), 1.0
     )
     turn[:, 2] += np.array([(side - width) / 2, (side - length) / 2])
-    turned = cv2.warpAffine(scar, turn, (side, side))
+    # Its edge continues outwards: black interpolated into it would give every scar a dark rim.
+    turned = cv2.warpAffine(scar, turn, (side, side), borderMode=cv2.BORDER_REPLICATE)
     cover = cv2.warpAffine(np.full((length, width), 255, np.uint8), turn, (side, side)) > 127
     if side > size or not cover.any():
         return _paste_patch(image, rng)

@@ -44,7 +44,7 @@ def exits_cleanly(*expected: type[Exception]) -> Callable[[Callable[P, R]], Call
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device `name` stands for: "auto", "cpu", "cuda", "cuda:1", "mps".
+    """Return the device `name` stands for: "auto", "cpu", "cuda", "cuda:1".
 
     On the CPU, freed memory stays in the process from here on (see `utils.allocator`).
 
@@ -64,6 +64,6 @@ def pick_device(name: str) -> torch.device:
             raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()}")
     elif device.type == "cpu":
         keep_freed_memory()
-    elif device.type != "mps":
+    else:  # "mps" among them: it has no float64, which scoring and the closed form need
         raise UsageError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:1")
     return device

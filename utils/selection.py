@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from utils.cli import UsageError
 from utils.evaluation import TestSet
 from utils.feature_bank import FeatureBank
 from utils.seeding import seed_everything
@@ -40,10 +41,13 @@ def hold_out(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split positions 0 .. N-1 into kept and held-out ones, the same for every seed.
 
     Raises:
-        ValueError: fewer than two images.
+        UsageError: fewer than two images.
     """
     if num_images < 2:
-        raise ValueError("--select synthetic needs at least two normal training images")
+        raise UsageError(
+            "--select synthetic needs at least two normal training images, one to hold out; "
+            "use --select last"
+        )
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
     num_held = max(1, round(HELD_OUT_SHARE * num_images))
     return order[num_held:].sort().values, order[:num_held].sort().values

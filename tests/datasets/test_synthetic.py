@@ -1,4 +1,4 @@
-"""Synthetic anomalies: where they are drawn, how large, and that nothing but seed and index matters."""
+"""Synthetic anomalies: where they are, how large, and that only seed and index matter."""
 
 from pathlib import Path
 
@@ -70,12 +70,15 @@ def test_sizes_stay_within_those_of_the_paper():
         else:
             scars.append((mask.sum(), np.hypot(rows, columns)))
     areas, aspects = np.array(patches).T
-    assert PATCH_AREA[0] * 0.95 < areas.min() < 0.04 and 0.12 < areas.max() < PATCH_AREA[1] * 1.05
-    assert 0.28 < aspects.min() < 0.5 and 2 < aspects.max() < 3.5
+    assert PATCH_AREA[0] * 0.95 < areas.min() < 0.04
+    assert 0.12 < areas.max() < PATCH_AREA[1] * 1.05
+    assert 0.28 < aspects.min() < 0.5
+    assert 2 < aspects.max() < 3.5
     assert (aspects < 1).mean() == pytest.approx(0.5, abs=0.15)
     pixels, diagonals = np.array(scars).T
-    assert 10 < pixels.min() < 60 and 250 < pixels.max() <= 17 * 26
-    assert diagonals.max() < np.hypot(16, 25) * 1.3  # of the box around a turned scar
+    assert 10 < pixels.min() < 60
+    assert 250 < pixels.max() <= 17 * 26
+    assert diagonals.max() < 16 + 25 + 3  # of the box around a scar turned by 45 degrees
     assert len(scars) / 300 == pytest.approx(0.5, abs=0.1)
 
 
@@ -86,15 +89,17 @@ def test_colour_jitter_stays_small():
         for seed in range(40)
         for value in np.unique(cutpaste(grey, np.random.default_rng(seed))[0])
     }
-    # A scar is interpolated at its rim but never mixed with black there.
-    assert min(values) >= 128 * 0.45 and max(values) <= 128 * 1.11
+    # Saturation and contrast do nothing to grey; the rim of a turned scar is mixed with no black.
+    assert 128 * 0.89 < min(values) < 120
+    assert 136 < max(values) < 128 * 1.11
     assert len(values) > 10
 
 
 def test_a_tiny_image_still_gets_a_defect():
     for seed in range(40):
         pasted, mask = cutpaste(noise(4), np.random.default_rng(seed))
-        assert mask.any() and pasted.shape == (4, 4, 3)
+        assert mask.any()
+        assert pasted.shape == (4, 4, 3)
 
 
 def test_seed_and_index_alone_decide():
@@ -112,8 +117,10 @@ def test_seed_and_index_alone_decide():
 def test_workers_draw_the_same():
     dataset = SyntheticDataset(Textures(), cutpaste, copies=2)
     drawn = [
-        torch.cat([b.images for b in BatchLoader(dataset, batch_size=3, workers=workers)])
-        for workers in (0, 2)
+        torch.cat(
+            [b.images for b in BatchLoader(dataset, batch_size=3, workers=n, skip_unreadable=False)]
+        )
+        for n in (0, 2)
     ]
     assert torch.equal(*drawn)
 

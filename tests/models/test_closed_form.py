@@ -171,6 +171,18 @@ def test_one_image_at_a_time_equals_one_pass():
     torch.testing.assert_close(online(bank.features), whole(bank.features), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [255, 256, 600])  # around and beyond one block of the sums
+def test_the_second_moment_is_whole_for_many_channels(channels):
+    bank = draw_bank(count=3, channels=channels, side=3)
+    detector = ClosedFormNoco(channels)
+    detector.fit(bank, generator=seeded())
+    rows = extended(bank.features.movedim(1, -1).flatten(0, 2).double())
+    moment = rows.T @ rows / len(rows)
+    values, vectors = detector.decompose()
+    rebuilt = vectors[0] @ torch.diag(values[0]) @ vectors[0].T * moment.trace()
+    torch.testing.assert_close(rebuilt, moment, rtol=1e-9, atol=1e-9)
+
+
 def test_start_forgets_and_fitting_again_gives_the_same_bits():
     bank = draw_bank()
     for options in ({}, {"prototypes": 4}, {"sample_w0": True}):
@@ -213,7 +225,7 @@ def test_awkward_data_give_finite_maps(bank, sample_w0, prototypes):
     detector = ClosedFormNoco(
         bank.channels, time=(1e8,), prototypes=prototypes, sample_w0=sample_w0
     )
-    if N * H * W < prototypes:
+    if prototypes > N * H * W:
         with pytest.raises(ModelError, match="3 prototypes need as many normal features"):
             detector.fit(bank, generator=seeded())
         return
@@ -326,6 +338,11 @@ def test_at_least_one_centre(option):
         made(**{option: 0})
 
 
+def test_unknown_loss_is_refused():
+    with pytest.raises(ModelError, match="'cubed' is not one of distance, squared"):
+        made(loss="cubed")
+
+
 def test_every_time_is_visited_and_the_last_counts():
     bank, seen = draw_bank(), []
     detector = made(time=(1.0, 10.0, 100.0))
@@ -353,5 +370,5 @@ def test_solving_before_any_image_is_refused():
 
 
 def test_prototypes_do_not_learn_online():
-    with pytest.raises(ModelError, match="--method.prototypes 1"):
+    with pytest.raises(ModelError, match=r"--method\.prototypes 1"):
         made(prototypes=2).start(seeded())

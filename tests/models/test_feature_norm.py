@@ -32,7 +32,9 @@ def test_l2_gives_unit_length_at_each_position():
 def test_l2_per_layer_gives_unit_length_to_each_stage():
     features = lopsided().features
     result = FeatureNorm("l2_per_layer", STAGES)(features)
-    for part, before in zip(result.split(STAGES, dim=1), features.split(STAGES, dim=1)):
+    for part, before in zip(
+        result.split(STAGES, dim=1), features.split(STAGES, dim=1), strict=True
+    ):
         torch.testing.assert_close(part.norm(dim=1), torch.ones(8, 5, 5))
         torch.testing.assert_close(part * before.norm(dim=1, keepdim=True), before)
 
@@ -137,8 +139,8 @@ def test_state_round_trip(kind):
 def test_a_wrapped_detector_passes_on_what_is_asked_of_it():
     bank, steps = lopsided(), []
     detector = build_detector("noco", STAGES, {**CLOSED, "time": (1.0, 5.0), "feature_norm": "l2"})
-    detector.fit(bank, generator=seeded(), monitor=lambda step, values: steps.append(step))
-    assert steps == [1, 2]
+    detector.fit(bank, generator=seeded(), monitor=lambda *seen: steps.append(seen))
+    assert steps == [(1, {"time": 1.0}), (2, {"time": 5.0})]
     assert detector.stopped_at(1) == {"time": (1.0,)}
     assert detector.diagnostics() == detector.head.diagnostics()
     detector.head.remarks = ["said"]
@@ -167,7 +169,7 @@ def test_std_cannot_be_learnt_online():
 @pytest.mark.parametrize("method", ["noco", "simplenet"])
 def test_trained_detectors_refuse_online_learning(method):
     detector = build_detector(method, STAGES, {})
-    with pytest.raises(ModelError, match="--method.solver closed_form"):
+    with pytest.raises(ModelError, match=r"--method\.solver closed_form"):
         detector.start(seeded())
     with pytest.raises(ModelError, match="cannot learn online"):
         detector.partial_fit(lopsided().features)
