@@ -53,7 +53,7 @@ def parse(
         f"{description}\n\n"
         f"DATASET: {', '.join(datasets)} (default {datasets[0]}). "
         f"METHOD: {', '.join(methods)} (default {methods[0]}). "
-        "Both come first; defaults below are those of "
+        "Defaults below are those of "
         f"{default.dataset} {default.method_name}. --from-run RUN starts from a run's config.json."
     )
     return tyro.cli(

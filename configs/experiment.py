@@ -24,7 +24,7 @@ class Experiment:
     dataset: Suppress[str]
     method_name: Suppress[str]
     data_root: Path
-    """Folder of the data set (for `demo` and `digits`: where built data are kept)."""
+    """Folder of the data set (`demo` is built in it; `digits` needs none)."""
     categories: tuple[str, ...] = ()
     """Categories or normal classes to run; all by default."""
     seeds: tuple[int, ...] = (0,)
@@ -49,8 +49,7 @@ class Experiment:
     """Resize to a square by OpenCV, or the shorter side by Pillow (Lanczos, bilinear)."""
 
     select: Literal["last", "synthetic", "best_test"] = "last"
-    """Which epoch or time counts: the last; the best on pasted defects (no test image is used); or
-    the best on the test set (optimistic, as published)."""
+    """Which epoch or time counts: the last, the best on synthetic anomalies, or on the test set."""
     grid: tuple[str, ...] = ()
     """Options `--select synthetic` chooses too, e.g. prototypes=1,8,32 feature_norm=none,std."""
     monitor_test: bool = False
