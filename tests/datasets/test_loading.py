@@ -123,6 +123,7 @@ def test_interrupt_ends_quickly_with_one_traceback(tmp_path):
     script.write_text(
         textwrap.dedent(
             """
+            import signal
             import time
             import numpy as np
             from datasets.loading import ArrayDataset, BatchLoader
@@ -136,6 +137,8 @@ def test_interrupt_ends_quickly_with_one_traceback(tmp_path):
                     return mask
 
             if __name__ == "__main__":
+                # A background job of a shell without a terminal starts with interrupts ignored.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 images = ArrayDataset(np.zeros((4000, 8, 8), np.uint8), Slow())
                 for batch in BatchLoader(images, batch_size=1, workers=2, skip_unreadable=False):
                     print(batch.indices, flush=True)
