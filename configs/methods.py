@@ -82,8 +82,13 @@ SEMANTIC: dict[str, dict[str, Any]] = {
         "batch_size": 64,
         "epochs": 10,
     },
-    # Pooled features: the norm is nuisance, one centre is enough, and the result flat in time.
-    "noco_cf": {"feature_norm": "l2", "prototypes": 1, "time": (1e4,), "loss": "squared"},
+    # Pooled features: the norm is nuisance and one centre is enough.
+    "noco_cf": {
+        "feature_norm": "l2",
+        "prototypes": 1,
+        "time": (1e1, 1e2, 1e3, 1e4),
+        "loss": "squared",
+    },
     **SIMPLENET_SEMANTIC,
 }
 """What the released semantic scripts change, whatever the data set."""

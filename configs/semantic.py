@@ -36,6 +36,9 @@ GREY: dict[str, dict[str, Any]] = {
 
 DATASETS = COLOUR | GREY
 
+NO_ROTATIONS = frozenset({"digits", "mnist"})
+"""Where a turned image is no anomaly (0, 8; 6 and 9), so that nothing can be chosen on it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticExperiment(Experiment):
@@ -46,7 +49,7 @@ class SemanticExperiment(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.select == "synthetic" and self.dataset in {"digits", "mnist"}:
+        if self.select == "synthetic" and self.dataset in NO_ROTATIONS:
             raise ValueError(
                 "--select synthetic makes semantic anomalies by rotation, and a turned digit is no "
                 "anomaly (0, 8; 6 and 9): use --select last"
@@ -56,6 +59,8 @@ class SemanticExperiment(Experiment):
 def semantic_experiment(dataset: str, method: str) -> SemanticExperiment:
     """Compose the preset of a data set and a method."""
     entry = {"data_root": cache_folder(), **DATASETS[dataset]}  # digits have no folder of their own
+    if method == "noco_cf" and dataset not in NO_ROTATIONS:
+        entry["select"] = "synthetic"
     return SemanticExperiment(
         dataset=dataset,
         method_name=method,

@@ -154,7 +154,7 @@ def test_help_shows_the_defaults_of_the_pair_asked_for(capsys):
             parsed(*words)
         assert exit_.value.code == 0
         text = on_one_line(capsys.readouterr().out)
-        assert "defaults below are those of visa noco" in text
+        assert "Defaults below are those of visa noco" in text
         assert "--method.batch-size INT" in text
         assert "(default: lanczos_shorter)" in text
 
