@@ -6,36 +6,23 @@ from typing import Annotated, Any, Literal
 import tyro
 
 
-def _none_or_int(values: list[str]) -> int | None:
-    return None if values[0].lower() == "none" else int(values[0])
-
-
-def _none_or_float(values: list[str]) -> float | None:
-    return None if values[0].lower() == "none" else float(values[0])
-
-
-OptionalInt = Annotated[
-    int | None,
-    tyro.constructors.PrimitiveConstructorSpec(
+def _or_none(
+    kind: type[int] | type[float], metavar: str
+) -> "tyro.constructors.PrimitiveConstructorSpec[Any]":
+    """Describe an option that takes a number or the word none."""
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT|none",
-        instance_from_str=_none_or_int,
-        is_instance=lambda value: value is None or isinstance(value, int),
+        metavar=metavar,
+        instance_from_str=lambda words: None if words[0].lower() == "none" else kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, (int, kind)),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
-    ),
-]
+    )
+
+
+OptionalInt = Annotated[int | None, _or_none(int, "INT|none")]
 """An integer, or `none` on the command line."""
 
-OptionalFloat = Annotated[
-    float | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="FLOAT|none",
-        instance_from_str=_none_or_float,
-        is_instance=lambda value: value is None or isinstance(value, (int, float)),
-        str_from_instance=lambda value: ["none" if value is None else str(value)],
-    ),
-]
+OptionalFloat = Annotated[float | None, _or_none(float, "FLOAT|none")]
 """A number, or `none` on the command line."""
 
 
