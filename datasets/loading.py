@@ -1,10 +1,12 @@
 """Loads images in batches, in order, in worker processes, and says which could not be read."""
 
+import hashlib
+import json
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -56,6 +58,13 @@ class Images(Dataset[Item]):
         """What to call an image in a message."""
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """A hash of all that makes the images what they are, without reading the files.
+
+        It holds the code that makes them, too: images of an earlier version are others.
+        """
+        raise NotImplementedError
+
 
 class ImageDataset(Images):
     """Transformed images of files.
@@ -81,6 +90,10 @@ class ImageDataset(Images):
     def source(self, index: int) -> Path | int:
         """What to call an image in a message: its file."""
         return self.samples[index].path
+
+    def fingerprint(self) -> str:
+        """A hash of the files' paths, sizes and times of change, and of the transform."""
+        return digest([repr(self.transform), *(_stamp(sample.path) for sample in self.samples)])
 
 
 class ArrayDataset(Images):
@@ -112,6 +125,12 @@ class ArrayDataset(Images):
     def source(self, index: int) -> Path | int:
         """What to call an image in a message: its index."""
         return index
+
+    def fingerprint(self) -> str:
+        """A hash of the array and of the transform."""
+        array = np.ascontiguousarray(self.images)
+        content = hashlib.blake2b(array.data, digest_size=16).hexdigest()
+        return digest([repr(self.transform), str(array.shape), content])
 
 
 class BatchLoader:
@@ -155,6 +174,14 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these images from any others; the size of batches moves the last bits."""
+        return {
+            "images": self._dataset.fingerprint(),
+            "batch_size": self._loader.batch_size,
+            "skip_unreadable": self._skip_unreadable,
+        }
+
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []
         for indices, images, errors in self._loader:
@@ -164,6 +191,21 @@ class BatchLoader:
                 self.skipped.append((self._dataset.source(index), error))
             if indices:
                 yield Batch(indices, images)
+
+
+def digest(parts: Sequence[str]) -> str:
+    """Hashes some words together with the code that reads and transforms images."""
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("loading", "images", "transforms")]
+    text = json.dumps([*parts, *(path.read_text(encoding="utf-8") for path in files)])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _stamp(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:
+        return f"{path.absolute()} missing"
+    return f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
 
 
 def read_masks(samples: Sequence[Sample], transform: Transform) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.loading import Images, Item
+from datasets.loading import Images, Item, digest
 from datasets.samples import DataError
 
 PATCH_AREA = (0.02, 0.15)  # share of the image, CVPR 2021, section 4
@@ -73,6 +73,11 @@ class SyntheticDataset(Images):
     def source(self, index: int) -> Path | int:
         """What to call an image in a message: the normal image it was made from."""
         return self._dataset.source(index // self._copies)
+
+    def fingerprint(self) -> str:
+        """A hash of the normal images and of how the anomalies are drawn."""
+        drawing = [self._draw.__name__, str(self._copies), str(self._seed)]
+        return digest([self._dataset.fingerprint(), *drawing, Path(__file__).read_text("utf-8")])
 
     def _drawn(self, index: int) -> tuple[np.ndarray, np.ndarray] | str:
         _, image = self._dataset[index // self._copies]

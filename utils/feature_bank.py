@@ -1,20 +1,33 @@
-"""Features of a set of images, extracted once and read many times by small heads."""
+"""Features of a set of images, extracted once and read many times by small heads.
 
+python -m utils.feature_bank --list           what `--cache disk` stored
+python -m utils.feature_bank --clear [KEY]    delete one entry, or all
+"""
+
+import argparse
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.cli import UsageError
+from utils.cli import UsageError, exits_cleanly
+from utils.feature_store import Entry, EntryWriter, FeatureStore, default_folder
 
-STORES = ("auto", "device", "host")
+STORES = ("auto", "device", "host", "disk")
 DEVICE_SHARE = 0.4
 """Share of a GPU's free memory that `auto` gives to one bank."""
+HOST_SHARE = 0.4
+"""Share of the available main memory that `auto` gives to one bank."""
 
 
 class Extractor(Protocol):
@@ -31,6 +44,10 @@ class Extractor(Protocol):
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
         """Run the backbone on uint8 images (B, 3, S, S); one (B, C_l, H_l, W_l) per stage."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything the features depend on beside the images, as JSON values."""
         ...
 
 
@@ -53,6 +70,15 @@ class ImageLoader(Protocol):
 
     num_images: int
 
+    @property
+    def skipped(self) -> Sequence[tuple[Any, str]]:
+        """Image and error of each unreadable image that the last iteration left out."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells these images from any others, as JSON values."""
+        ...
+
     def __iter__(self) -> Iterator[ImageBatch]:
         """Yield the batches."""
         ...
@@ -70,7 +96,9 @@ class FeatureBank:
         indices: position in the data set of each image of the bank; an unreadable image that was
             left out is missing here.
         channels: channels of the joined features.
-        extract_seconds: time the extraction took, of the whole bank where this is a subset.
+        extract_seconds: time the extraction took, of the whole bank where this is a subset; of
+            opening the files where the features were on disk already.
+        skipped: unreadable images that were left out, with the reason.
     """
 
     def __init__(
@@ -82,11 +110,13 @@ class FeatureBank:
         device: torch.device,
         rows: Tensor | None = None,
         extract_seconds: float = 0.0,
+        skipped: Sequence[str] = (),
     ) -> None:
         self.stages = tuple(stages)
         self.indices = list(indices)
         self.channels = sum(s.shape[-1] for s in self.stages)
         self.extract_seconds = extract_seconds
+        self.skipped = list(skipped)
         self._assemble = assemble
         self._device = device
         self._rows = torch.arange(len(self.indices)) if rows is None else rows
@@ -100,52 +130,41 @@ class FeatureBank:
         store: str = "auto",
         dtype: torch.dtype = torch.float16,
         description: str = "features",
+        folder: Path | None = None,
     ) -> "FeatureBank":
         """Run every image of `loader` through the backbone once.
 
         Args:
             extractor: the backbone; its stage maps are what is stored.
             loader: batches of images, in order.
-            store: "device" keeps the features where the heads run, "host" in main memory, "auto"
-                on the device if they fit in `DEVICE_SHARE` of its free memory.
-            dtype: of the stored features.
+            store: "device" keeps the features where the heads run, "host" in main memory, "disk"
+                in `folder`, where later runs find them. "auto" reads them from there if it can;
+                else it takes the first of a GPU, main memory and disk that has room.
+            dtype: of the stored features; images, which methods that train a backbone take in
+                place of features, stay uint8.
             description: what messages and the progress bar call the images.
+            folder: of the store on disk; None for none.
 
         Raises:
-            UsageError: not one image could be read.
+            UsageError: not one image could be read, or the disk is full.
             FloatingPointError: a feature is beyond the range of `dtype`.
         """
-        start_time = time.perf_counter()
-        stages: list[Tensor] = []
-        indices: list[int] = []
-        with tqdm(total=loader.num_images, desc=description, leave=False, disable=None) as bar:
-            for batch in loader:
-                maps = [
-                    rearrange(m, "b c h w -> b h w c").to(dtype)
-                    for m in extractor.stage_maps(batch.images)
-                ]
-                if not stages:
-                    place = _place(maps, loader.num_images, extractor.device, store)
-                    stages = [
-                        torch.empty((loader.num_images, *m.shape[1:]), dtype=dtype, device=place)
-                        for m in maps
-                    ]
-                start, stop = len(indices), len(indices) + len(batch.indices)
-                for stage, stage_map in zip(stages, maps, strict=True):
-                    stage[start:stop] = stage_map
-                indices.extend(batch.indices)
-                bar.update(len(batch.indices))
-        if not indices:
-            raise UsageError(f"{description}: not one image could be read")
-        stages = [s[: len(indices)] for s in stages]
-        for stage in stages:
-            _check_finite(stage, description)
+        start = time.perf_counter()
+        identity = {}
+        found: Entry | _InMemory | None = None
+        disk = FeatureStore(folder) if folder is not None and store in {"auto", "disk"} else None
+        if disk is not None:
+            identity = extractor.fingerprint() | loader.fingerprint() | {"dtype": str(dtype)}
+            found = disk.find(identity)
+        if found is None:
+            found = _extract(extractor, loader, store, dtype, description, disk, identity)
         return cls(
-            stages,
-            indices,
+            found.stages(),
+            found.indices,
             assemble=extractor.assemble,
             device=extractor.device,
-            extract_seconds=time.perf_counter() - start_time,
+            extract_seconds=time.perf_counter() - start,
+            skipped=found.skipped,
         )
 
     def __len__(self) -> int:
@@ -200,25 +219,116 @@ class FeatureBank:
         return rearrange(chosen, "b h w c -> b c h w")
 
 
-def _place(
-    maps: Sequence[Tensor], num_images: int, device: torch.device, store: str
-) -> torch.device:
-    """Choose where a bank of `num_images` such maps lives."""
-    if store not in STORES:
-        raise ValueError(f"store {store!r} is not one of {', '.join(STORES)}")
-    if store == "host" or device.type == "cpu":
-        return torch.device("cpu")
-    if store == "device":
+@dataclass(frozen=True)
+class _InMemory:
+    """Extracted features in main memory or on a device; has what an entry on disk has."""
+
+    tensors: list[Tensor]
+    indices: list[int]
+    skipped: list[str]
+
+    def stages(self) -> list[Tensor]:
+        return [tensor[: len(self.indices)] for tensor in self.tensors]
+
+
+def _extract(
+    extractor: Extractor,
+    loader: ImageLoader,
+    store: str,
+    dtype: torch.dtype,
+    description: str,
+    disk: FeatureStore | None,
+    identity: dict[str, Any],
+) -> _InMemory | Entry:
+    """Run the backbone over the images; the first batch tells how much room they need."""
+    indices: list[int] = []
+    tensors: list[Tensor] = []
+    writer: EntryWriter | None = None
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=loader.num_images, desc=description, leave=False, disable=None)
+        )
+        for batch in loader:
+            maps = [
+                rearrange(m, "b c h w -> b h w c").to(dtype if m.is_floating_point() else m.dtype)
+                for m in extractor.stage_maps(batch.images)
+            ]
+            _check_finite(maps, description)
+            if not indices:
+                needed = sum(m[0].numel() * m.element_size() for m in maps) * loader.num_images
+                place = _place(needed, extractor.device, store, disk is not None)
+                if place is None:
+                    assert disk is not None
+                    writer = stack.enter_context(disk.writing(identity, needed))
+                else:
+                    tensors = [
+                        torch.empty((loader.num_images, *m.shape[1:]), dtype=m.dtype, device=place)
+                        for m in maps
+                    ]
+            if writer is None:
+                start, stop = len(indices), len(indices) + len(batch.indices)
+                for tensor, stage_map in zip(tensors, maps, strict=True):
+                    tensor[start:stop] = stage_map
+            else:
+                writer.append(maps)
+            indices.extend(batch.indices)
+            bar.update(len(batch.indices))
+        if not indices:
+            raise UsageError(f"{description}: not one image could be read")
+        skipped = [why for _, why in loader.skipped]
+        if writer is not None:
+            return writer.finish(indices, skipped, description)
+    return _InMemory(tensors, indices, skipped)
+
+
+def _place(needed: int, device: torch.device, store: str, has_disk: bool) -> torch.device | None:
+    """Choose where features of so many bytes live; None is on disk."""
+    if store not in STORES or (store == "disk" and not has_disk):
+        raise ValueError(f"store {store!r} is not one of {', '.join(STORES)}, or has no folder")
+    host = torch.device("cpu")
+    if store != "auto":
+        return {"device": device, "host": host, "disk": None}[store]
+    if device.type == "cuda" and needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return device
-    needed = sum(m[0].numel() * m.element_size() for m in maps) * num_images
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return device if needed <= DEVICE_SHARE * free else torch.device("cpu")
+    if has_disk and needed > HOST_SHARE * psutil.virtual_memory().available:
+        return None
+    return host
 
 
-def _check_finite(stage: Tensor, description: str) -> None:
-    for chunk in stage.split(64):
-        if not torch.isfinite(chunk).all():
+def _check_finite(maps: Sequence[Tensor], description: str) -> None:
+    for stage_map in maps:
+        if not torch.isfinite(stage_map).all():
             raise FloatingPointError(
-                f"{description}: a feature is not finite in {stage.dtype}; weights or precision "
-                "(--precision) do not suit this backbone"
+                f"{description}: a feature is not finite in {stage_map.dtype}; weights or "
+                "precision (--precision) do not suit this backbone"
             )
+
+
+@exits_cleanly()
+def main(argv: Sequence[str] | None = None) -> None:
+    """List or delete the features that `--cache disk` stored."""
+    parser = argparse.ArgumentParser(prog="python -m utils.feature_bank", description=main.__doc__)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--list", action="store_true", help="what is stored, last used first")
+    action.add_argument("--clear", nargs="*", metavar="KEY", help="delete these, or everything")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="%(default)s")
+    arguments = parser.parse_args(argv)
+    stored = FeatureStore(arguments.folder)
+    if arguments.list:
+        entries = stored.entries()
+        for entry in entries:
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.folder.stat().st_mtime))
+            backbone = entry.identity.get("backbone", "images")
+            sys.stdout.write(
+                f"{entry.folder.name}  {entry.num_bytes / 1e6:9.1f} MB  {len(entry.indices):7d} "
+                f"images  used {used}  {backbone}  {entry.description}\n"
+            )
+        total = sum(entry.num_bytes for entry in entries) / 1e6
+        sys.stdout.write(f"{len(entries)} entries, {total:.1f} MB in {arguments.folder}\n")
+    else:
+        deleted = stored.clear(arguments.clear)
+        sys.stdout.write(f"{len(deleted)} entries deleted from {arguments.folder}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from PIL import ExifTags, Image
 
 from datasets.loading import ArrayDataset, Batch, BatchLoader, ImageDataset, read_masks
 from datasets.samples import DataError, Sample
+from datasets.synthetic import SyntheticDataset, cutpaste, rotate
 from datasets.transforms import PairTransform
 from tests.datasets.trees import add_defect, save, texture
 
@@ -243,3 +245,51 @@ def test_unreadable_mask_is_named(defective):
     truncate(sample.mask_path)
     with pytest.raises(DataError, match=r"cannot read the image .*defective_mask\.png"):
         read_masks([sample], TRANSFORM)
+
+
+def test_fingerprint_changes_with_files_transform_and_drawing(tmp_path):
+    samples = []
+    for index in range(3):
+        save(tmp_path / f"{index}.png", texture(np.random.default_rng(index), (20, 20)))
+        samples.append(Sample(tmp_path / f"{index}.png", label=0))
+    small, large = PairTransform(16, None, "opencv_square"), PairTransform(24, None, "opencv_square")
+
+    def prints():
+        images = ImageDataset(samples, small)
+        return [
+            images.fingerprint(),
+            ImageDataset(samples, large).fingerprint(),
+            ImageDataset(samples[:2], small).fingerprint(),
+            SyntheticDataset(images, cutpaste).fingerprint(),
+            SyntheticDataset(images, rotate).fingerprint(),
+            SyntheticDataset(images, cutpaste, copies=2).fingerprint(),
+            SyntheticDataset(images, cutpaste, seed=1).fingerprint(),
+        ]
+
+    first = prints()
+    assert len(set(first)) == len(first)
+    assert prints() == first
+    os.utime(tmp_path / "1.png", (1, 1))
+    assert not set(prints()) & set(first) - {first[2]}
+    changed = prints()
+    (tmp_path / "2.png").unlink()
+    assert prints()[0] != changed[0]
+    assert prints()[2] == changed[2]
+
+
+def test_fingerprint_of_arrays_and_loaders():
+    transform = PairTransform(8, None, "opencv_square")
+    images = np.zeros((4, 8, 8), dtype=np.uint8)
+    other = images.copy()
+    other[3, 7, 7] = 1
+    sets = [ArrayDataset(array, transform) for array in (images, other, images[:3])]
+    assert len({data.fingerprint() for data in sets}) == 3
+    assert ArrayDataset(images.copy(), transform).fingerprint() == sets[0].fingerprint()
+    options = {"batch_size": 2, "workers": 0, "skip_unreadable": False}
+    loaders = [
+        BatchLoader(sets[0], **{**options, **change})
+        for change in ({}, {"batch_size": 3}, {"skip_unreadable": True})
+    ]
+    assert len({json.dumps(loader.fingerprint(), sort_keys=True) for loader in loaders}) == 3
+    again = BatchLoader(sets[0], **{**options, "workers": 2})
+    assert again.fingerprint() == loaders[0].fingerprint()

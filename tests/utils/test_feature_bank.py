@@ -23,6 +23,11 @@ class Loader:
     def __init__(self, images, size=4, missing=()):
         self.num_images = len(images)
         self.images, self.size, self.missing = images, size, missing
+        self.skipped = [(row, f"image {row} is unreadable") for row in missing]
+        self.name = "numbers"
+
+    def fingerprint(self):
+        return {"images": self.name}
 
     def __iter__(self):
         for rows in torch.arange(self.num_images).split(self.size):
@@ -43,6 +48,9 @@ class Scaled:
     def __init__(self, factor=1.0):
         self.factor = factor
         self.num_seen = 0
+
+    def fingerprint(self):
+        return {"factor": self.factor, "backbone": "scaled"}
 
     def stage_maps(self, images):
         self.num_seen += len(images)
