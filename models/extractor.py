@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -32,6 +34,7 @@ class FrozenExtractor(nn.Module):
             projections.
         pooled: global averages instead of maps.
         precision: "fp32", "bf16" or "fp16", the autocast of the backbone.
+        compile_backbone: run it through torch.compile.
 
     Raises:
         ModelError: unknown backbone, a stage it lacks, or weights that cannot be had.
@@ -50,6 +53,7 @@ class FrozenExtractor(nn.Module):
         feature_location: str = "bottleneck",
         pooled: bool = False,
         precision: str = "fp32",
+        compile_backbone: bool = False,
     ) -> None:
         super().__init__()
         _check_backbone(backbone, layers, feature_location)
@@ -66,6 +70,9 @@ class FrozenExtractor(nn.Module):
         self.weights_digest = loaded.digest
         self.random_weights = loaded.random
         self.net = loaded.net.to(memory_format=torch.channels_last)
+        self.compiled = compile_backbone
+        # In a tuple: the compiled network has the same weights, which are not to be counted twice.
+        self._run = (torch.compile(self.net) if compile_backbone else self.net,)
         taps: Any = loaded.net.feature_info  # timm's declaration of the stages
         self.stage_channels: tuple[int, ...] = tuple(taps.channels())
         self.strides: tuple[int, ...] = tuple(taps.reduction())
@@ -92,6 +99,12 @@ class FrozenExtractor(nn.Module):
         del mode
         return super().train(False)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return uint8 images (B, 3, S, S) as the backbone takes them: float32, normalised."""
+        # From pinned memory the copy overlaps with what the device is still at.
+        pixels = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        return (pixels.float() / 255 - self.mean) / self.std
+
     @torch.inference_mode()
     def stage_maps(self, images: Tensor) -> list[Tensor]:
         """Run the backbone once.
@@ -103,16 +116,28 @@ class FrozenExtractor(nn.Module):
             One (B, C_l, H_l, W_l) float32 map per stage at its own resolution, patch-averaged
             (or (B, C_l, 1, 1) when pooled). Feed them to `assemble`.
         """
-        pixels = images.to(self.device, memory_format=torch.channels_last)
-        pixels = (pixels.float() / 255 - self.mean) / self.std
+        pixels = self.pixels(images)
         with self._autocast(pixels.device.type):
-            maps = self.net(pixels)
+            maps = self._forward(pixels)
         if getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC:
             maps = [rearrange(m, "b h w c -> b c h w") for m in maps]
         maps = [m.float() for m in maps]
         if self.pooled:
             return [m.mean(dim=(2, 3), keepdim=True) for m in maps]  # (B, C_l, 1, 1)
         return [F.avg_pool2d(m, self.patch_size, 1, self.patch_size // 2) for m in maps]
+
+    def _forward(self, pixels: Tensor) -> list[Tensor]:
+        (run,) = self._run
+        try:
+            return run(pixels)
+        except Exception as error:
+            if self.compiled and type(error).__module__.startswith(("torch._dynamo", "torch._ind")):
+                reason = str(error).strip().splitlines()[0]
+                raise ModelError(
+                    f"--compile: {self.backbone} could not be compiled ({reason}); leave it out, "
+                    "or on a CPU install a C++ compiler"
+                ) from error
+            raise
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, C, H, W), float32, of uint8 images (B, 3, S, S)."""
@@ -133,6 +158,22 @@ class FrozenExtractor(nn.Module):
         ]
         joined = torch.cat(resized, dim=1)  # (B, C, H, W)
         return joined.contiguous(memory_format=torch.channels_last)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything the features depend on beside the images, as JSON values."""
+        return {
+            "backbone": self.backbone,
+            "weights": self.weights_digest,
+            "layers": list(self.layers),
+            "patch_size": self.patch_size,
+            "feature_location": self.feature_location,
+            "pooled": self.pooled,
+            "precision": self.precision,
+            "compiled": self.compiled,
+            "device": self.device.type,
+            "versions": [torch.__version__, timm.__version__],
+            "code": hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest(),
+        }
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager:
         if self.precision == "fp32":

@@ -13,6 +13,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 from models.errors import ModelError
@@ -53,7 +55,8 @@ def load_backbone(
         options["feature_location"] = feature_location
     if weights == "random":
         net = timm.create_model(backbone, pretrained=False, **options)
-        return LoadedWeights(net, "random (asked for)", state_digest(net), random=True)
+        digest = state_digest(net)
+        return LoadedWeights(_cut(net), "random (asked for)", digest, random=True)
 
     if weights != "auto":
         state, source = _fit_checkpoint(backbone, read_checkpoint(Path(weights))), weights
@@ -66,7 +69,22 @@ def load_backbone(
         net = timm.create_model(
             backbone, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options
         )
-    return LoadedWeights(net, source, state_digest(net), random=False)
+    digest = state_digest(net)
+    return LoadedWeights(_cut(net), source, digest, random=False)
+
+
+def _cut(net: nn.Module) -> nn.Module:
+    """Drop the blocks after the last stage that is asked for.
+
+    timm cuts its other feature networks itself; these it would run to the end, a quarter of an
+    EfficientNet-Lite0 for nothing when stages 2 and 3 are asked for.
+    """
+    if isinstance(net, (EfficientNetFeatures, MobileNetV3Features)):
+        taps: Any = net.feature_info
+        names = [tap["module"].split(".") for tap in taps.get_dicts(keys=("module",))]
+        last = max(int(name[1]) if name[0] == "blocks" else -1 for name in names)
+        net.blocks = net.blocks[: last + 1]
+    return net
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,6 @@
+import functools
 import itertools
+import json
 
 import pytest
 import timm
@@ -222,3 +224,65 @@ def test_bad_options_are_refused(options, message):
     arguments = {"layers": (1,), "weights": "random", **options}
     with pytest.raises(ModelError, match=message):
         FrozenExtractor("resnet18", **arguments)
+
+
+def test_blocks_after_the_last_stage_do_not_run():
+    """EfficientNet-Lite0 has 7 groups of blocks; stage 3 is the output of the fifth."""
+    images = draw(2, 64)
+    for layers, location, num_blocks in (((2, 3), "bottleneck", 5), ((2, 3), "expansion", 5)):
+        whole = timm.create_model(
+            LITE0, features_only=True, out_indices=layers, feature_location=location
+        ).eval()
+        cut = FrozenExtractor(
+            LITE0, layers, weights="random", feature_location=location, patch_size=1
+        )
+        assert len(cut.net.blocks) == num_blocks < len(whole.blocks)
+        missing = cut.net.load_state_dict(whole.state_dict(), strict=False)
+        assert not missing.missing_keys
+        assert all(name.startswith(("blocks.5", "blocks.6")) for name in missing.unexpected_keys)
+        with torch.inference_mode():
+            expected = whole(cut.pixels(images))
+        for found, wanted in zip(cut.stage_maps(images), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_compiled_backbone_gives_the_same_features(monkeypatch):
+    eager = functools.partial(torch.compile, backend="eager")  # inductor would take a minute
+    monkeypatch.setattr(torch, "compile", eager)
+    torch.manual_seed(0)
+    plain = FrozenExtractor("resnet10t", (1, 2), weights="random")
+    torch.manual_seed(0)
+    compiled = FrozenExtractor("resnet10t", (1, 2), weights="random", compile_backbone=True)
+    images = draw(3, 64)
+    torch.testing.assert_close(compiled(images), plain(images), rtol=1e-5, atol=1e-6)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    assert compiled.fingerprint() != plain.fingerprint()
+
+
+def test_a_backbone_that_cannot_be_compiled_is_named(monkeypatch):
+    class InvalidCxxCompiler(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def broken(_):
+        raise InvalidCxxCompiler("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda _: broken)
+    extractor = FrozenExtractor("resnet10t", (1,), weights="random", compile_backbone=True)
+    message = r"--compile: resnet10t could not be compiled \(No working C\+\+ compiler found\); leave"
+    with pytest.raises(ModelError, match=message):
+        extractor(draw(1, 64))
+
+
+def test_fingerprint_tells_what_features_depend_on():
+    torch.manual_seed(0)
+    base = {"layers": (1, 2), "patch_size": 3, "pooled": False, "precision": "fp32"}
+    prints = []
+    for change in ({}, {"layers": (1,)}, {"patch_size": 1}, {"pooled": True}, {"precision": "bf16"}):
+        torch.manual_seed(0)
+        extractor = FrozenExtractor("resnet10t", weights="random", **{**base, **change})
+        prints.append(extractor.fingerprint())
+    torch.manual_seed(1)
+    prints.append(FrozenExtractor("resnet10t", weights="random", **base).fingerprint())
+    assert len({json.dumps(found, sort_keys=True) for found in prints}) == len(prints)
+    torch.manual_seed(0)
+    assert FrozenExtractor("resnet10t", weights="random", **base).fingerprint() == prints[0]
