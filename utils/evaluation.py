@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.cli import UsageError
 from utils.feature_bank import FeatureBank
@@ -18,13 +18,37 @@ from utils.scoring import image_scores, upsample_and_blur
 State = dict[str, Tensor]
 
 
+class Scorer(Protocol):
+    """What scoring asks of a detector."""
+
+    final_maps: bool
+    """Maps are at image size and smoothed already."""
+
+    def score(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return maps (B, h, w) and the detector's own image scores (B,), if it has any."""
+        ...
+
+
+class Head(Scorer, Protocol):
+    """A scorer whose state can be kept and restored; every `nn.Module` can."""
+
+    def state_dict(self) -> Any:
+        """Return its tensors by name."""
+        ...
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take tensors that `state_dict` returned."""
+        ...
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores of N test images.
 
     Attributes:
         images: (N,) float32, on the CPU.
-        maps: (N, S, S) float32, on the CPU; (N, 1, 1) on a 1 x 1 grid.
+        maps: (N, S, S) float32, where the detector is, so that the metrics sort there; (N, 1, 1) on
+            a 1 x 1 grid.
     """
 
     images: Tensor
@@ -69,20 +93,23 @@ class TestSet:
         self.batch_size = batch_size
 
     @torch.inference_mode()
-    def score(self, detector: nn.Module) -> Scores:
-        """Score every image; the image score is the maximum of its upsampled, blurred map.
+    def score(self, detector: Scorer) -> Scores:
+        """Score every image: the maximum of its upsampled, blurred map, or the method's own score.
 
         Raises:
             FloatingPointError: a score is not finite.
         """
-        maps = []
+        blur_sigma = 0.0 if detector.final_maps else self.blur_sigma
+        maps, images = [], []
         for features in self.bank.batches(self.batch_size):
-            smooth = upsample_and_blur(detector(features), self.map_size, self.blur_sigma)
-            maps.append(smooth.float().cpu())  # (B, S, S)
-        stacked = torch.cat(maps)  # (N, S, S)
-        if not torch.isfinite(stacked).all():
+            raw, own = detector.score(features)  # (B, h, w), (B,)
+            smooth = upsample_and_blur(raw, self.map_size, blur_sigma).float()  # (B, S, S)
+            images.append((image_scores(smooth) if own is None else own.float()).cpu())  # (B,)
+            maps.append(smooth)
+        scores = Scores(torch.cat(images), torch.cat(maps))
+        if not (torch.isfinite(scores.maps).all() and torch.isfinite(scores.images).all()):
             raise FloatingPointError("a test score is not finite; the head has diverged")
-        return Scores(image_scores(stacked), stacked)
+        return scores
 
     def metrics(self, scores: Scores) -> Metrics:
         """Compute all metrics; those that need masks are nan without them."""
@@ -117,6 +144,7 @@ class Outcome:
         scores: of the test images, from the state whose image AUROC counts.
         states: file suffix -> state of the head.
         steps: what each number was taken at, e.g. {"step": 50, "pixel_step": 50}.
+        score_seconds: what scoring the test set took, from stored features to smooth maps.
     """
 
     select: str
@@ -125,6 +153,7 @@ class Outcome:
     scores: Scores
     states: dict[str, State]
     steps: dict[str, int]
+    score_seconds: float
 
 
 @dataclass(frozen=True)
@@ -153,7 +182,7 @@ class Monitor:
 
     def __init__(
         self,
-        detector: nn.Module,
+        detector: Head,
         test: TestSet,
         select: str,
         log: Callable[..., None],
@@ -198,16 +227,10 @@ class Monitor:
             for name in METRIC_NAMES
         }
         undefined = image.metrics.undefined | pixel.metrics.undefined
-        outcomes.append(
-            Outcome(
-                "best_test",
-                metrics,
-                undefined,
-                self._test.score(self._detector),
-                {"": image.state, "-pixel": pixel.state},
-                {"step": image.step, "pixel_step": pixel.step},
-            )
-        )
+        states = {"": image.state, "-pixel": pixel.state}
+        steps = {"step": image.step, "pixel_step": pixel.step}
+        scores, seconds = self._score()
+        outcomes.append(Outcome("best_test", metrics, undefined, scores, states, steps, seconds))
         return outcomes
 
     @property
@@ -226,10 +249,22 @@ class Monitor:
         return metrics
 
     def _outcome_of_last(self, select: str, suffix: str, state: State) -> Outcome:
-        scores = self._test.score(self._detector)
+        scores, seconds = self._score()
         metrics = self._test.metrics(scores)
-        steps = {"step": self._step, "pixel_step": self._step}
-        return Outcome(select, metrics.values(), metrics.undefined, scores, {suffix: state}, steps)
+        return Outcome(
+            select,
+            metrics.values(),
+            metrics.undefined,
+            scores,
+            {suffix: state},
+            {"step": self._step, "pixel_step": self._step},
+            seconds,
+        )
+
+    def _score(self) -> tuple[Scores, float]:
+        start = time.perf_counter()
+        scores = self._test.score(self._detector)  # its check of all scores waits for the device
+        return scores, time.perf_counter() - start
 
     def _snapshot(self) -> State:
         return copy.deepcopy(self._detector.state_dict())

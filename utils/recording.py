@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.cli import UsageError
-from utils.evaluation import Monitor, Outcome, TestSet
+from utils.evaluation import Monitor, Outcome, State, TestSet
 from utils.feature_bank import FeatureBank
 from utils.metrics import METRIC_NAMES
 from utils.online import online_curve, save_online_curve
@@ -92,6 +92,7 @@ def fit_and_record(
         "empty_masks": len(empty),
         "trainable": sum(p.numel() for p in detector.parameters() if p.requires_grad),
         "extract_seconds": round(train.extract_seconds + test.bank.extract_seconds, 3),
+        "extract_test_seconds": round(test.bank.extract_seconds, 3),
         "fit_seconds": fit_seconds,
         "chosen": " ".join(f"{name}={_plain(value)}" for name, value in options.items()),
         "remarks": " ".join(detector.remarks),
@@ -113,6 +114,8 @@ def fit_and_record(
             **outcome.metrics,
             **outcome.steps,
             **facts,
+            "score_seconds": round(outcome.score_seconds, 3),
+            "head_bytes": _num_bytes(next(iter(outcome.states.values()))),
             "undefined": "; ".join(f"{n}: {why}" for n, why in outcome.undefined.items()),
         }
         for outcome in outcomes
@@ -217,6 +220,10 @@ def row_notes(rows: Sequence[Mapping[str, Any]], *, shared_images: bool = False)
         )
     remarks = [(row["category"], row["seed"], row["remarks"]) for row in rows if row["remarks"]]
     return notes + [f"{category}, seed {seed}: {text}" for category, seed, text in remarks]
+
+
+def _num_bytes(state: State) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 def _plain(value: Any) -> str:

@@ -3,8 +3,9 @@ import time
 
 import pytest
 import torch
-from torch import nn
 
+
+from models.detector import Detector
 from utils.cli import UsageError
 from utils.evaluation import Monitor, TestSet
 from utils.feature_bank import FeatureBank
@@ -13,7 +14,7 @@ from utils.metrics import METRIC_NAMES
 CPU = torch.device("cpu")
 
 
-class FirstChannel(nn.Module):
+class FirstChannel(Detector):
     """A detector whose map is the first channel of the features, to the bit."""
 
     def forward(self, features):
@@ -134,7 +135,7 @@ def test_contour_separates_the_pixels_where_they_can_be():
     assert empty.contour_threshold(empty.score(FirstChannel())) is None
 
 
-class Scripted(nn.Module):
+class Scripted(Detector):
     """A detector whose scores after each epoch are written down: `epochs` is (E, N, H, W).
 
     Its only state is the epoch, a parameter that training moves in place.
@@ -143,7 +144,7 @@ class Scripted(nn.Module):
     def __init__(self, epochs):
         super().__init__()
         self.script = epochs
-        self.epoch = nn.Parameter(torch.tensor(0.0))
+        self.epoch = torch.nn.Parameter(torch.tensor(0.0))
         self.num_scored = 0
 
     def fit(self, monitor):
@@ -277,3 +278,49 @@ def test_time_of_the_fit_leaves_the_evaluations_out(monkeypatch):
             detector.epoch.fill_(step)
         monitor(step, {})
     assert monitor.fit_seconds == pytest.approx(10)
+
+
+class OwnScore(FirstChannel):
+    """A detector whose image score is the minimum of its map."""
+
+    def score(self, features):
+        maps = self(features)
+        return maps, maps.amin(dim=(1, 2))
+
+
+def test_a_method_may_have_its_own_image_score():
+    maps, _ = perfectly_ranked(lambda unit: unit)
+    scores = scored_images(maps, LABELS, map_size=12, blur_sigma=1.0, batch_size=3).score(
+        OwnScore()
+    )
+    assert torch.equal(scores.images, maps.amin(dim=(1, 2)))
+    smooth = scored_images(maps, LABELS, map_size=12, blur_sigma=1.0).score(FirstChannel())
+    assert torch.equal(scores.maps, smooth.maps)
+
+
+def test_an_own_score_must_be_finite_too():
+    class Broken(FirstChannel):
+        def score(self, features):
+            return self(features), torch.full((len(features),), math.nan)
+
+    with pytest.raises(FloatingPointError, match="a test score is not finite"):
+        scored_images(torch.zeros(7, 6, 6), LABELS).score(Broken())
+
+
+def test_final_maps_are_not_smoothed_again():
+    class Final(FirstChannel):
+        final_maps = True
+
+    maps, _ = perfectly_ranked(lambda unit: unit)
+    scores = scored_images(maps, LABELS, map_size=6, blur_sigma=4.0).score(Final())
+    assert torch.equal(scores.maps, maps)
+    assert torch.equal(scores.images, maps.amax(dim=(1, 2)))
+
+
+def test_scoring_time_is_in_the_outcome(monkeypatch):
+    clock = iter(range(100))
+    test = scored_images(torch.rand(7, 6, 6), LABELS)
+    monitor = Monitor(FirstChannel(), test, "last", lambda **_: None)
+    monkeypatch.setattr("utils.evaluation.time.perf_counter", lambda: next(clock))
+    (outcome,) = monitor.outcomes()
+    assert outcome.score_seconds == 1

@@ -1,0 +1,203 @@
+"""Methods against one another: a table, and accuracy against the time a fit takes.
+
+python -m figures.compare RUN [RUN ...] --out FILE
+
+Writes FILE.md, FILE.csv, FILE.png and FILE.pdf. Numbers are means over categories, with the standard
+deviation over seeds where there are several. "fit" is the time from stored features (or stored
+images, for methods that train a network) to a fitted head, the mean of a category; "images/s" are
+test images from file to anomaly map, the backbone included; "head" is what has to be stored beside
+the backbone. Times are those of the machines the runs were made on: compare runs of one machine.
+"""
+
+import csv
+import io
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from figures.drawing import COLOURS, parser, save_figure
+from figures.run_log import LoggedRun, read_runs
+from utils.cli import exits_cleanly
+from utils.run_files import RunError, write_text
+from utils.tables import SELECT_LABELS
+
+METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method in the comparison.
+
+    Attributes:
+        dataset: of the run.
+        label: method, and what sets it apart from other runs of it.
+        select: how the epoch was chosen.
+        metrics: name -> mean over categories for each seed, in percent; nan where undefined.
+        fit_seconds: mean of a fit.
+        images_per_second: test images from file to map; nan where the run did not record it.
+        head_megabytes: size of the head, 10^6 bytes.
+        num_seeds: seeds the means are over.
+    """
+
+    dataset: str
+    label: str
+    select: str
+    metrics: dict[str, list[float]]
+    fit_seconds: float
+    images_per_second: float
+    head_megabytes: float
+    num_seeds: int
+
+
+@exits_cleanly(RunError)
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Compare the runs named on the command line; return the files written."""
+    options = parser("figures.compare", __doc__)
+    options.add_argument("--metric", choices=METRICS, default="image_auroc", help="drawn upwards")
+    arguments = options.parse_args(argv)
+    lines = [line for run in read_runs(arguments.runs) for line in lines_of(run)]
+    paths = save_figure(draw(lines, metric=arguments.metric), arguments.out)
+    stem = paths[0].with_suffix("")
+    texts = {".md": to_markdown(lines), ".csv": to_csv(lines)}
+    for suffix, text in texts.items():
+        path = stem.with_name(stem.name + suffix)
+        write_text(path, text)
+        paths.append(path)
+    sys.stdout.write(texts[".md"] + "".join(f"{path}\n" for path in paths))
+    return paths
+
+
+def lines_of(run: LoggedRun) -> list[Line]:
+    """Return a line for each way of selecting that a run reports.
+
+    Raises:
+        RunError: the run has no finished category, or not the same ones for each seed.
+    """
+    rows = run.run.rows()
+    if not rows:
+        raise RunError(f"{run.run.folder}: no category is finished")
+    return [
+        _line(run, select, [row for row in rows if row["select"] == select])
+        for select in dict.fromkeys(row["select"] for row in rows)
+    ]
+
+
+def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
+    seeds = sorted({row["seed"] for row in rows})
+    categories = {seed: {r["category"] for r in rows if r["seed"] == seed} for seed in seeds}
+    if len({frozenset(names) for names in categories.values()}) > 1:
+        raise RunError(f"{run.run.folder}: the seeds have different categories; finish the run")
+    metrics = {
+        name: [
+            100 * statistics.fmean(float(r[name]) for r in rows if r["seed"] == seed)
+            for seed in seeds
+        ]
+        for name in METRICS
+    }
+    timed = [r for r in rows if r.get("score_seconds") and r.get("extract_test_seconds")]
+    rates = [
+        r["num_test"] / (float(r["score_seconds"]) + float(r["extract_test_seconds"]))
+        for r in timed
+    ]
+    return Line(
+        run.run.config["dataset"],
+        run.label,
+        select,
+        metrics,
+        statistics.fmean(float(r["fit_seconds"]) for r in rows),
+        statistics.fmean(rates) if rates else math.nan,
+        statistics.fmean(float(r.get("head_bytes", math.nan)) for r in rows) / 1e6,
+        len(seeds),
+    )
+
+
+def draw(lines: Sequence[Line], *, metric: str) -> Figure:
+    """Draw accuracy against fit time, a panel for each data set, a mark for each line."""
+    datasets = list(dict.fromkeys(line.dataset for line in lines))
+    figure = Figure(figsize=(1.5 + 5.2 * len(datasets), 4.6), layout="constrained")
+    grid = figure.subplots(1, len(datasets), squeeze=False)
+    for axes, dataset in zip(grid.flat, datasets, strict=True):
+        shown = [line for line in lines if line.dataset == dataset]
+        for number, line in enumerate(shown):
+            mean = statistics.fmean(line.metrics[metric])
+            if math.isnan(mean):
+                continue
+            axes.errorbar(
+                max(line.fit_seconds, 1e-3), mean, yerr=_std(line.metrics[metric]),
+                marker=MARKERS[number // len(COLOURS) % len(MARKERS)], markersize=8,
+                color=COLOURS[number % len(COLOURS)], linestyle="none", markeredgecolor="black",
+                markeredgewidth=0.6, capsize=2, label=_name(line),
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlabel("fit, seconds (after the images are read)")
+        axes.set_ylabel(f"{METRICS[metric]}, %")
+        axes.set_title(dataset)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
+    return figure
+
+
+def to_markdown(lines: Sequence[Line]) -> str:
+    """Return the table, the best image AUROC of a data set first."""
+    header = ["data set", "method", *METRICS.values(), "fit s", "images/s", "head MB", "seeds"]
+    body = []
+    for line in sorted(lines, key=_rank):
+        cells = [line.dataset, _name(line), *(_cell(line.metrics[name]) for name in METRICS)]
+        cells += [_short(line.fit_seconds), _short(line.images_per_second)]
+        cells += [_short(line.head_megabytes), str(line.num_seeds)]
+        body.append(cells)
+    table = [header, ["---"] * len(header), *body]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+
+
+def to_csv(lines: Sequence[Line]) -> str:
+    """Return the table with all digits; a standard deviation of one seed is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    spread = [column for name in METRICS for column in (name, f"{name}_std")]
+    facts = ["fit_seconds", "images_per_second", "head_megabytes", "num_seeds"]
+    writer.writerow(["dataset", "method", "select", *spread, *facts])
+    for line in sorted(lines, key=_rank):
+        values: list[Any] = []
+        for name in METRICS:
+            seeds = line.metrics[name]
+            values += [statistics.fmean(seeds), _std(seeds) if len(seeds) > 1 else ""]
+        values += [line.fit_seconds, line.images_per_second, line.head_megabytes, line.num_seeds]
+        writer.writerow([line.dataset, line.label, line.select, *values])
+    return text.getvalue()
+
+
+def _rank(line: Line) -> tuple[str, float]:
+    return line.dataset, -statistics.fmean(line.metrics["image_auroc"])
+
+
+def _name(line: Line) -> str:
+    return line.label if line.select == "last" else f"{line.label}, {SELECT_LABELS[line.select]}"
+
+
+def _std(seeds: Sequence[float]) -> float:
+    return float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0  # nan stays nan
+
+
+def _cell(seeds: Sequence[float]) -> str:
+    mean = statistics.fmean(seeds)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.1f} ± {_std(seeds):.1f}" if len(seeds) > 1 else f"{mean:.1f}"
+
+
+def _short(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Methods against one another, from run folders."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from figures import compare
+from figures.run_log import read_runs
+from utils.run_files import RunError
+from utils.runs import Run
+
+FACTS = {
+    "num_test": 100,
+    "extract_test_seconds": 1.5,
+    "score_seconds": 0.5,
+    "head_bytes": 2_500_000,
+    "fit_seconds": 3.0,
+}
+
+
+def make_run(folder, method, aurocs, *, dataset="demo", select="last", skip=(), **facts):
+    """A run with image AUROC `aurocs` (categories, seeds); no masks in the last category."""
+    categories = [f"c{i}" for i in range(len(aurocs))]
+    seeds = range(len(aurocs[0]))
+    config = {"dataset": dataset, "method_name": method, "method": {}}
+    run = Run.open(folder, config, categories=categories, seeds=seeds, command=["x"], device="cpu")
+    for category, values in zip(categories, aurocs, strict=True):
+        for seed, auroc in zip(seeds, values, strict=True):
+            if (category, seed) in skip:
+                continue
+            run.log(category, seed, event="step", step=1)
+            row = {"category": category, "seed": seed, "select": select, "image_auroc": auroc}
+            row |= {"pixel_auroc": math.nan, "aupro": auroc / 2, **FACTS, **facts}
+            name = f"{category}-seed{seed}"
+            (run.folder / "scores").mkdir(exist_ok=True)
+            (run.folder / "heads").mkdir(exist_ok=True)
+            (run.folder / f"scores/{name}.npz").touch()
+            (run.folder / f"heads/{name}.safetensors").touch()
+            run.finish(category, seed, [row])
+    return folder
+
+
+def lines_of(*folders):
+    return [line for run in read_runs(folders) for line in compare.lines_of(run)]
+
+
+def test_a_line_is_the_mean_over_categories_of_each_seed(tmp_path):
+    folder = make_run(tmp_path / "a", "noco", [[0.8, 0.9], [0.6, 0.7]], fit_seconds=4.0)
+    (line,) = lines_of(folder)
+    assert line.metrics["image_auroc"] == pytest.approx([70.0, 80.0])
+    assert line.metrics["aupro"] == pytest.approx([35.0, 40.0])
+    assert (line.fit_seconds, line.images_per_second, line.head_megabytes) == (4.0, 50.0, 2.5)
+    assert (line.num_seeds, line.label, line.select) == (2, "noco", "last")
+
+
+def test_table_has_the_best_first_and_a_dash_where_nothing_is_defined(tmp_path):
+    runs = [
+        make_run(tmp_path / "a", "noco", [[0.8, 0.9]]),
+        make_run(tmp_path / "b", "padim", [[0.95]], select="best_test"),
+    ]
+    header, _, first, second = compare.to_markdown(lines_of(*runs)).splitlines()
+    assert header.startswith("| data set | method | image AUROC |")
+    assert "padim, best on test (optimistic)" in first
+    assert "| 95.0 | - | 47.5 | 3 | 50 | 2.5 | 1 |" in first
+    assert "| 85.0 ± 7.1 | - | 42.5 ± 3.5 | 3 | 50 | 2.5 | 2 |" in second
+    rows = list(csv.DictReader(compare.to_csv(lines_of(*runs)).splitlines()))
+    assert [row["method"] for row in rows] == ["padim", "noco"]
+    assert float(rows[1]["image_auroc_std"]) == pytest.approx(50**0.5)
+    assert rows[0]["image_auroc_std"] == ""
+
+
+def test_figure_has_a_panel_for_each_data_set_and_a_mark_for_each_method(tmp_path, capsys):
+    runs = [
+        make_run(tmp_path / "a", "noco", [[0.8]], fit_seconds=10.0),
+        make_run(tmp_path / "b", "padim", [[0.9]], fit_seconds=0.0),
+        make_run(tmp_path / "c", "noco", [[0.7]], dataset="digits"),
+    ]
+    figure = compare.draw(lines_of(*runs), metric="image_auroc")
+    assert [axes.get_title() for axes in figure.axes] == ["demo", "digits"]
+    marks = [found.lines[0] for found in figure.axes[0].containers]
+    points = [(float(mark.get_xdata()[0]), float(mark.get_ydata()[0])) for mark in marks]
+    np.testing.assert_allclose(points, [(10.0, 80.0), (1e-3, 90.0)])
+    paths = compare.main([*map(str, runs), "--out", str(tmp_path / "made/compare")])
+    assert [path.suffix for path in paths] == [".png", ".pdf", ".md", ".csv"]
+    assert np.array(Image.open(paths[0]).convert("L")).min() < 100
+    assert paths[2].read_text() in capsys.readouterr().out
+
+
+def test_what_the_metric_does_not_define_is_not_drawn(tmp_path):
+    (axes,) = compare.draw(
+        lines_of(make_run(tmp_path / "a", "noco", [[0.8]])), metric="pixel_auroc"
+    ).axes
+    assert not axes.containers
+
+
+def test_unfinished_runs_are_refused(tmp_path):
+    folder = make_run(tmp_path / "a", "noco", [[0.8, 0.9], [0.6, 0.7]], skip={("c1", 1)})
+    with pytest.raises(RunError, match="the seeds have different categories"):
+        lines_of(folder)
+    empty = make_run(tmp_path / "b", "noco", [[0.8]], skip={("c0", 0)})
+    with pytest.raises(RunError, match="no category is finished"):
+        lines_of(empty)
