@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from configs.command_line import parse
-from configs.methods import METHODS
+from configs.methods import SEMANTIC_METHODS
 from configs.semantic import COLOUR, SemanticExperiment, semantic_experiment
 from datasets.images import read_image
 from datasets.labelled import LabelledSet, LabelledSplit, read_labelled_set
@@ -32,13 +32,14 @@ from datasets.one_class import OneClassTask, one_class_tasks
 from datasets.samples import DataError
 from datasets.synthetic import SyntheticDataset, rotate
 from datasets.transforms import PairTransform
-from models import build_detector
+from models import Extractor, build_detector, build_extractor
 from models.detector import Detector
 from models.errors import ModelError
-from models.extractor import FrozenExtractor
+from models.raw_images import RawImages
 from utils.cli import exits_cleanly, pick_device
 from utils.evaluation import Outcome, TestSet
 from utils.feature_bank import FeatureBank
+from utils.feature_store import default_folder
 from utils.galleries import save_gallery
 from utils.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
 from utils.runs import Run, RunError
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         argv,
         compose=semantic_experiment,
         datasets=tuple(COLOUR),
-        methods=tuple(METHODS),
+        methods=SEMANTIC_METHODS,
         prog="train_cifar10.py",
         description="Semantic anomaly detection on colour images.",
     )
@@ -68,13 +69,15 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
     labelled = read_labelled_set(experiment.dataset, experiment.data_root)
     tasks = one_class_tasks(labelled, experiment.protocol, experiment.categories)
 
-    extractor = FrozenExtractor(
+    extractor = build_extractor(
+        experiment.method_name,
         experiment.backbone,
         experiment.layers,
         weights=experiment.weights,
         feature_location=experiment.feature_location,
         pooled=True,
         precision=experiment.precision,
+        compile_backbone=experiment.compile,
     ).to(device)
     run = Run.open(
         experiment.run_folder,
@@ -89,14 +92,14 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
     if pending:
         transform = PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
         train_images = labelled.train.dataset(transform)
-        train, skipped_train = extract(experiment, extractor, train_images, "train features")
+        train = extract(experiment, extractor, train_images, "train features")
         test_images = labelled.test.dataset(transform)
-        test, skipped_test = extract(experiment, extractor, test_images, "test features")
+        test = extract(experiment, extractor, test_images, "test features")
         turned = None
         if experiment.select == "synthetic":
             turned_images = SyntheticDataset(train_images, rotate)
-            turned, _ = extract(experiment, extractor, turned_images, "features of rotated images")
-        features = Features(train, test, turned, skipped_train + skipped_test)
+            turned = extract(experiment, extractor, turned_images, "features of rotated images")
+        features = Features(train, test, turned)
         for task in pending:
             train_task(experiment, run, extractor, labelled, task, features)
     # The papers' numbers are for one class against the rest.
@@ -119,20 +122,18 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
 class Features:
     """Stored features of a whole data set, which all tasks share.
 
-    `turned` are the training images rotated, for `--select synthetic`; `skipped` names unreadable
-    images.
+    `turned` are the training images rotated, for `--select synthetic`.
     """
 
     train: FeatureBank
     test: FeatureBank
     turned: FeatureBank | None
-    skipped: list[str]
 
 
 def extract(
-    experiment: SemanticExperiment, extractor: FrozenExtractor, images: Images, what: str
-) -> tuple[FeatureBank, list[str]]:
-    """Run the backbone once over some images; also return what could not be read."""
+    experiment: SemanticExperiment, extractor: Extractor, images: Images, what: str
+) -> FeatureBank:
+    """Run the backbone once over some images."""
     loader = BatchLoader(
         images,
         batch_size=experiment.extract_batch_size,
@@ -140,14 +141,15 @@ def extract(
         skip_unreadable=experiment.skip_unreadable,
         pin_memory=extractor.device.type == "cuda",
     )
-    bank = FeatureBank.extract(extractor, loader, store=experiment.cache, description=what)
-    return bank, [why for _, why in loader.skipped]
+    return FeatureBank.extract(
+        extractor, loader, store=experiment.cache, description=what, folder=default_folder()
+    )
 
 
 def train_task(
     experiment: SemanticExperiment,
     run: Run,
-    extractor: FrozenExtractor,
+    extractor: Extractor,
     labelled: LabelledSet,
     task: OneClassTask,
     features: Features,
@@ -156,13 +158,15 @@ def train_task(
     test_bank = features.test
     normal_rows = np.isin(features.train.indices, task.train_indices).nonzero()[0]
     normals = features.train.subset(normal_rows)
+    # A pooled feature takes a few kilobytes, an image on its way through a backbone megabytes.
+    at_once = experiment.extract_batch_size if isinstance(extractor, RawImages) else 1024
     kinds = [labelled.class_names[labelled.test.labels[i]] for i in test_bank.indices]
     test = TestSet(
         test_bank,
         torch.from_numpy(task.test_labels[test_bank.indices]),
         names=[labelled.test.names[i] for i in test_bank.indices],
         kinds=kinds,
-        batch_size=1024,
+        batch_size=at_once,
     )
 
     validation = None
@@ -170,11 +174,11 @@ def train_task(
         kept, held = hold_out(len(normals))
         turned_rows = np.isin(features.turned.indices, normals.subset(held).indices).nonzero()[0]
         turned = features.turned.subset(turned_rows)
-        validation = validation_set(normals, kept, held, turned, batch_size=1024)
+        validation = validation_set(normals, kept, held, turned, batch_size=at_once)
 
     def build(changes: dict[str, Any]) -> Detector:
         options = experiment.method_options() | changes
-        head = build_detector(experiment.method_name, extractor.stage_channels, options)
+        head = build_detector(experiment.method_name, extractor, options)
         return head.to(extractor.device)
 
     def draw(outcome: Outcome) -> None:
@@ -204,7 +208,7 @@ def train_task(
             validation=validation,
             monitor_test=experiment.monitor_test,
             online=experiment.online,
-            skipped=features.skipped,
+            skipped=features.train.skipped + features.test.skipped,
             draw=draw if with_pictures else None,
         )
 

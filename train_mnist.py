@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.command_line import parse
-from configs.methods import METHODS
+from configs.methods import SEMANTIC_METHODS
 from configs.semantic import GREY, semantic_experiment
 from datasets.samples import DataError
 from models.errors import ModelError
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         argv,
         compose=semantic_experiment,
         datasets=tuple(GREY),
-        methods=tuple(METHODS),
+        methods=SEMANTIC_METHODS,
         prog="train_mnist.py",
         description="Semantic anomaly detection on grey images.",
     )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from configs.command_line import parse
-from configs.methods import METHODS
+from configs.methods import STRUCTURED_METHODS
 from configs.structured import DATASETS, StructuredExperiment, structured_experiment
 from datasets.demo import build_demo
 from datasets.images import read_image
@@ -30,13 +30,13 @@ from datasets.samples import Category, DataError
 from datasets.structured import MVTEC_OBJECTS, MVTEC_TEXTURES, list_categories, read_category
 from datasets.synthetic import SyntheticDataset, cutpaste
 from datasets.transforms import PairTransform
-from models import build_detector
+from models import Extractor, build_detector, build_extractor
 from models.detector import Detector
 from models.errors import ModelError
-from models.extractor import FrozenExtractor
 from utils.cli import exits_cleanly, pick_device
 from utils.evaluation import Outcome, TestSet
 from utils.feature_bank import FeatureBank
+from utils.feature_store import default_folder
 from utils.overlays import save_overlays
 from utils.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
 from utils.runs import Run, RunError
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         argv,
         compose=structured_experiment,
         datasets=tuple(DATASETS),
-        methods=tuple(METHODS),
+        methods=STRUCTURED_METHODS,
         prog="train_mvtec.py",
         description="Structured anomaly detection.",
     )
@@ -65,13 +65,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     categories = list_categories(dataset, root, experiment.categories or None)
     data = [read_category(dataset, root, c, visa_split=experiment.visa_split) for c in categories]
 
-    extractor = FrozenExtractor(
+    extractor = build_extractor(
+        experiment.method_name,
         experiment.backbone,
         experiment.layers,
         weights=experiment.weights,
         patch_size=experiment.patch_size,
         feature_location=experiment.feature_location,
         precision=experiment.precision,
+        compile_backbone=experiment.compile,
     ).to(device)
     run = Run.open(
         experiment.run_folder,
@@ -98,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def train_category(
-    experiment: StructuredExperiment, run: Run, extractor: FrozenExtractor, category: Category
+    experiment: StructuredExperiment, run: Run, extractor: Extractor, category: Category
 ) -> None:
     """Extract the features of a category once, then fit and evaluate a head for each seed."""
     transform = PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
 
-    def extract(images: Images, what: str) -> tuple[FeatureBank, list[str]]:
+    def extract(images: Images, what: str) -> FeatureBank:
         loader = BatchLoader(
             images,
             batch_size=experiment.extract_batch_size,
@@ -111,13 +113,16 @@ def train_category(
             skip_unreadable=experiment.skip_unreadable,
             pin_memory=extractor.device.type == "cuda",
         )
-        bank = FeatureBank.extract(
-            extractor, loader, store=experiment.cache, description=f"{category.name}: {what}"
+        return FeatureBank.extract(
+            extractor,
+            loader,
+            store=experiment.cache,
+            description=f"{category.name}: {what}",
+            folder=default_folder(),
         )
-        return bank, [why for _, why in loader.skipped]
 
-    train_bank, skipped_train = extract(ImageDataset(category.train, transform), "train features")
-    test_bank, skipped_test = extract(ImageDataset(category.test, transform), "test features")
+    train_bank = extract(ImageDataset(category.train, transform), "train features")
+    test_bank = extract(ImageDataset(category.test, transform), "test features")
     scoring: dict[str, Any] = {
         "map_size": experiment.map_size,
         "blur_sigma": experiment.blur_sigma,
@@ -142,13 +147,13 @@ def train_category(
         pasted = SyntheticDataset(
             ImageDataset(originals, transform), cutpaste, copies=num_copies(len(originals))
         )
-        pasted_bank, _ = extract(pasted, "features of pasted defects")
+        pasted_bank = extract(pasted, "features of pasted defects")
         pasted_masks = pasted.masks(pasted_bank.indices)
         validation = validation_set(train_bank, kept, held, pasted_bank, pasted_masks, **scoring)
 
     def build(changes: dict[str, Any]) -> Detector:
         options = experiment.method_options() | changes
-        head = build_detector(experiment.method_name, extractor.stage_channels, options)
+        head = build_detector(experiment.method_name, extractor, options)
         return head.to(extractor.device)
 
     def draw(outcome: Outcome) -> None:
@@ -156,7 +161,7 @@ def train_category(
             run.overlays_folder(category.name, experiment.seeds[0]),
             images=lambda i: transform.image(read_image(samples[i].path)),
             masks=test.masks,
-            anomaly_maps=outcome.scores.maps,
+            anomaly_maps=outcome.scores.maps.cpu(),
             scores=outcome.scores.images,
             labels=test.labels,
             defects=test.kinds,
@@ -180,7 +185,7 @@ def train_category(
             validation=validation,
             monitor_test=experiment.monitor_test,
             online=experiment.online,
-            skipped=skipped_train + skipped_test,
+            skipped=train_bank.skipped + test_bank.skipped,
             draw=draw if with_pictures else None,
             save_maps=experiment.save_maps,
         )

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from configs.experiment import Experiment, from_json
-from configs.methods import METHODS
+from configs.methods import METHODS, UNUSED, key_of
 
 E = TypeVar("E", bound=Experiment)
 
@@ -56,7 +56,7 @@ def parse(
         "Defaults below are those of "
         f"{default.dataset} {default.method_name}. --from-run RUN starts from a run's config.json."
     )
-    return tyro.cli(
+    experiment = tyro.cli(
         kind,
         default=default,
         args=words,
@@ -64,6 +64,13 @@ def parse(
         description=usage,
         config=(tyro.conf.AvoidSubcommands,),
     )
+    preset = compose(experiment.dataset, experiment.method_name)
+    for name in UNUSED.get(key_of(experiment.method_name), ()):
+        # Options of the other kind of task are not even fields here.
+        if hasattr(preset, name) and getattr(experiment, name) != getattr(preset, name):
+            option = name.replace("_", "-")
+            _refuse(prog, f"--{option} does nothing for {experiment.method_name}; leave it out")
+    return experiment
 
 
 def _take_option(words: list[str], name: str, prog: str) -> tuple[list[str], str | None]:
@@ -101,17 +108,23 @@ def _take_positionals(
         else:
             found.append(word)
     dataset = found[0] if found else None
-    if dataset in methods and dataset not in datasets:
+    if _is_method(dataset, methods) and dataset not in datasets:
         found.insert(0, "")
         dataset = None
     method = found[1] if len(found) > 1 else None
     if dataset is not None and dataset not in datasets:
         _refuse(prog, _unknown("data set", dataset, datasets))
-    if method is not None and method not in methods:
+    if method is not None and not _is_method(method, methods):
         _refuse(prog, _unknown("method", method, methods))
     if len(found) > 2:
         _refuse(prog, f"unexpected word {found[2]!r} after data set and method")
     return rest, dataset, method
+
+
+def _is_method(word: str | None, methods: Sequence[str]) -> bool:
+    """Tell whether a word names a method, or a model of a library among them."""
+    library, _, model = (word or "").partition(":")
+    return word in methods or (bool(model) and f"{library}:NAME" in methods)
 
 
 def _arity(option: str, kind: type[Experiment]) -> float:

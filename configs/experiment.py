@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Suppress
 
-from configs.methods import METHODS, MethodConfig, OptionalInt, require_positive
+from configs.methods import METHODS, MethodConfig, OptionalInt, key_of, require_positive
 
 HOW_NOT_WHAT = frozenset({"device", "workers", "cache", "output", "run", "restart"})
 """Fields that change where and how a run happens but not what it measures."""
@@ -41,6 +41,9 @@ class Experiment:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of the backbone; heads are always fitted in fp32."""
 
+    compile: bool = False
+    """Compile the backbone (torch.compile): pays on many images; on a CPU it needs g++ or clang."""
+
     image_size: int
     """Pixels the images are resized to."""
     crop_size: OptionalInt
@@ -67,8 +70,8 @@ class Experiment:
     """auto, cpu, cuda, cuda:1."""
     workers: int = 2
     """Processes that decode images; 0 decodes in the main process."""
-    cache: Literal["auto", "device", "host"] = "auto"
-    """Where extracted features are kept."""
+    cache: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where extracted features are kept; what is on disk ($NOCO_CACHE) later runs read again."""
 
     output: Path = Path("results")
     """Run folders are made below it: <output>/<dataset>-<method>/<run>/."""
@@ -103,7 +106,7 @@ class Experiment:
         learns_online = (
             getattr(self.method, "solver", "sgd") == "closed_form"
             and getattr(self.method, "prototypes", 0) == 1
-            and self.method.feature_norm != "std"
+            and getattr(self.method, "feature_norm", "none") != "std"
         )
         if self.online and not learns_online:
             raise ValueError(
@@ -124,7 +127,8 @@ class Experiment:
     def run_folder(self) -> Path:
         """The run's folder; the same command always names the same one."""
         name = self.run or f"{self.backbone.replace('/', '_')}-{self.digest}"
-        return self.output / f"{self.dataset}-{self.method_name}" / name
+        method = self.method_name.replace(":", "-")  # no file system forbids a hyphen
+        return self.output / f"{self.dataset}-{method}" / name
 
     @property
     def digest(self) -> str:
@@ -189,7 +193,7 @@ def from_json(kind: type[Experiment], values: dict[str, Any]) -> Experiment:
     """
     values = dict(values)
     try:
-        method_type = type(METHODS[values["method_name"]])
+        method_type = type(METHODS[key_of(values["method_name"])])
         options: Any = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values["method"].items()
         }

@@ -4,6 +4,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from configs.baselines import (
+    KnnConfig,
+    MahalanobisConfig,
+    PadimConfig,
+    PatchCoreConfig,
+    StpmConfig,
+)
+from configs.fine_tuning import DeepSvddConfig, MeanShiftedConfig, PandaConfig
+from configs.libraries import AnomalibConfig
 from configs.options import FeatureOptions, OptionalInt, require_positive
 from configs.simplenet import SIMPLENET, SIMPLENET_SEMANTIC, SimpleNetConfig
 
@@ -60,7 +69,19 @@ class NocoConfig(FeatureOptions):
             raise ValueError(f"--method.out-dim {self.out_dim} must be at least 1, or none")
 
 
-MethodConfig = NocoConfig | SimpleNetConfig
+MethodConfig = (
+    NocoConfig
+    | SimpleNetConfig
+    | PatchCoreConfig
+    | PadimConfig
+    | KnnConfig
+    | MahalanobisConfig
+    | StpmConfig
+    | DeepSvddConfig
+    | PandaConfig
+    | MeanShiftedConfig
+    | AnomalibConfig
+)
 
 METHODS: dict[str, MethodConfig] = {
     "noco": NocoConfig(),
@@ -71,8 +92,35 @@ METHODS: dict[str, MethodConfig] = {
         prototypes=32,
     ),
     **SIMPLENET,
+    "patchcore": PatchCoreConfig(),
+    "padim": PadimConfig(),
+    "knn": KnnConfig(),
+    "mahalanobis": MahalanobisConfig(),
+    "stpm": StpmConfig(),
+    "deep_svdd": DeepSvddConfig(),
+    "panda": PandaConfig(),
+    "mean_shifted": MeanShiftedConfig(),
+    "anomalib:NAME": AnomalibConfig(),  # NAME stands for any of its models
 }
 """Method name on the command line -> its published settings for MVTec."""
+
+STRUCTURED_ONLY = frozenset({"stpm"})
+SEMANTIC_ONLY = frozenset({"deep_svdd", "panda", "mean_shifted"})
+"""Methods whose papers compare one kind of task, and whose score has no meaning in the other."""
+STRUCTURED_METHODS = tuple(name for name in METHODS if name not in SEMANTIC_ONLY)
+SEMANTIC_METHODS = tuple(name for name in METHODS if name not in STRUCTURED_ONLY)
+"""Methods of train_mvtec.py, and of the other two scripts; the first is the default."""
+
+OF_FEATURES = ("precision", "compile", "patch_size")
+"""Options of the feature extraction that methods without one have no use for."""
+UNUSED: dict[str, tuple[str, ...]] = {
+    "stpm": OF_FEATURES,
+    "panda": OF_FEATURES,
+    "mean_shifted": OF_FEATURES,
+    "deep_svdd": (*OF_FEATURES, "backbone", "weights", "layers", "feature_location"),
+    "anomalib:NAME": (*OF_FEATURES, "blur_sigma"),
+}
+"""Options of the experiment that do nothing for a method: changing them is refused."""
 
 SEMANTIC: dict[str, dict[str, Any]] = {
     "noco": {
@@ -103,12 +151,29 @@ PAIRS: dict[tuple[str, str], dict[str, Any]] = {
     ("cats_vs_dogs", "noco"): {"radius_weight": 1e3},
     ("mnist", "noco"): {"epochs": 20},
     ("fashion_mnist", "noco"): {"epochs": 20},
+    **{
+        (dataset, "deep_svdd"): {"network": "mnist"}
+        for dataset in ("mnist", "fashion_mnist", "digits")
+    },
     ("digits", "noco"): {"epochs": 20},
 }
 """What a paper or its released code states for one data set and method."""
 
 
+def key_of(method: str) -> str:
+    """Return a method's key in the tables above: `anomalib:patchcore` stands under anomalib:NAME.
+
+    Raises:
+        KeyError: there is no such method.
+    """
+    library, _, model = method.partition(":")
+    key = f"{library}:NAME" if model else method
+    if key not in METHODS:
+        raise KeyError(method)
+    return key
+
+
 def method_config(method: str, dataset: str, *, semantic: bool) -> MethodConfig:
     """Compose the preset of a method for a data set."""
     changes = {**(SEMANTIC.get(method, {}) if semantic else {}), **PAIRS.get((dataset, method), {})}
-    return dataclasses.replace(METHODS[method], **changes)
+    return dataclasses.replace(METHODS[key_of(method)], **changes)

@@ -7,7 +7,7 @@ import tyro
 
 
 def _or_none(
-    kind: type[int] | type[float], metavar: str
+    kind: type[int] | type[float] | type[str], metavar: str
 ) -> "tyro.constructors.PrimitiveConstructorSpec[Any]":
     """Describe an option that takes a number or the word none."""
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -24,6 +24,9 @@ OptionalInt = Annotated[int | None, _or_none(int, "INT|none")]
 
 OptionalFloat = Annotated[float | None, _or_none(float, "FLOAT|none")]
 """A number, or `none` on the command line."""
+
+OptionalPath = Annotated[str | None, _or_none(str, "FILE|none")]
+"""A file's name, or `none` on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)

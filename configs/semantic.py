@@ -36,6 +36,13 @@ GREY: dict[str, dict[str, Any]] = {
 
 DATASETS = COLOUR | GREY
 
+# Deep SVDD (paper, section 4.2) trains a LeNet of its own on images of the data sets' own size.
+LENET_IMAGES: dict[bool, dict[str, Any]] = {
+    grey: {"backbone": "lenet", "layers": (0,), "image_size": size, "crop_size": None}
+    for grey, size in ((False, 32), (True, 28))
+}
+"""Whether the images are grey -> what Deep SVDD changes."""
+
 NO_ROTATIONS = frozenset({"digits", "mnist"})
 """Where a turned image is no anomaly (0, 8; 6 and 9), so that nothing can be chosen on it."""
 
@@ -59,6 +66,8 @@ class SemanticExperiment(Experiment):
 def semantic_experiment(dataset: str, method: str) -> SemanticExperiment:
     """Compose the preset of a data set and a method."""
     entry = {"data_root": cache_folder(), **DATASETS[dataset]}  # digits have no folder of their own
+    if method == "deep_svdd":
+        entry |= LENET_IMAGES[dataset in GREY]
     if method == "noco_cf" and dataset not in NO_ROTATIONS:
         entry["select"] = "synthetic"
     return SemanticExperiment(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from configs.cache import cache_folder
 from configs.experiment import Experiment
-from configs.methods import method_config, require_positive
+from configs.methods import key_of, method_config, require_positive
 from configs.simplenet import SIMPLENET_STRUCTURED
 
 # The published pipeline: NoCo resizes MVTec with OpenCV, MPDD and VisA with Lanczos; crop 224.
@@ -34,6 +34,11 @@ EXPERIMENT_CHANGES: dict[str, dict[str, Any]] = {
     # Prototypes are measured on the strides 8 and 16; the stem's neighbour adds cost, not accuracy.
     "noco_cf": {"layers": (2, 3), "select": "synthetic"},
     **SIMPLENET_STRUCTURED,
+    "patchcore": {"layers": (2, 3)},  # paper, section 4.2
+    "padim": {"patch_size": 1},  # paper: the stages' maps as they are
+    # Paper: whole images of 256, the product of the maps unblurred.
+    "stpm": {"image_size": 256, "crop_size": None, "patch_size": 1, "blur_sigma": 0.0},
+    "anomalib:NAME": {"layers": (2, 3), "patch_size": 1, "blur_sigma": 0.0},
 }
 """What a method changes in the experiment itself: layers, sizes."""
 
@@ -62,9 +67,9 @@ class StructuredExperiment(Experiment):
 
 def structured_experiment(dataset: str, method: str) -> StructuredExperiment:
     """Compose the preset of a data set and a method."""
-    changes = EXPERIMENT_CHANGES.get(method, {})
+    changes = EXPERIMENT_CHANGES.get(key_of(method), {})
     entry = {"data_root": cache_folder(), **DATASETS[dataset], **changes}
-    if DATASETS[dataset]["crop_size"] is None and "crop_size" in changes:
+    if DATASETS[dataset]["crop_size"] is None and changes.get("crop_size"):
         entry |= {"image_size": changes["crop_size"], "crop_size": None}  # images stay whole
     return StructuredExperiment(
         dataset=dataset,

@@ -1,7 +1,7 @@
 """What every detector is: a small head that is fitted on stored features and returns maps."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,25 @@ class FeatureSource(Protocol):
         """Yield features (B, C, H, W), float32; shuffled when a generator is given."""
         ...
 
+    def subset(self, rows: Tensor) -> "FeatureSource":
+        """Return the images at `rows`."""
+        ...
+
 
 class Detector(nn.Module):
     """A head on frozen features.
 
     `forward` maps features (B, C, H, W) to anomaly maps (B, H, W), higher = more anomalous, on any
-    grid, 1 x 1 included. `state_dict` holds the head and nothing of the backbone.
+    grid, 1 x 1 included. `state_dict` holds the head and nothing of the frozen backbone.
+
+    Methods that train the backbone itself declare `takes = "images"`: where this class speaks of
+    features they get uint8 images (B, 3, S, S), and all else is the same.
     """
 
+    takes: ClassVar[Literal["features", "images"]] = "features"
+    """What `fit` and `forward` are given."""
+    final_maps: bool = False
+    """Maps come at the size of the image and smoothed; nothing upsamples or blurs them again."""
     remarks: list[str] = []  # noqa: RUF012  replaced, never changed, by those that have any
     """What a reader of the fit's numbers must know, in words."""
 
@@ -56,6 +67,13 @@ class Detector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return anomaly maps (B, H, W) of features (B, C, H, W)."""
         raise NotImplementedError
+
+    def score(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return anomaly maps (B, H, W), and image scores (B,) where the method has its own.
+
+        None stands for the suite's image score: the maximum of the upsampled, blurred map.
+        """
+        return self(features), None
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """Return the options under which `fit` ends where it was at `monitor(step)`."""

@@ -114,6 +114,10 @@ class NormalisedDetector(Detector):
         """Return anomaly maps (B, H, W)."""
         return self.head(self.feature_norm(features))
 
+    def score(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Detector.score`."""
+        return self.head.score(self.feature_norm(features))
+
 
 class _Rescaled:
     """A feature source seen through a `FeatureNorm`."""
@@ -125,6 +129,9 @@ class _Rescaled:
 
     def __len__(self) -> int:
         return len(self._bank)
+
+    def subset(self, rows: Tensor) -> "_Rescaled":
+        return _Rescaled(self._bank.subset(rows), self._feature_norm)
 
     def batches(
         self, batch_size: int, *, generator: torch.Generator | None = None

@@ -24,7 +24,6 @@ Every ablation of the paper is one option of the command line: `--layers`, `--pa
 which gives each pair a run folder of its own.
 """
 
-import contextlib
 import math
 import warnings
 from typing import Any
@@ -39,6 +38,7 @@ from models.detector import Detector, FeatureSource, Monitor
 from models.discriminator import Discriminator, cross_entropy, truncated_l1
 from models.errors import ModelError
 from models.generator import GaussianNoise
+from models.mixed_precision import bfloat16_autocast
 from models.noco import mean_of_finite
 
 LOSSES = ("truncated_l1", "cross_entropy")
@@ -199,7 +199,7 @@ class SimpleNet(Detector):
         self, positions: Tensor, noise: GaussianNoise, optimizers: list[torch.optim.Optimizer]
     ) -> Tensor:
         """Take one step; return the `REPORTED` values (3,), still on the device."""
-        with self._autocast(positions.device):
+        with bfloat16_autocast(positions.device, wanted=self.mixed_precision):
             normal, noisy = self.logits(positions, noise)
         loss = self.loss(normal, noisy)
         for optimizer in optimizers:
@@ -270,13 +270,6 @@ class SimpleNet(Detector):
                 )
             )
         return optimizers
-
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        if not self.mixed_precision or device.type != "cuda":
-            return contextlib.nullcontext()
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return contextlib.nullcontext()
-        return torch.autocast("cuda", dtype=torch.bfloat16)
 
     @torch.no_grad()
     def _diagnose(self, bank: FeatureSource) -> float:

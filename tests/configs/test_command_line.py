@@ -6,25 +6,25 @@ from pathlib import Path
 import pytest
 
 from configs.command_line import parse
-from configs.methods import METHODS
+from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, UNUSED
 from configs.semantic import COLOUR, GREY, semantic_experiment
 from configs.structured import DATASETS, structured_experiment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
-    "train_mvtec.py": (structured_experiment, tuple(DATASETS)),
-    "train_cifar10.py": (semantic_experiment, tuple(COLOUR)),
-    "train_mnist.py": (semantic_experiment, tuple(GREY)),
+    "train_mvtec.py": (structured_experiment, tuple(DATASETS), STRUCTURED_METHODS),
+    "train_cifar10.py": (semantic_experiment, tuple(COLOUR), SEMANTIC_METHODS),
+    "train_mnist.py": (semantic_experiment, tuple(GREY), SEMANTIC_METHODS),
 }
 
 
 def parsed(*words, prog="train_mvtec.py"):
-    compose, datasets = SCRIPTS[prog]
+    compose, datasets, methods = SCRIPTS[prog]
     return parse(
         words,
         compose=compose,
         datasets=datasets,
-        methods=tuple(METHODS),
+        methods=methods,
         prog=prog,
         description="Detects anomalies.",
     )
@@ -51,7 +51,7 @@ def test_no_words_give_the_first_preset_of_each_script():
     assert parsed(prog="train_mnist.py") == semantic_experiment("digits", "noco")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STRUCTURED_METHODS)
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_pair_is_two_words(dataset, method):
     assert parsed(dataset, method) == structured_experiment(dataset, method)
@@ -137,7 +137,7 @@ def test_help_names_every_option_and_its_default(prog, capsys):
             parsed(word, prog=prog)
         assert exit_.value.code == 0
     text = on_one_line(capsys.readouterr().out)
-    compose, datasets = SCRIPTS[prog]
+    compose, datasets, methods = SCRIPTS[prog]
     default = compose(datasets[0], "noco")
     assert f"DATASET: {', '.join(datasets)} (default {datasets[0]})" in text
     for field in dataclasses.fields(default):
@@ -211,10 +211,11 @@ def write_run(folder, experiment):
     return str(folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("prog", SCRIPTS)
+@pytest.mark.parametrize(
+    ("prog", "method"), [(prog, method) for prog in SCRIPTS for method in SCRIPTS[prog][2]]
+)
 def test_from_run_is_the_same_measurement(tmp_path, prog, method):
-    _, datasets = SCRIPTS[prog]
+    _, datasets, _ = SCRIPTS[prog]
     for dataset in datasets:
         words = (dataset, method, "--seeds", "3", "4", "--categories", "a", "--image-size", "300")
         first = parsed(*words, "--crop-size", "none", "--workers", "5", prog=prog)
@@ -254,3 +255,46 @@ def test_run_of_the_other_kind_of_task_is_refused(tmp_path, capsys):
     run = write_run(tmp_path, structured_experiment("visa", "noco"))
     text = refused(capsys, "--from-run", run, prog="train_cifar10.py")
     assert "not a configuration of this version" in text
+
+
+def test_a_librarys_model_is_named_after_a_colon(tmp_path, capsys):
+    experiment = parsed("visa", "anomalib:patchcore", "--method.epochs", "2")
+    assert experiment.method_name == "anomalib:patchcore"
+    assert experiment.method == dataclasses.replace(METHODS["anomalib:NAME"], epochs=2)
+    assert experiment.run_folder.parent.name == "visa-anomalib-patchcore"
+    assert parsed("anomalib:padim").dataset == "mvtec"
+    run = write_run(tmp_path, experiment)
+    assert parsed("--from-run", run) == experiment
+    assert "unknown data set 'anomalib'" in refused(capsys, "anomalib")
+    assert "unknown method 'anomalib:'" in refused(capsys, "visa", "anomalib:")
+    assert "unknown method 'noco:x'" in refused(capsys, "visa", "noco:x")
+    text = refused(capsys, "visa", "anomalib:padim", "--method.model-options", "n_features")
+    assert "--method.model-options 'n_features' must be KEY=VALUE" in text
+
+
+def test_methods_of_the_other_kind_of_task_are_unknown(capsys):
+    assert "unknown method 'panda'" in refused(capsys, "visa", "panda")
+    assert "unknown method 'stpm'" in refused(capsys, "cifar10", "stpm", prog="train_cifar10.py")
+
+
+@pytest.mark.parametrize(
+    ("prog", "words", "option"),
+    [
+        ("train_mvtec.py", "visa stpm --patch-size 3", "--patch-size"),
+        ("train_mvtec.py", "visa stpm --precision bf16", "--precision"),
+        ("train_mvtec.py", "visa anomalib:padim --blur-sigma 2", "--blur-sigma"),
+        ("train_cifar10.py", "cifar10 deep_svdd --backbone resnet18", "--backbone"),
+        ("train_mnist.py", "mnist deep_svdd --weights random", "--weights"),
+        ("train_cifar10.py", "cifar10 panda --precision bf16", "--precision"),
+    ],
+)
+def test_an_option_that_does_nothing_for_the_method_is_refused(capsys, prog, words, option):
+    method = words.split()[1]
+    text = refused(capsys, *words.split(), prog=prog)
+    assert f"{option} does nothing for {method}; leave it out" in text
+
+
+def test_every_unused_option_is_an_option():
+    fields = {field.name for prog in SCRIPTS for field in dataclasses.fields(parsed(prog=prog))}
+    assert set(UNUSED) <= set(METHODS)
+    assert fields.issuperset(set().union(*UNUSED.values()))

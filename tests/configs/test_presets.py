@@ -10,7 +10,7 @@ import pytest
 from configs import semantic, structured
 from configs.cache import cache_folder
 from configs.experiment import HOW_NOT_WHAT, Experiment, from_json
-from configs.methods import METHODS, NocoConfig, method_config
+from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, NocoConfig, method_config
 from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
 from configs.structured import StructuredExperiment, structured_experiment
 from datasets.labelled import LABELLED_SETS
@@ -52,9 +52,13 @@ ALL = [
     *(
         structured_experiment(dataset, method)
         for dataset in structured.DATASETS
-        for method in METHODS
+        for method in STRUCTURED_METHODS
     ),
-    *(semantic_experiment(dataset, method) for dataset in semantic.DATASETS for method in METHODS),
+    *(
+        semantic_experiment(dataset, method)
+        for dataset in semantic.DATASETS
+        for method in SEMANTIC_METHODS
+    ),
 ]
 
 

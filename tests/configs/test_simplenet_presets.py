@@ -11,6 +11,7 @@ from configs.simplenet import SIMPLENET, SimpleNetConfig
 from configs.structured import DATASETS, StructuredExperiment, structured_experiment
 from models import DETECTORS, build_detector
 from models.simplenet import SimpleNet
+from tests.models.banks import Stages
 
 NAMES = ("simplenet", "simplenet_released", "nc_disc")
 
@@ -72,7 +73,7 @@ def test_nc_disc_is_simplenet_with_a_norm():
 )
 def test_parameter_counts_with_the_papers_backbone(method, expected):
     options = structured_experiment("mvtec", method).method_options()
-    assert build_detector(method, [512, 1024], options).num_trainable == expected
+    assert build_detector(method, Stages(512, 1024), options).num_trainable == expected
 
 
 def test_options_and_detector_have_the_same_names_and_defaults():

@@ -14,6 +14,9 @@ class Bank:
     def __len__(self):
         return len(self.features)
 
+    def subset(self, rows):
+        return Bank(self.features[rows])
+
     def batches(self, batch_size, *, generator=None):
         order = torch.arange(len(self))
         if generator is not None:
@@ -29,3 +32,10 @@ def seeded(seed=0):
 
 def draw_bank(count=8, channels=6, side=5, seed=1):
     return Bank(torch.randn(count, channels, side, side, generator=seeded(seed)))
+
+
+class Stages:
+    """The part of an extractor that heads on features need."""
+
+    def __init__(self, *channels):
+        self.stage_channels = channels

@@ -9,7 +9,7 @@ from models.errors import ModelError
 from models.feature_norm import FEATURE_NORMS, FeatureNorm, NormalisedDetector
 from models.noco import Noco
 from models.simplenet import SimpleNet
-from tests.models.banks import Bank, draw_bank, seeded
+from tests.models.banks import Bank, Stages, draw_bank, seeded
 
 STAGES = (2, 4)
 CLOSED = {"solver": "closed_form", "time": (10.0,)}
@@ -80,7 +80,7 @@ def test_unknown_kind_is_refused():
 @pytest.mark.parametrize("kind", FEATURE_NORMS[1:])
 def test_the_head_sees_rescaled_features_in_fit_and_forward(kind):
     bank = lopsided()
-    detector = build_detector("noco", STAGES, {**CLOSED, "feature_norm": kind})
+    detector = build_detector("noco", Stages(*STAGES), {**CLOSED, "feature_norm": kind})
     detector.fit(bank, generator=seeded())
     norm = FeatureNorm(kind, STAGES)
     norm.fit(bank)
@@ -95,17 +95,17 @@ def test_the_head_sees_rescaled_features_in_fit_and_forward(kind):
 def test_shuffled_training_reaches_the_bank():
     bank = lopsided()
     options = {"epochs": 2, "feature_norm": "l2"}
-    build_detector("noco", STAGES, options).fit(bank, generator=seeded())
+    build_detector("noco", Stages(*STAGES), options).fit(bank, generator=seeded())
     assert len(bank.orders) == 2  # one per epoch, drawn by the generator
 
 
 def test_build_detector_chooses_by_method_solver_and_norm():
     for method in ("noco", "noco_cf"):
-        assert type(build_detector(method, STAGES, {})) is Noco
-        assert type(build_detector(method, STAGES, CLOSED)) is ClosedFormNoco
-    plain = build_detector("simplenet", STAGES, {"feature_norm": "none"})
+        assert type(build_detector(method, Stages(*STAGES), {})) is Noco
+        assert type(build_detector(method, Stages(*STAGES), CLOSED)) is ClosedFormNoco
+    plain = build_detector("simplenet", Stages(*STAGES), {"feature_norm": "none"})
     assert type(plain) is SimpleNet
-    wrapped = build_detector("noco", STAGES, {**CLOSED, "feature_norm": "std"})
+    wrapped = build_detector("noco", Stages(*STAGES), {**CLOSED, "feature_norm": "std"})
     assert isinstance(wrapped, NormalisedDetector)
     assert isinstance(wrapped.head, ClosedFormNoco)
     assert wrapped.feature_norm.kind == "std"
@@ -113,32 +113,34 @@ def test_build_detector_chooses_by_method_solver_and_norm():
 
 def test_each_solver_takes_its_own_options():
     options = {"norm": 4.0, "epochs": 3, "time": (5.0,), "prototypes": 2}
-    trained = build_detector("noco", STAGES, options)
+    trained = build_detector("noco", Stages(*STAGES), options)
     assert (trained.norm, trained.epochs) == (4.0, 3)
-    solved = build_detector("noco", STAGES, {**options, "solver": "closed_form"})
+    solved = build_detector("noco", Stages(*STAGES), {**options, "solver": "closed_form"})
     assert (solved.norm, solved.times, len(solved.centres)) == (4.0, (5.0,), 2)
 
 
 @pytest.mark.parametrize("method", DETECTORS)
 def test_options_that_nobody_has_are_refused(method):
     with pytest.raises(TypeError, match=f"{method} has no option channels_, epochz"):
-        build_detector(method, STAGES, {"epochz": 3, "channels_": 4})
+        build_detector(method, Stages(*STAGES), {"epochz": 3, "channels_": 4})
 
 
 @pytest.mark.parametrize("kind", FEATURE_NORMS)
 def test_state_round_trip(kind):
     bank = lopsided()
     options = {**CLOSED, "feature_norm": kind}
-    detector = build_detector("noco_cf", STAGES, options)
+    detector = build_detector("noco_cf", Stages(*STAGES), options)
     detector.fit(bank, generator=seeded())
-    fresh = build_detector("noco_cf", STAGES, options)
+    fresh = build_detector("noco_cf", Stages(*STAGES), options)
     fresh.load_state_dict(detector.state_dict())
     assert torch.equal(fresh(bank.features), detector(bank.features))
 
 
 def test_a_wrapped_detector_passes_on_what_is_asked_of_it():
     bank, steps = lopsided(), []
-    detector = build_detector("noco", STAGES, {**CLOSED, "time": (1.0, 5.0), "feature_norm": "l2"})
+    detector = build_detector(
+        "noco", Stages(*STAGES), {**CLOSED, "time": (1.0, 5.0), "feature_norm": "l2"}
+    )
     detector.fit(bank, generator=seeded(), monitor=lambda *seen: steps.append(seen))
     assert steps == [(1, {"time": 1.0}), (2, {"time": 5.0})]
     assert detector.stopped_at(1) == {"time": (1.0,)}
@@ -150,7 +152,7 @@ def test_a_wrapped_detector_passes_on_what_is_asked_of_it():
 def test_online_learning_behind_a_norm_equals_fitting():
     bank = lopsided()
     whole, online = (
-        build_detector("noco", STAGES, {**CLOSED, "feature_norm": "l2"}) for _ in range(2)
+        build_detector("noco", Stages(*STAGES), {**CLOSED, "feature_norm": "l2"}) for _ in range(2)
     )
     whole.fit(bank, generator=seeded())
     online.start(seeded())
@@ -161,14 +163,14 @@ def test_online_learning_behind_a_norm_equals_fitting():
 
 
 def test_std_cannot_be_learnt_online():
-    detector = build_detector("noco", STAGES, {**CLOSED, "feature_norm": "std"})
+    detector = build_detector("noco", Stages(*STAGES), {**CLOSED, "feature_norm": "std"})
     with pytest.raises(ModelError, match="std is measured over all images"):
         detector.start(seeded())
 
 
 @pytest.mark.parametrize("method", ["noco", "simplenet"])
 def test_trained_detectors_refuse_online_learning(method):
-    detector = build_detector(method, STAGES, {})
+    detector = build_detector(method, Stages(*STAGES), {})
     with pytest.raises(ModelError, match=r"--method\.solver closed_form"):
         detector.start(seeded())
     with pytest.raises(ModelError, match="cannot learn online"):

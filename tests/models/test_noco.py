@@ -9,6 +9,7 @@ from torch import Tensor
 from models import DETECTORS, build_detector
 from models.errors import ModelError
 from models.noco import Noco, mean_of_finite
+from tests.models.banks import Stages
 
 
 class Bank:
@@ -337,9 +338,9 @@ def test_bad_options_are_refused():
 
 
 def test_detectors_are_built_by_name():
-    detector = build_detector("noco", (8, 4), {"solver": "sgd", "norm": 2.0, "out_dim": 3})
+    detector = build_detector("noco", Stages(8, 4), {"solver": "sgd", "norm": 2.0, "out_dim": 3})
     assert type(detector) is DETECTORS["noco"]["sgd"] is Noco
     assert detector.projector.in_features == 12
     assert (detector.norm, detector.objective.numel()) == (2.0, 3)
     with pytest.raises(TypeError, match="normm"):
-        build_detector("noco", (8, 4), {"normm": 2.0})
+        build_detector("noco", Stages(8, 4), {"normm": 2.0})

@@ -9,7 +9,7 @@ from models import build_detector
 from models.errors import ModelError
 from models.generator import GaussianNoise
 from models.simplenet import SimpleNet
-from tests.models.banks import Bank, draw_bank, seeded
+from tests.models.banks import Bank, Stages, draw_bank, seeded
 
 # Most heads here are trained for three epochs on noise, about which they remark.
 pytestmark = pytest.mark.filterwarnings("ignore::models.simplenet.TrivialSolutionWarning")
@@ -77,7 +77,7 @@ def test_norm_none_is_simplenet_bit_for_bit():
         "constrained": {"norm": 1.0},
     }.items():
         name = "nc_disc" if method == "constrained" else method
-        heads[method] = build_detector(name, [2, 4], {"epochs": 3, "sigma": 1.0, **options})
+        heads[method] = build_detector(name, Stages(2, 4), {"epochs": 3, "sigma": 1.0, **options})
         heads[method].fit(bank, generator=seeded())
     maps = {method: head(bank.features) for method, head in heads.items()}
     assert torch.equal(maps["simplenet"], maps["nc_disc"])
@@ -159,7 +159,7 @@ def test_it_learns_to_tell_separable_features(method, loss, side):
     options = {"norm": 1.0, "sigma": 0.1} if method == "nc_disc" else {"sigma": 0.4}
     options |= {"epochs": 12 if side > 1 else 40, "batch_size": 4 if side > 1 else 64}
     options |= {"loss": loss}
-    detector = build_detector(method, [6, 10], {"learning_rate": 1e-2, **options})
+    detector = build_detector(method, Stages(6, 10), {"learning_rate": 1e-2, **options})
     detector.fit(Bank(draw(0.02, 10)), generator=seeded())
     assert detector.remarks == []
     test = torch.cat([draw(0.02, 20), draw(0.5, 30)])

@@ -218,7 +218,7 @@ def test_mixed_precision_changes_nothing_without_a_cuda_device():
 def test_under_bfloat16_noise_is_added_in_float32(monkeypatch):
     """The same step in bfloat16, which the CPU knows too."""
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)
-    monkeypatch.setattr(SimpleNet, "_autocast", lambda *_: autocast)
+    monkeypatch.setattr("models.simplenet.bfloat16_autocast", lambda *_, **__: autocast)
     detector = SimpleNet(8, adaptor="linear")
     seen = []
     detector.discriminator.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
@@ -228,7 +228,9 @@ def test_under_bfloat16_noise_is_added_in_float32(monkeypatch):
     assert both.dtype == normal.dtype == noisy.dtype == torch.float32
     assert (both[500:] - both[:500]).std().item() == pytest.approx(0.015, rel=0.05)
     plain = fitted(draw_bank(), mixed_precision=False)
-    monkeypatch.setattr(SimpleNet, "_autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(
+        "models.simplenet.bfloat16_autocast", lambda *_, **__: contextlib.nullcontext()
+    )
     exact = fitted(draw_bank(), mixed_precision=False)
     features = draw_bank(seed=7).features
     assert not torch.equal(plain(features), exact(features))
