@@ -1,0 +1,145 @@
+"""One Gaussian over all normal features; the score is the Mahalanobis distance.
+
+Source: "Modeling the Distribution of Normal Data in Pre-Trained Deep Features for Anomaly
+Detection" (Rippel, Mertens and Merhof, ICPR 2020), after "A Simple Unified Framework for Detecting
+Out-of-Distribution Samples and Adversarial Attacks" (Lee et al., NeurIPS 2018). There one Gaussian
+per stage on pooled features, here one over the joined features, pooled or at all positions.
+
+The covariance is shrunk towards the identity, (1 - rho) S + rho mu I with mu = trace(S) / C. The
+best rho in expectation (Ledoit and Wolf, 2004, "A well-conditioned estimator for large-dimensional
+covariance matrices") is estimated as scikit-learn does it, for centred samples x_k:
+
+    delta = (||S||_F^2 - trace(S)^2 / C) / C
+    beta = (sum_k ||x_k x_k' - S||_F^2) / (n^2 C) = (sum_k ||x_k||^4 / n - ||S||_F^2) / (n C)
+    rho = min(beta, delta) / delta
+
+since sum_k ||x_k x_k'||_F^2 = sum_k ||x_k||^4 and sum_k <x_k x_k', S> = n ||S||_F^2. So S and the
+sum of fourth powers are enough: two passes over the features, and none of them is kept.
+"""
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from models.closed_form import CHUNK, add_gram
+from models.detector import Detector, FeatureSource, Monitor
+from models.errors import ModelError
+from models.nearest import full_precision
+
+READ = 4
+"""Images read at once."""
+
+
+class Mahalanobis(Detector):
+    """Mahalanobis distance under one Gaussian with a shrunk covariance.
+
+    Args:
+        channels: channels of the features.
+        shrinkage: weight rho of the scaled identity, 0 to 1; None for Ledoit and Wolf's estimate,
+            which Rippel et al. use.
+
+    Attributes:
+        mean: (C,).
+        whitening: (C, C), inverse Cholesky factor of the covariance.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(self, channels: int, *, shrinkage: float | None = None) -> None:
+        super().__init__()
+        if shrinkage is not None and not 0 <= shrinkage <= 1:
+            raise ModelError(f"shrinkage {shrinkage} must lie in 0 to 1, or be none")
+        self.shrinkage = shrinkage
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("whitening", torch.zeros(channels, channels))
+
+    def fit(
+        self,
+        bank: FeatureSource,
+        *,
+        generator: torch.Generator,
+        monitor: Monitor | None = None,
+    ) -> None:
+        """Estimate the Gaussian in float64, reading the bank twice; see `Detector.fit`.
+
+        The monitor gets the shrinkage used.
+
+        Raises:
+            ModelError: the covariance is singular.
+        """
+        del generator  # nothing is random
+        total = torch.zeros_like(self.mean, dtype=torch.float64)
+        count = 0
+        for features in bank.batches(READ):
+            total += features.double().sum(dim=(0, 2, 3))
+            count += features.numel() // features.shape[1]
+        mean = total / count
+        covariance, fourth_powers = self._second_pass(bank, mean, count)
+        shrinkage = self.shrinkage
+        if shrinkage is None:
+            shrinkage = ledoit_wolf_shrinkage(covariance, fourth_powers, count)
+        scale = covariance.trace() / len(mean)
+        shrunk = (1 - shrinkage) * covariance
+        shrunk.diagonal().add_(shrinkage * scale)
+        factor, failed = torch.linalg.cholesky_ex(shrunk)
+        # Of a singular matrix rounding may leave pivots that are not quite zero.
+        pivots = factor.diagonal().square()
+        rounding = len(mean) * torch.finfo(factor.dtype).eps * shrunk.diagonal().max()
+        if failed or not (pivots > rounding).all():
+            raise ModelError(
+                f"the covariance of {count} normal features in {len(mean)} channels is singular "
+                f"at shrinkage {shrinkage:.3g}: --method.shrinkage none or a larger one, or more "
+                "normal images"
+            )
+        identity = torch.eye(len(mean), dtype=factor.dtype, device=factor.device)
+        self.mean.copy_(mean)
+        self.whitening.copy_(torch.linalg.solve_triangular(factor, identity, upper=False))
+        if monitor is not None:
+            monitor(1, {"shrinkage": shrinkage})
+
+    def _second_pass(self, bank: FeatureSource, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return S (C, C) of the centred features and the sum of their ||x||^4."""
+        C = len(mean)
+        sums = torch.zeros(C, C, dtype=torch.float64, device=mean.device)
+        fourth_powers = torch.zeros((), dtype=torch.float64, device=mean.device)
+        for features in bank.batches(READ):
+            positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
+            for chunk in positions.split(CHUNK):
+                centred = chunk.double() - mean
+                add_gram(sums, centred)
+                fourth_powers += centred.square().sum(dim=1).square().sum()
+        return (sums.triu() + sums.triu(1).mT) / count, fourth_powers
+
+    def stopped_at(self, step: int) -> dict[str, Any]:
+        """There is one step; see `Detector.stopped_at`."""
+        del step
+        return {}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the Mahalanobis distance at each position, (B, H, W)."""
+        B, _, H, W = features.shape
+        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
+        with full_precision(positions.device):
+            whitened = (positions - self.mean) @ self.whitening.T  # (P, C)
+        distances = torch.linalg.vector_norm(whitened, dim=1)  # (P,)
+        return rearrange(distances, "(b h w) -> b h w", b=B, h=H, w=W)
+
+
+def ledoit_wolf_shrinkage(covariance: Tensor, fourth_powers: Tensor, count: int) -> float:
+    """Estimate the best weight of the scaled identity, 0 to 1.
+
+    Args:
+        covariance: S of centred samples, (C, C), divided by their number.
+        fourth_powers: sum of ||x||^4 over the samples.
+        count: number of samples, n.
+    """
+    C = len(covariance)
+    squares = covariance.square().sum()
+    delta = (squares - covariance.trace().square() / C) / C
+    beta = (fourth_powers / count - squares) / (count * C)
+    if delta <= 0 or beta <= 0:
+        return 0.0
+    return float(torch.minimum(beta, delta) / delta)

@@ -1,0 +1,202 @@
+"""Exact nearest neighbours of features, in blocks, on the device they live on.
+
+The squared distances of a block come from one product, ||q||^2 + ||m||^2 - 2 q.m. That is fast but
+loses the digits of a distance that is small beside the features' norms. So the product only
+proposes: the distances of the k + `SPARE` best are computed again by subtraction, and where its
+rounding error could still hide a nearer feature, that query is compared with all features by
+subtraction.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from models.errors import ModelError
+
+SEARCHES = ("exact", "faiss")
+SPARE = 8
+"""Features proposed beside the k that are wanted."""
+PRODUCT = 2**22
+"""Entries of one product: bounds its memory, and keeps it in a processor's cache."""
+GATHER = 2**23
+"""Entries of the features gathered, or compared by subtraction, at once."""
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute float32 products in float32, whatever TF32, bfloat16 or autocast allow outside."""
+    with torch.autocast(device.type, enabled=False):
+        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before PyTorch 2.9
+            allowed = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(allowed)
+            return
+        # Not the older calls: they raise where the user has set these.
+        cuda = torch.backends.cuda.matmul
+        onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        chosen = cuda.fp32_precision, onednn.fp32_precision
+        cuda.fp32_precision = onednn.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            cuda.fp32_precision, onednn.fp32_precision = chosen
+
+
+def check_search(search: str) -> None:
+    """Check a method's option `search` before anything is computed.
+
+    Raises:
+        ModelError: it is not one of `SEARCHES`, or its package is missing.
+    """
+    if search not in SEARCHES:
+        raise ModelError(f"search {search!r} is not one of {', '.join(SEARCHES)}")
+    if search == "faiss" and importlib.util.find_spec("faiss") is None:
+        raise ModelError(
+            "search 'faiss' needs the package faiss-cpu (pip install faiss-cpu); "
+            "--method.search exact needs none and finds the same"
+        )
+
+
+def direct_distances(first: Tensor, second: Tensor) -> Tensor:
+    """Return Euclidean distances (..., P, R) of features (..., P, C) and (..., R, C).
+
+    By subtraction: full relative accuracy, and a pair's result does not depend on its batch.
+    """
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def rounding_share(channels: int, dtype: torch.dtype) -> float:
+    """Bound the rounding error of ||q||^2 + ||m||^2 - 2 q.m as a share of ||q||^2 + ||m||^2.
+
+    A sum of C products is off by at most C u of the sum of their sizes, u being half of `eps`; that
+    makes C u for the norms and C u for 2 q.m. The rest is room for the surrounding operations and
+    for the rounding of the distances that are compared with it.
+    """
+    return 2 * (channels + 8) * torch.finfo(dtype).eps
+
+
+def nearest(
+    queries: Tensor, memory: Tensor, count: int, *, search: str = "exact"
+) -> tuple[Tensor, Tensor]:
+    """Find each query's nearest features by Euclidean distance.
+
+    Args:
+        queries: features (P, C).
+        memory: features (M, C), on the same device and of the same type.
+        count: how many to find.
+        search: "exact", or "faiss" (its flat index, on the CPU; exact up to its own rounding).
+
+    Returns:
+        Distances (P, count), ascending, accurate to rounding in their own magnitude; and the rows
+        of `memory` they belong to, (P, count), int64. Equal distances come in any order.
+
+    Raises:
+        ModelError: `memory` has fewer than `count` features.
+    """
+    if count > len(memory):
+        raise ModelError(
+            f"{count} nearest neighbours were asked for, but the memory holds {len(memory)} "
+            "features; fit on more normal images or ask for fewer neighbours"
+        )
+    proposed = min(count + SPARE, len(memory))
+    size = max(1, min(1024, GATHER // (proposed * queries.shape[1])))
+    shift = queries.mean(dim=0)
+    with full_precision(queries.device):
+        blocks = queries.split(size)
+        if search == "faiss":
+            rows = _propose_by_faiss(queries, memory, count).split(size)
+            found = [_rank(q, memory, r) for q, r in zip(blocks, rows, strict=True)]
+        else:
+            found = [_search(q, memory, count, proposed, shift) for q in blocks]
+    return torch.cat([d for d, _ in found]), torch.cat([r for _, r in found])
+
+
+def _search(
+    queries: Tensor, memory: Tensor, count: int, proposed: int, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return distances and rows, (Q, count) each, of the nearest features of one block."""
+    rough, candidates = _propose(queries, memory, proposed, shift)
+    distances, rows = _rank(queries, memory, candidates)
+    distances, rows = distances[:, :count], rows[:, :count]
+    if proposed == len(memory):
+        return distances, rows
+    # What was not proposed has a rough square above the last one proposed. Were it nearer than our
+    # last, its norm would be at most ||q|| + that distance, which bounds the error of its square.
+    norms = (queries - shift).square().sum(dim=1)  # (Q,)
+    last = distances[:, -1]
+    error = norms + (norms.sqrt() + last).square()
+    error = error * rounding_share(queries.shape[1], queries.dtype)
+    hidden = last.square() > rough.amax(dim=1) - error
+    unsure = (hidden & (last > 0)).nonzero()[:, 0]
+    if len(unsure):
+        distances[unsure], rows[unsure] = _search_directly(queries[unsure], memory, count)
+    return distances, rows
+
+
+def _propose(
+    queries: Tensor, memory: Tensor, proposed: int, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return rough squared distances and rows, (Q, proposed) each, of the best by product."""
+    # Distances do not see the shift; smaller norms mean smaller errors.
+    queries = queries - shift
+    norms = queries.square().sum(dim=1, keepdim=True)  # (Q, 1)
+    best: tuple[Tensor, Tensor] | None = None
+    for start, block in _blocks(memory, PRODUCT // len(queries)):
+        block = block - shift
+        squares = torch.addmm(block.square().sum(dim=1), queries, block.T, alpha=-2)  # (Q, R)
+        best = _keep_best(best, squares, start, proposed)
+    assert best is not None
+    return best[0] + norms, best[1]
+
+
+def _search_directly(queries: Tensor, memory: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return what `_search` does, from distances that are all computed by subtraction."""
+    best: tuple[Tensor, Tensor] | None = None
+    for start, block in _blocks(memory, PRODUCT // len(queries)):
+        best = _keep_best(best, direct_distances(queries, block), start, count)
+    assert best is not None
+    distances, order = best[0].sort(dim=1)
+    return distances, best[1].gather(1, order)
+
+
+def _blocks(memory: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    size = max(1, size)
+    for start in range(0, len(memory), size):
+        yield start, memory[start : start + size]
+
+
+def _keep_best(
+    best: tuple[Tensor, Tensor] | None, values: Tensor, start: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Merge the smallest of `values` (Q, R), whose rows begin at `start`, into the best so far."""
+    found = values.topk(min(count, values.shape[1]), dim=1, largest=False)
+    if best is None:
+        return found.values, found.indices + start
+    both = torch.cat([best[0], found.values], dim=1)
+    rows = torch.cat([best[1], found.indices + start], dim=1)
+    kept = both.topk(min(count, both.shape[1]), dim=1, largest=False)
+    return kept.values, rows.gather(1, kept.indices)
+
+
+def _rank(queries: Tensor, memory: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return distances by subtraction, ascending, and rows in that order; (Q, k) each."""
+    gathered = memory[rows]  # (Q, k, C)
+    distances = direct_distances(queries.unsqueeze(1), gathered).squeeze(1)  # (Q, k)
+    distances, order = distances.sort(dim=1)
+    return distances, rows.gather(1, order)
+
+
+def _propose_by_faiss(queries: Tensor, memory: Tensor, count: int) -> Tensor:
+    """Return the rows (P, count) that the flat index finds."""
+    import faiss  # an option's package: imported when it is asked for
+
+    index = faiss.IndexFlatL2(memory.shape[1])
+    index.add(memory.float().cpu().numpy())
+    _, rows = index.search(queries.float().cpu().numpy(), count)
+    return torch.from_numpy(rows).to(queries.device)
