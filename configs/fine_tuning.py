@@ -29,7 +29,7 @@ class PandaConfig:
     batch_size: int = 32
     """Images per step (released code)."""
     epochs: int = 15
-    """Passes over the training images (released code: 15, or 50 with ewc)."""
+    """Passes over the training images (released code: 15; panda_ewc 50)."""
     num_neighbors: int = 2
     """Neighbours whose squared distances are the score (released code)."""
     trained_stages: int = 2
@@ -63,7 +63,7 @@ class MeanShiftedConfig:
     epochs: int = 20
     """Passes over the training images (released code)."""
     num_neighbors: int = 2
-    """Neighbours whose distances are the score (paper)."""
+    """Neighbours whose distances are the score (released code)."""
     trained_stages: int = 2
     """Stages that train, counted from the last (released code: 2 of a ResNet152)."""
     mixed_precision: bool = True

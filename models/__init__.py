@@ -34,6 +34,7 @@ DETECTORS: dict[str, dict[str, type[Detector]]] = {
     "stpm": {"sgd": Stpm},
     "deep_svdd": {"sgd": DeepSvdd},
     "panda": {"sgd": Panda},
+    "panda_ewc": {"sgd": Panda},
     "mean_shifted": {"sgd": MeanShifted},
     "anomalib:NAME": {"sgd": AnomalibDetector},
 }

@@ -61,6 +61,7 @@ class FrozenExtractor(nn.Module):
             raise ModelError(f"patch size {patch_size} is not a positive odd number")
         loaded = load_backbone(backbone, weights, tuple(sorted(layers)), feature_location)
         self.backbone = backbone
+        self.weights = weights
         self.layers = tuple(sorted(layers))
         self.patch_size = patch_size
         self.feature_location = feature_location

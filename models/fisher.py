@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import weights
 from models.detector import FeatureSource
 from models.errors import ModelError
 from models.extractor import FrozenExtractor
 from models.fine_tuning import canonical_name
+from models.weights import complete_state, read_checkpoint
 
 WAYS_OUT = "pass --method.fisher-file FILE, or --method.variant early_stopping"
 
@@ -85,31 +85,19 @@ def load_classifier(backbone: FrozenExtractor) -> nn.Module:
         raise ModelError(
             f"the weights of {name} are random: no classifier has a Fisher information; {WAYS_OUT}"
         )
-    state = _whole_state(backbone)
+    state, source = complete_state(name, backbone.weights)
     config = timm.get_pretrained_cfg(name)
     head = None if config is None else config.classifier
     head = head[0] if isinstance(head, tuple | list) else head
     if f"{head}.weight" not in state:
         raise ModelError(
-            f"{backbone.weights_source} holds no classifier of {name}, of which a Fisher "
+            f"{source} holds no classifier of {name}, of which a Fisher "
             f"information could be computed; {WAYS_OUT}"
         )
     num_classes = len(state[f"{head}.weight"])
     model = timm.create_model(name, pretrained=False, num_classes=num_classes)
     model.load_state_dict(state)
     return model.requires_grad_(False).eval()
-
-
-def _whole_state(backbone: FrozenExtractor) -> dict[str, Tensor]:
-    """Return the state dict of the whole model from the place the backbone's weights came from."""
-    if Path(backbone.weights_source).is_file():
-        checkpoint = weights.read_checkpoint(Path(backbone.weights_source))
-        return weights._fit_checkpoint(backbone.backbone, checkpoint)
-    if weights._is_lite0(backbone.backbone):
-        packaged = weights._packaged_lite0()
-        if packaged is not None:
-            return weights._fit_lite0(backbone.backbone, packaged)
-    return weights._from_hub(backbone.backbone)
 
 
 def read_fisher(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -126,7 +114,7 @@ def read_fisher(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str,
             or a non-finite entry.
     """
     try:
-        stored = weights.read_checkpoint(path)
+        stored = read_checkpoint(path)
     except ModelError as error:
         raise ModelError(f"--method.fisher-file: {error}") from error
     by_name = {canonical_name(name): tensor for name, tensor in stored.items()}

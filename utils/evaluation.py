@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from utils.cli import UsageError
@@ -103,6 +104,8 @@ class TestSet:
         maps, images = [], []
         for features in self.bank.batches(self.batch_size):
             raw, own = detector.score(features)  # (B, h, w), (B,)
+            if own is not None and self.map_size is None:
+                raw = rearrange(own, "b -> b 1 1")  # where nothing is localised the score is all
             smooth = upsample_and_blur(raw, self.map_size, blur_sigma).float()  # (B, S, S)
             images.append((image_scores(smooth) if own is None else own.float()).cpu())  # (B,)
             maps.append(smooth)

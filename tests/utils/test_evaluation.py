@@ -324,3 +324,10 @@ def test_scoring_time_is_in_the_outcome(monkeypatch):
     monkeypatch.setattr("utils.evaluation.time.perf_counter", lambda: next(clock))
     (outcome,) = monitor.outcomes()
     assert outcome.score_seconds == 1
+
+
+def test_without_localisation_the_methods_own_score_is_all_that_is_kept():
+    maps, _ = perfectly_ranked(lambda unit: unit)
+    scores = scored_images(maps, LABELS).score(OwnScore())
+    assert torch.equal(scores.images, maps.amin(dim=(1, 2)))
+    assert torch.equal(scores.maps, scores.images[:, None, None])
