@@ -2,11 +2,12 @@
 
 python -m figures.compare RUN [RUN ...] --out FILE
 
-Writes FILE.md, FILE.csv, FILE.png and FILE.pdf. Numbers are means over categories, with the standard
-deviation over seeds where there are several. "fit" is the time from stored features (or stored
-images, for methods that train a network) to a fitted head, the mean of a category; "images/s" are
-test images from file to anomaly map, the backbone included; "head" is what has to be stored beside
-the backbone. Times are those of the machines the runs were made on: compare runs of one machine.
+Writes FILE.md, FILE.csv, FILE.png and FILE.pdf. Numbers are means over categories, with the
+standard deviation over seeds where there are several. "fit" is the time from stored features (or
+stored images, for methods that train a network) to a fitted head, the mean of a category;
+"images/s" are test images from file to anomaly map, the backbone included; "head" is what has to be
+stored beside the backbone. Times are those of the machines the runs were made on: compare runs of
+one machine.
 """
 
 import csv

@@ -137,7 +137,7 @@ def test_help_names_every_option_and_its_default(prog, capsys):
             parsed(word, prog=prog)
         assert exit_.value.code == 0
     text = on_one_line(capsys.readouterr().out)
-    compose, datasets, methods = SCRIPTS[prog]
+    compose, datasets, _ = SCRIPTS[prog]
     default = compose(datasets[0], "noco")
     assert f"DATASET: {', '.join(datasets)} (default {datasets[0]})" in text
     for field in dataclasses.fields(default):

@@ -252,7 +252,7 @@ def test_fingerprint_changes_with_files_transform_and_drawing(tmp_path):
     for index in range(3):
         save(tmp_path / f"{index}.png", texture(np.random.default_rng(index), (20, 20)))
         samples.append(Sample(tmp_path / f"{index}.png", label=0))
-    small, large = PairTransform(16, None, "opencv_square"), PairTransform(24, None, "opencv_square")
+    small, large = (PairTransform(size, None, "opencv_square") for size in (16, 24))
 
     def prints():
         images = ImageDataset(samples, small)

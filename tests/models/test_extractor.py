@@ -260,15 +260,15 @@ def test_compiled_backbone_gives_the_same_features(monkeypatch):
 
 
 def test_a_backbone_that_cannot_be_compiled_is_named(monkeypatch):
-    class InvalidCxxCompiler(RuntimeError):
+    class CompilerError(RuntimeError):
         __module__ = "torch._inductor.exc"
 
     def broken(_):
-        raise InvalidCxxCompiler("No working C++ compiler found\nand more")
+        raise CompilerError("No working C++ compiler found\nand more")
 
     monkeypatch.setattr(torch, "compile", lambda _: broken)
     extractor = FrozenExtractor("resnet10t", (1,), weights="random", compile_backbone=True)
-    message = r"--compile: resnet10t could not be compiled \(No working C\+\+ compiler found\); leave"
+    message = r"--compile: resnet10t could not be compiled \(No working C\+\+ compiler found\);"
     with pytest.raises(ModelError, match=message):
         extractor(draw(1, 64))
 
@@ -277,7 +277,8 @@ def test_fingerprint_tells_what_features_depend_on():
     torch.manual_seed(0)
     base = {"layers": (1, 2), "patch_size": 3, "pooled": False, "precision": "fp32"}
     prints = []
-    for change in ({}, {"layers": (1,)}, {"patch_size": 1}, {"pooled": True}, {"precision": "bf16"}):
+    changes = ({"layers": (1,)}, {"patch_size": 1}, {"pooled": True}, {"precision": "bf16"})
+    for change in ({}, *changes):
         torch.manual_seed(0)
         extractor = FrozenExtractor("resnet10t", weights="random", **{**base, **change})
         prints.append(extractor.fingerprint())

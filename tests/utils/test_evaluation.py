@@ -4,7 +4,6 @@ import time
 import pytest
 import torch
 
-
 from models.detector import Detector
 from utils.cli import UsageError
 from utils.evaluation import Monitor, TestSet

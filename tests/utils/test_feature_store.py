@@ -184,7 +184,8 @@ def test_a_damaged_entry_is_named_with_the_way_out(tmp_path, damage):
         text = json.loads(description.read_text())
         text["files"][0]["name"] = "../secret"
         description.write_text(json.dumps(text))
-    with pytest.raises(UsageError, match=f"is damaged; delete it with .*--clear {entry.folder.name}"):
+    way_out = f"is damaged; delete it with .*--clear {entry.folder.name}"
+    with pytest.raises(UsageError, match=way_out):
         extract(tmp_path)
     FeatureStore(tmp_path).clear([entry.folder.name])
     assert extract(tmp_path)[1] == 10
