@@ -66,11 +66,15 @@ def save_figure(figure: Figure, out: Path) -> list[Path]:
 
 
 def grid_rows(panels: Sequence[Sequence[str]]) -> tuple[int, int, list[list[tuple[int, int]]]]:
-    """Place groups of panels on a grid; each group starts a row.
+    """Place groups of panels on a grid; each group starts a row, unless all have one panel.
 
     Returns:
         Rows, columns, and (row, column) of each panel of each group.
     """
+    if all(len(group) == 1 for group in panels):
+        count = len(panels)
+        columns = min(MAX_COLUMNS, count)
+        return -(-count // columns), columns, [[divmod(i, columns)] for i in range(count)]
     columns = min(MAX_COLUMNS, max(len(group) for group in panels))
     places, row = [], 0
     for group in panels:

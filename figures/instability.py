@@ -85,7 +85,7 @@ def draw(runs: Sequence[LoggedRun], *, metric: str = "image_auroc") -> Figure:
     figure.legend(
         handles=_legend(seeds, any(fits.synthetic for fits in configurations)),
         loc="outside lower center",
-        ncols=min(4, 3 + len(seeds)),
+        ncols=min(4, 2 * columns),  # a legend wider than the panels would be cut
         frameon=False,
         fontsize="small",
     )

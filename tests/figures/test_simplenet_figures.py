@@ -277,7 +277,7 @@ def test_runs_of_one_configuration_are_told_apart_by_their_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("sizes", "rows", "columns", "last"),
-    [([2], 1, 2, (0, 1)), ([15], 3, 5, (2, 4)), ([7, 3], 3, 5, (2, 2)), ([1, 1], 2, 1, (1, 0))],
+    [([2], 1, 2, (0, 1)), ([15], 3, 5, (2, 4)), ([7, 3], 3, 5, (2, 2)), ([2, 1], 2, 2, (1, 0))],
 )
 def test_each_group_of_panels_starts_a_row(sizes, rows, columns, last):
     assert grid_rows([["x"] * size for size in sizes])[:2] == (rows, columns)
@@ -286,6 +286,12 @@ def test_each_group_of_panels_starts_a_row(sizes, rows, columns, last):
     assert all(group[0][1] == 0 for group in places)
     assert places[-1][-1] == last
     assert len({place for group in places for place in group}) == sum(sizes)
+
+
+def test_groups_of_one_panel_share_rows():
+    rows, columns, places = grid_rows([["x"]] * 7)
+    assert (rows, columns) == (2, 5)
+    assert places[4:6] == [[(0, 4)], [(1, 0)]]
 
 
 def test_styles_differ():
