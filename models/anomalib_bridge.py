@@ -30,8 +30,9 @@ class AnomalibDetector(Detector):
 
     Where the model works on a timm backbone it is given the experiment's: architecture, stages and
     weights. The frozen copy of these weights is not part of the head; what anomalib downloads
-    itself is. Images are normalised as the model's own pre-processing does it, but neither resized
-    nor cropped, unless the model cannot run on their size; then its maps are resized back.
+    itself is. Images are normalised as the backbone asks for, or else as the model's own
+    pre-processing does it, but neither resized nor cropped, unless the model cannot run on their
+    size; then its maps are resized back.
 
     Batch normalisation and dropout are in the mode the model's training puts them in; a fitted or
     loaded detector is in eval mode.

@@ -93,7 +93,13 @@ class LibraryModel:
         return dict(vars(chosen))
 
     def normalisation(self) -> tuple[list[float], list[float]]:
-        """Return mean and standard deviation the model subtracts and divides by, for [0, 1]."""
+        """Return mean and standard deviation the model subtracts and divides by, for [0, 1].
+
+        Where it stands on the experiment's backbone they are the backbone's: anomalib always takes
+        ImageNet's, and features of weights that were trained on others suffer.
+        """
+        if self._on_our_backbone:
+            return self._backbone.mean.flatten().tolist(), self._backbone.std.flatten().tolist()
         for step in _steps(self.kind.configure_pre_processor()):
             if isinstance(step, Normalize):
                 return list(step.mean), list(step.std)

@@ -29,9 +29,9 @@ def make_run(folder, method, aurocs, *, dataset="demo", select="last", skip=(), 
     run = Run.open(folder, config, categories=categories, seeds=seeds, command=["x"], device="cpu")
     for category, values in zip(categories, aurocs, strict=True):
         for seed, auroc in zip(seeds, values, strict=True):
+            run.log(category, seed, event="step", step=1)
             if (category, seed) in skip:
                 continue
-            run.log(category, seed, event="step", step=1)
             row = {"category": category, "seed": seed, "select": select, "image_auroc": auroc}
             row |= {"pixel_auroc": math.nan, "aupro": auroc / 2, **FACTS, **facts}
             name = f"{category}-seed{seed}"

@@ -291,10 +291,14 @@ def test_images_are_resized_for_a_model_that_insists_on_a_size(resnet):
 
 
 @needs_anomalib
-def test_normalisation_is_that_of_the_models_own_pre_processing(lite0):
+def test_normalisation_is_the_backbones_or_else_that_of_the_models_own_pre_processing(lite0):
+    images = draw_images(2, seed=4)
     detector = AnomalibDetector(lite0, name="patchcore")
-    detector._side = 8
-    white = detector._pixels(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8))
+    detector._side = images.shape[-1]
+    torch.testing.assert_close(detector._pixels(images), lite0.pixels(images))  # mean, std 0.5
+    other = AnomalibDetector(lite0, name="patchcore", model_options=("backbone=resnet18",))
+    other._side = 8
+    white = other._pixels(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8))
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(white[0, :, 0, 0], expected)
     # No normalisation of its own: pixels in [0, 1].
