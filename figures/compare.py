@@ -27,8 +27,14 @@ from figures.drawing import COLOURS, parser, save_figure
 from figures.run_log import LoggedRun, read_runs
 from utils.cli import exits_cleanly
 from utils.run_files import RunError, write_text
+from utils.runs import Run
 from utils.tables import SELECT_LABELS
 
+SAME_BUT = (
+    *("dataset", "data_root", "categories", "seeds", "select", "grid", "monitor_test", "online"),
+    *("skip_unreadable", "overlays", "save_maps", "extract_batch_size"),
+)
+"""Options that do not change what a method is; how an epoch was chosen stands in the table."""
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     options = parser("figures.compare", __doc__)
     options.add_argument("--metric", choices=METRICS, default="image_auroc", help="drawn upwards")
     arguments = options.parse_args(argv)
-    lines = [line for run in read_runs(arguments.runs) for line in lines_of(run)]
+    lines = [line for run in read_runs_by_data(arguments.runs) for line in lines_of(run)]
     paths = save_figure(draw(lines, metric=arguments.metric), arguments.out)
     stem = paths[0].with_suffix("")
     texts = {".md": to_markdown(lines), ".csv": to_csv(lines)}
@@ -74,6 +80,25 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         paths.append(path)
     sys.stdout.write(texts[".md"] + "".join(f"{path}\n" for path in paths))
     return paths
+
+
+def read_runs_by_data(folders: Sequence[Path]) -> list[LoggedRun]:
+    """Read runs; labels tell the runs on one set of images apart, by what changes the method.
+
+    Raises:
+        RunError: one is no run folder, or a file of it is corrupt.
+    """
+    groups: dict[str, list[Path]] = {}
+    for folder in folders:
+        groups.setdefault(_data_of(Run.read(folder).config), []).append(folder)
+    return [run for group in groups.values() for run in read_runs(group, same_but=SAME_BUT)]
+
+
+def _data_of(config: dict[str, Any]) -> str:
+    """Name the images of a run: folders of one's own by their last part."""
+    if config["dataset"] != "folder":
+        return str(config["dataset"])
+    return f"folder {Path(config.get('data_root', '')).name}"
 
 
 def lines_of(run: LoggedRun) -> list[Line]:
@@ -103,13 +128,12 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
         ]
         for name in METRICS
     }
-    timed = [r for r in rows if r.get("score_seconds") and r.get("extract_test_seconds")]
+    timed = [r for r in rows if r.get("score_seconds") and r.get("pass_test_seconds")]
     rates = [
-        r["num_test"] / (float(r["score_seconds"]) + float(r["extract_test_seconds"]))
-        for r in timed
+        r["num_test"] / (float(r["score_seconds"]) + float(r["pass_test_seconds"])) for r in timed
     ]
     return Line(
-        run.run.config["dataset"],
+        _data_of(run.run.config),
         run.label,
         select,
         metrics,

@@ -98,6 +98,7 @@ class FeatureBank:
         channels: channels of the joined features.
         extract_seconds: time the extraction took, of the whole bank where this is a subset; of
             opening the files where the features were on disk already.
+        pass_seconds: time the extraction took, be it in an earlier run.
         skipped: unreadable images that were left out, with the reason.
     """
 
@@ -110,12 +111,14 @@ class FeatureBank:
         device: torch.device,
         rows: Tensor | None = None,
         extract_seconds: float = 0.0,
+        pass_seconds: float = 0.0,
         skipped: Sequence[str] = (),
     ) -> None:
         self.stages = tuple(stages)
         self.indices = list(indices)
         self.channels = sum(s.shape[-1] for s in self.stages)
         self.extract_seconds = extract_seconds
+        self.pass_seconds = pass_seconds
         self.skipped = list(skipped)
         self._assemble = assemble
         self._device = device
@@ -164,6 +167,7 @@ class FeatureBank:
             assemble=extractor.assemble,
             device=extractor.device,
             extract_seconds=time.perf_counter() - start,
+            pass_seconds=found.seconds,
             skipped=found.skipped,
         )
 
@@ -187,6 +191,8 @@ class FeatureBank:
             device=self._device,
             rows=chosen,
             extract_seconds=self.extract_seconds,
+            pass_seconds=self.pass_seconds,
+            skipped=self.skipped,
         )
 
     @staticmethod
@@ -226,6 +232,7 @@ class _InMemory:
     tensors: list[Tensor]
     indices: list[int]
     skipped: list[str]
+    seconds: float
 
     def stages(self) -> list[Tensor]:
         return [tensor[: len(self.indices)] for tensor in self.tensors]
@@ -241,6 +248,7 @@ def _extract(
     identity: dict[str, Any],
 ) -> _InMemory | Entry:
     """Run the backbone over the images; the first batch tells how much room they need."""
+    began = time.perf_counter()
     indices: list[int] = []
     tensors: list[Tensor] = []
     writer: EntryWriter | None = None
@@ -276,9 +284,10 @@ def _extract(
         if not indices:
             raise UsageError(f"{description}: not one image could be read")
         skipped = [why for _, why in loader.skipped]
+        seconds = time.perf_counter() - began
         if writer is not None:
-            return writer.finish(indices, skipped, description)
-    return _InMemory(tensors, indices, skipped)
+            return writer.finish(indices, skipped, description, seconds)
+    return _InMemory(tensors, indices, skipped, seconds)
 
 
 def _place(needed: int, device: torch.device, store: str, has_disk: bool) -> torch.device | None:

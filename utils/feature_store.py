@@ -32,7 +32,7 @@ from torch import Tensor
 
 from utils.cli import UsageError
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the content of the files changes its meaning."""
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.float32, torch.uint8)}
 STALE_SECONDS = 7 * 24 * 3600
@@ -56,6 +56,7 @@ class Entry:
         indices: position in the data set of each image.
         skipped: images that could not be read, with the reason.
         files: name, shape and dtype of each stage's file.
+        seconds: time the extraction took.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Entry:
     indices: list[int]
     skipped: list[str]
     files: list[tuple[str, tuple[int, ...], torch.dtype]]
+    seconds: float
 
     @property
     def num_bytes(self) -> int:
@@ -194,7 +196,9 @@ class EntryWriter:
         for handle, stage_map in zip(self._handles, maps, strict=True):
             handle.write(stage_map.contiguous().cpu().numpy().data)
 
-    def finish(self, indices: Sequence[int], skipped: Sequence[str], description: str) -> Entry:
+    def finish(
+        self, indices: Sequence[int], skipped: Sequence[str], description: str, seconds: float
+    ) -> Entry:
         """Complete the entry and return it, or the one another process completed first."""
         self.close()
         files = [
@@ -207,6 +211,7 @@ class EntryWriter:
             "indices": list(indices),
             "skipped": list(skipped),
             "files": files,
+            "seconds": seconds,
         }
         (self._partial / "entry.json").write_text(json.dumps(entry), encoding="utf-8")
         try:
@@ -236,7 +241,7 @@ def _read_entry(folder: Path) -> Entry:
             raise ValueError("a file lies elsewhere")
         return Entry(
             folder, entry["identity"], entry["description"], entry["indices"], entry["skipped"],
-            files,
+            files, float(entry["seconds"]),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}/entry.json is damaged; {_clear_hint(folder.name)}") from error

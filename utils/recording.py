@@ -92,7 +92,7 @@ def fit_and_record(
         "empty_masks": len(empty),
         "trainable": sum(p.numel() for p in detector.parameters() if p.requires_grad),
         "extract_seconds": round(train.extract_seconds + test.bank.extract_seconds, 3),
-        "extract_test_seconds": round(test.bank.extract_seconds, 3),
+        "pass_test_seconds": round(test.bank.pass_seconds, 3),
         "fit_seconds": fit_seconds,
         "chosen": " ".join(f"{name}={_plain(value)}" for name, value in options.items()),
         "remarks": " ".join(detector.remarks),

@@ -1,6 +1,7 @@
 """Methods against one another, from run folders."""
 
 import csv
+import json
 import math
 
 import numpy as np
@@ -8,13 +9,12 @@ import pytest
 from PIL import Image
 
 from figures import compare
-from figures.run_log import read_runs
 from utils.run_files import RunError
 from utils.runs import Run
 
 FACTS = {
     "num_test": 100,
-    "extract_test_seconds": 1.5,
+    "pass_test_seconds": 1.5,
     "score_seconds": 0.5,
     "head_bytes": 2_500_000,
     "fit_seconds": 3.0,
@@ -44,7 +44,7 @@ def make_run(folder, method, aurocs, *, dataset="demo", select="last", skip=(), 
 
 
 def lines_of(*folders):
-    return [line for run in read_runs(folders) for line in compare.lines_of(run)]
+    return [line for run in compare.read_runs_by_data(folders) for line in compare.lines_of(run)]
 
 
 def test_a_line_is_the_mean_over_categories_of_each_seed(tmp_path):
@@ -103,3 +103,20 @@ def test_unfinished_runs_are_refused(tmp_path):
     empty = make_run(tmp_path / "b", "noco", [[0.8]], skip={("c0", 0)})
     with pytest.raises(RunError, match="no category is finished"):
         lines_of(empty)
+
+
+def test_labels_tell_apart_what_changes_the_method_on_one_set_of_images(tmp_path):
+    """Three runs on two folders: what only the data or the pictures change is not named."""
+    folders = []
+    for number, (root, norm) in enumerate((("a/x", 1), ("a/x", 8), ("b/y", 1))):
+        folder = make_run(tmp_path / str(number), "noco", [[0.8]], dataset="folder")
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"data_root": root, "overlays": number, "method": {"norm": norm}}
+        (folder / "config.json").write_text(json.dumps(config))
+        folders.append(folder)
+    named = [(line.dataset, line.label) for line in lines_of(*folders)]
+    assert named == [
+        ("folder x", "noco, norm 1"),
+        ("folder x", "noco, norm 8"),
+        ("folder y", "noco"),
+    ]

@@ -39,6 +39,7 @@ def test_features_on_disk_are_those_in_memory(tmp_path):
     assert seen == 10
     again, seen = extract(tmp_path)
     assert seen == 0, "the backbone ran again"
+    assert written.extract_seconds > again.pass_seconds == written.pass_seconds > 0
     for bank in (written, again):
         assert torch.equal(contents(bank), contents(in_memory))
         assert (bank.indices, bank.channels) == (in_memory.indices, in_memory.channels)
