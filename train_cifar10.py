@@ -111,6 +111,7 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
         dataset=published,
         metrics=METRICS,
         select=experiment.select,
+        method=experiment.method_name,
         display={t.category: f"{t.number} {t.category}" for t in tasks if not t.category.isdigit()},
         shared_images=True,
         notes=[RANDOM_WEIGHTS] if extractor.random_weights else [],

@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         dataset=dataset,
         metrics=METRICS,
         select=experiment.select,
+        method=experiment.method_name,
         groups=GROUPS.get(dataset),
         notes=[RANDOM_WEIGHTS] if extractor.random_weights else [],
     )

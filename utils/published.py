@@ -21,6 +21,45 @@ NUM_CATEGORIES = {
     "cats_vs_dogs": 2,
 }
 
+# Our name of a method (of a library's model what follows the colon) -> its name in the file.
+NAMES = {
+    "patchcore": "PatchCore",
+    "padim": "PaDiM",
+    "stpm": "STPM",
+    "stfpm": "STPM",
+    "deep_svdd": "DSVDD",
+    "panda": "PANDA",
+    "panda_ewc": "PANDA",
+    "mean_shifted": "MS",
+    "draem": "DRAEM",
+    "cfa": "CFA",
+    "csflow": "CS-Flow",
+    "fastflow": "FastFlow",
+    "reverse_distillation": "RevDist",
+}
+
+
+def published_by_paper(dataset: str, category: str, metric: str, method: str) -> dict[str, float]:
+    """Return a compared method's value in percent, as each paper prints it.
+
+    Args:
+        dataset: As on the command line.
+        category: A category, or a mean.
+        metric: "image_auroc" or "pixel_auroc".
+        method: As on the command line; one that no paper compares with gives an empty answer.
+
+    Raises:
+        RunError: The file is missing or unreadable, or a paper contradicts itself.
+    """
+    name = NAMES.get(method.rpartition(":")[2])
+    found = _read(PUBLISHED_FILE).get((name or "", dataset, category, metric), {})
+    values: dict[str, float] = {}
+    for source, value in found.items():
+        paper = source.partition(" ")[0]
+        if values.setdefault(paper, value) != value:
+            raise RunError(f"{PUBLISHED_FILE}: {name} on {dataset} {category} {metric} is {found}")
+    return values
+
 
 def published_values(
     dataset: str, category: str, metric: str, methods: Sequence[str] = ("NoCo", "SimpleNet")

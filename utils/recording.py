@@ -162,6 +162,7 @@ def finish_tables(
     dataset: str | None,
     metrics: Sequence[str],
     select: str,
+    method: str = "",
     groups: Mapping[str, Sequence[str]] | None = None,
     display: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
@@ -175,6 +176,7 @@ def finish_tables(
         dataset: whose published values stand beside ours; None for none.
         metrics: columns, in order.
         select: what `--select` was.
+        method: on the command line; its published values stand beside ours too.
         groups: mean lines over some of the categories.
         display: printed names of categories.
         notes: printed below the table, before what the rows themselves have to say.
@@ -194,6 +196,7 @@ def finish_tables(
         groups=groups,
         display=display,
         notes=[*notes, *row_notes(rows, shared_images=shared_images)],
+        method=method,
         nan_reasons=[f"{n}: {why}" for n, why in undefined_reasons(rows).items() if n in metrics],
     )
     table.write(run.folder)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from utils.published import NUM_CATEGORIES, published_values
+from utils.published import NAMES, NUM_CATEGORIES, published_by_paper, published_values
 from utils.run_files import SELECTS, RunError
 from utils.table_formats import Cell, Column, Line, Table
 
@@ -53,6 +53,7 @@ def build_table(
     notes: Sequence[str] = (),
     display: Mapping[str, str] | None = None,
     nan_reasons: Sequence[str] = (),
+    method: str = "",
 ) -> Table:
     """Build the table of a run.
 
@@ -74,6 +75,8 @@ def build_table(
         notes: Printed below: random weights, skipped images, empty masks.
         display: Printed names of categories, where they differ.
         nan_reasons: Why values are undefined, for the footnote of the dash.
+        method: On the command line; what papers print of it stands beside it, a column for each
+            paper, since each ran it itself.
 
     Raises:
         RunError: A (category, seed) has no row, or a metric no column; it names what is missing.
@@ -96,12 +99,20 @@ def build_table(
             key, name = f"{select}_{metric}", METRIC_LABELS[metric]
             columns.append(Column(key, SELECT_LABELS[select], name, has_std=len(seeds) > 1))
             cells.append([_cell(array[average.places]) for average in averages])
-    for method, remark in _PAPERS.items():
+    for paper in _PAPERS:
         for metric in metrics:
-            numbers = [_published(dataset, average, metric, method) for average in averages]
+            numbers = [_compared(dataset, average, metric, method, paper) for average in averages]
             if any(cell.mean is not None for cell in numbers):
-                key, name = f"{method.lower()}_paper_{metric}", METRIC_LABELS[metric]
-                columns.append(Column(key, f"{method} (paper)", name, has_std=False))
+                name = NAMES[method.rpartition(":")[2]]
+                key, group = f"{name}_in_{paper}_paper_{metric}".lower(), f"{name} ({paper} paper)"
+                columns.append(Column(key, group, METRIC_LABELS[metric], has_std=False))
+                cells.append(numbers)
+    for paper, remark in _PAPERS.items():
+        for metric in metrics:
+            numbers = [_published(dataset, average, metric, paper) for average in averages]
+            if any(cell.mean is not None for cell in numbers):
+                key, name = f"{paper.lower()}_paper_{metric}", METRIC_LABELS[metric]
+                columns.append(Column(key, f"{paper} (paper)", name, has_std=False))
                 cells.append(numbers)
                 remarks += [remark] if remark not in remarks else []
     lines = [
@@ -177,6 +188,12 @@ def _published(dataset: str | None, average: _Average, metric: str, method: str)
     if dataset is None or not average.is_comparable:
         return Cell(None)
     return Cell(published_values(dataset, average.key, metric, [method]).get(method))
+
+
+def _compared(dataset: str | None, average: _Average, metric: str, method: str, paper: str) -> Cell:
+    if dataset is None or not average.is_comparable:
+        return Cell(None)
+    return Cell(published_by_paper(dataset, average.key, metric, method).get(paper))
 
 
 def _caption(

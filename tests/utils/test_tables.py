@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from utils import published
-from utils.published import NUM_CATEGORIES, published_values
+from utils.published import NAMES, NUM_CATEGORIES, published_by_paper, published_values
 from utils.run_files import RunError
 from utils.tables import build_table
 
@@ -340,3 +340,40 @@ def test_write(tmp_path):
         "table.md",
         "table.tex",
     ]
+
+
+def test_a_compared_methods_published_values_stand_beside_it_for_each_paper():
+    """NoCo's paper and SimpleNet's print different numbers for PaDiM: 90.8 and 95.8."""
+    categories = TEXTURES + OBJECTS
+    table = make_table(
+        mvtec_rows(categories),
+        categories,
+        metrics=["image_auroc", "pixel_auroc"],
+        dataset="mvtec",
+        groups=GROUPS,
+        method="padim",
+    )
+    assert headings(table)[2:5] == [
+        ("PaDiM (NoCo paper)", "image AUROC"),
+        ("PaDiM (SimpleNet paper)", "image AUROC"),
+        ("PaDiM (SimpleNet paper)", "pixel AUROC"),
+    ]
+    assert cells(table, "mean")[2:5] == ["90.8", "95.8", "97.5"]
+    library = make_table(
+        mvtec_rows(categories), categories, dataset="mvtec", method="anomalib:padim"
+    )
+    assert ("PaDiM (NoCo paper)", "image AUROC") in headings(library)
+    for method in ("knn", "noco", "anomalib:dfm"):
+        table = make_table(mvtec_rows(categories), categories, dataset="mvtec", method=method)
+        assert {group for group, _ in headings(table)} == {
+            "last",
+            "NoCo (paper)",
+            "SimpleNet (paper)",
+        }
+
+
+def test_every_compared_name_is_in_the_file():
+    for method, name in NAMES.items():
+        assert published_by_paper("mvtec", "mean", "image_auroc", method), name
+    assert published_by_paper("cifar10", "mean", "image_auroc", "panda") == {"NoCo": 96.2}
+    assert published_by_paper("demo", "brick", "image_auroc", "padim") == {}
