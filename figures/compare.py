@@ -147,11 +147,13 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
 def draw(lines: Sequence[Line], *, metric: str) -> Figure:
     """Draw accuracy against fit time, a panel for each data set, a mark for each line."""
     datasets = list(dict.fromkeys(line.dataset for line in lines))
+    names = list(dict.fromkeys(_name(line) for line in lines))  # a mark means the same everywhere
     figure = Figure(figsize=(1.5 + 5.2 * len(datasets), 4.6), layout="constrained")
     grid = figure.subplots(1, len(datasets), squeeze=False)
     for axes, dataset in zip(grid.flat, datasets, strict=True):
         shown = [line for line in lines if line.dataset == dataset]
-        for number, line in enumerate(shown):
+        for line in shown:
+            number = names.index(_name(line))
             mean = statistics.fmean(line.metrics[metric])
             if math.isnan(mean):
                 continue
