@@ -2,9 +2,9 @@
 
 The squared distances of a block come from one product, ||q||^2 + ||m||^2 - 2 q.m. That is fast but
 loses the digits of a distance that is small beside the features' norms. So the product only
-proposes: the distances of the k + `SPARE` best are computed again by subtraction, and where its
-rounding error could still hide a nearer feature, that query is compared with all features by
-subtraction.
+proposes: the distances of the k best are computed again by subtraction. Where its rounding error
+could hide a nearer feature, so are those of `SPARE` more, and where it still could, that query is
+compared with all features by subtraction.
 """
 
 import contextlib
@@ -121,21 +121,32 @@ def _search(
     queries: Tensor, memory: Tensor, count: int, proposed: int, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return distances and rows, (Q, count) each, of the nearest features of one block."""
-    rough, candidates = _propose(queries, memory, proposed, shift)
-    distances, rows = _rank(queries, memory, candidates)
-    distances, rows = distances[:, :count], rows[:, :count]
-    if proposed == len(memory):
+    first = min(count + 1, len(memory))  # one more tells how far away the rest is
+    rough, candidates = _propose(queries, memory, first, shift)
+    distances, rows = _rank(queries, memory, candidates[:, :count])
+    if count == len(memory):
         return distances, rows
-    # What was not proposed has a rough square above the last one proposed. Were it nearer than our
-    # last, its norm would be at most ||q|| + that distance, which bounds the error of its square.
     norms = (queries - shift).square().sum(dim=1)  # (Q,)
-    last = distances[:, -1]
-    error = norms + (norms.sqrt() + last).square()
-    error = error * rounding_share(queries.shape[1], queries.dtype)
-    hidden = last.square() > rough.amax(dim=1) - error
-    unsure = (hidden & (last > 0)).nonzero()[:, 0]
-    if len(unsure):
-        distances[unsure], rows[unsure] = _search_directly(queries[unsure], memory, count)
+    share = rounding_share(queries.shape[1], queries.dtype)
+
+    def unsure(last: Tensor, least: Tensor, norms: Tensor) -> Tensor:
+        # What was not compared has a rough square of `least` or above. Were it nearer than our
+        # last, its norm would be at most ||q|| + that distance, which bounds the error of its
+        # square.
+        error = share * (norms + (norms.sqrt() + last).square())
+        return ((last.square() > least - error) & (last > 0)).nonzero()[:, 0]
+
+    close = unsure(distances[:, -1], rough[:, -1], norms)
+    if len(close):
+        rough, candidates = _propose(queries[close], memory, proposed, shift)
+        found = _rank(queries[close], memory, candidates)
+        distances[close], rows[close] = (part[:, :count] for part in found)
+        if proposed < len(memory):
+            still = unsure(distances[close, -1], rough[:, -1], norms[close])
+            hidden = close[still]
+            if len(hidden):
+                found = _search_directly(queries[hidden], memory, count)
+                distances[hidden], rows[hidden] = found
     return distances, rows
 
 
