@@ -79,6 +79,8 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
         precision=experiment.precision,
         compile_backbone=experiment.compile,
     ).to(device)
+    # A method that cannot be built says so now, not after the images are read.
+    build_detector(experiment.method_name, extractor, experiment.method_options())
     run = Run.open(
         experiment.run_folder,
         experiment.to_json(),

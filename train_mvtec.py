@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         precision=experiment.precision,
         compile_backbone=experiment.compile,
     ).to(device)
+    # A method that cannot be built says so now, not after the images are read.
+    build_detector(experiment.method_name, extractor, experiment.method_options())
     run = Run.open(
         experiment.run_folder,
         experiment.to_json(),

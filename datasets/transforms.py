@@ -19,8 +19,8 @@ class PairTransform:
         crop_size: Side length in pixels of the centre crop that follows. None keeps the whole
             image: it is squeezed to image_size x image_size by the same filter, so that images
             of any shape batch and no defect is cut away.
-        resize: "opencv_square" squeezes to image_size x image_size with cv2.INTER_LINEAR (the
-            MVTec pipeline of NoCo and SimpleNet); "lanczos_shorter" and "bilinear_shorter" bring
+        resize: "opencv_square" squeezes to image_size x image_size with cv2.INTER_LINEAR (NoCo's
+            MVTec pipeline); "lanczos_shorter" and "bilinear_shorter" bring
             the shorter side to image_size with Pillow's antialiased filter, as torchvision's
             Resize does.
 

@@ -1,5 +1,7 @@
 """The methods we compare with, through the scripts; and the store of features on disk."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +121,21 @@ def test_features_on_disk_give_the_same_table_without_the_backbone(
     warm = train(root, tmp_path / "c", method, *options, "--cache", "disk", "--device", "cpu")
     assert measured(in_memory) == measured(cold) == measured(warm)
     assert len(FeatureStore(default_folder()).entries()) == len(entries)
+
+
+def test_a_method_that_cannot_be_built_says_so_before_an_image_is_read(
+    root, tmp_path, monkeypatch, capsys
+):
+    def forbidden(*_):
+        raise AssertionError("an image was read")
+
+    found = importlib.util.find_spec
+    without = {"faiss": None}
+    monkeypatch.setattr(
+        "models.nearest.importlib.util.find_spec", lambda name: without.get(name, found(name))
+    )
+    monkeypatch.setattr("datasets.loading.BatchLoader.__iter__", forbidden)
+    with pytest.raises(SystemExit) as exit_:
+        train(root, tmp_path, "patchcore", "--method.search", "faiss")
+    assert exit_.value.code == 2
+    assert "pip install faiss-cpu" in capsys.readouterr().err
