@@ -88,7 +88,7 @@ def _row(category: Category, experiment: StructuredExperiment, measured: int) ->
     projected = {
         name: method[name]
         for name in ("epochs", "pretrain_epochs")
-        if (method.get(name) or 0) > measured
+        if (method.get(name) or 0) > measured and method.get("solver") != "closed_form"
     }
     head = build_detector(
         experiment.method_name, extractor, method | dict.fromkeys(projected, measured)

@@ -46,8 +46,8 @@ class KnnConfig(FeatureOptions):
     """Neighbours whose mean distance is the score (DN2: 2)."""
     distance: Literal["squared", "euclidean"] = "squared"
     """Which the mean is of (DN2's released code: squared)."""
-    max_positions: OptionalInt = 100_000
-    """Normal features kept, drawn at random where there are more (ours); none for all."""
+    max_positions: OptionalInt = 20_000
+    """Normal features kept, drawn at random where there are more (ours); none for all (DN2)."""
     search: Literal["exact", "faiss"] = "exact"
     """Nearest neighbours by one product per block, or by the package faiss."""
 

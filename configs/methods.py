@@ -140,6 +140,7 @@ SEMANTIC: dict[str, dict[str, Any]] = {
         "loss": "squared",
     },
     **SIMPLENET_SEMANTIC,
+    "knn": {"max_positions": None},  # DN2 keeps every image
 }
 """What the released semantic scripts change, whatever the data set."""
 

@@ -35,6 +35,7 @@ EXPERIMENT_CHANGES: dict[str, dict[str, Any]] = {
     "noco_cf": {"layers": (2, 3), "select": "synthetic"},
     **SIMPLENET_STRUCTURED,
     "patchcore": {"layers": (2, 3)},  # paper, section 4.2
+    "knn": {"layers": (2, 3)},  # ours: with stage 1 every image costs four times as much
     "padim": {"patch_size": 1},  # paper: the stages' maps as they are
     # Paper: whole images of 256, the product of the maps unblurred.
     "stpm": {"image_size": 256, "crop_size": None, "patch_size": 1, "blur_sigma": 0.0},

@@ -44,7 +44,7 @@ class Knn(Detector):
         *,
         num_neighbors: int = 2,
         distance: str = "squared",
-        max_positions: int | None = 100_000,
+        max_positions: int | None = 20_000,
         search: str = "exact",
     ) -> None:
         super().__init__()
