@@ -120,9 +120,7 @@ class FrozenExtractor(nn.Module):
         pixels = self.pixels(images)
         with self._autocast(pixels.device.type):
             maps = self._forward(pixels)
-        if getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC:
-            maps = [rearrange(m, "b h w c -> b c h w") for m in maps]
-        maps = [m.float() for m in maps]
+        maps = [m.float() for m in channels_first(self.net, maps)]
         if self.pooled:
             return [m.mean(dim=(2, 3), keepdim=True) for m in maps]  # (B, C_l, 1, 1)
         return [F.avg_pool2d(m, self.patch_size, 1, self.patch_size // 2) for m in maps]
@@ -181,6 +179,13 @@ class FrozenExtractor(nn.Module):
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(device_type, dtype=dtype)
+
+
+def channels_first(net: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    """Return the stages' maps of a timm feature network as (B, C_l, H_l, W_l)."""
+    if getattr(net, "output_fmt", Format.NCHW) == Format.NHWC:
+        return [rearrange(m, "b h w c -> b c h w") for m in maps]
+    return maps
 
 
 def describe_stages(backbone: str) -> list[str]:

@@ -6,13 +6,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
-from timm.layers.format import Format
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.detector import Detector, FeatureSource, Monitor
 from models.errors import ModelError
-from models.extractor import FrozenExtractor
+from models.extractor import FrozenExtractor, channels_first
 from models.mixed_precision import bfloat16_autocast
 from models.nearest import nearest
 from models.noco import mean_of_finite
@@ -146,9 +145,7 @@ class FineTunedDetector(Detector):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Return embeddings (B, D), float32, of normalised pixels (B, 3, S, S)."""
-        maps = self.net(pixels)
-        if getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC:
-            maps = [rearrange(m, "b h w c -> b c h w") for m in maps]
+        maps = channels_first(self.net, self.net(pixels))
         return torch.cat([m.float().mean(dim=(2, 3)) for m in maps], dim=1)  # (B, D)
 
     def embed_for_training(self, pixels: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from models.detector import Detector, FeatureSource, Monitor
 from models.errors import ModelError
-from models.extractor import FrozenExtractor
+from models.extractor import FrozenExtractor, channels_first
 from models.mixed_precision import bfloat16_autocast
 from models.noco import mean_of_finite
 from models.weights import load_backbone
@@ -126,8 +126,9 @@ class Stpm(Detector):
         (teacher,) = self._teacher
         pixels = teacher.pixels(images)
         with torch.no_grad():
-            taught = teacher.net(pixels)
-        for wanted, learned in zip(taught, self.student(pixels), strict=True):
+            taught = channels_first(teacher.net, teacher.net(pixels))
+        learning = channels_first(self.student, self.student(pixels))
+        for wanted, learned in zip(taught, learning, strict=True):
             difference = F.normalize(wanted.float(), dim=1) - F.normalize(learned.float(), dim=1)
             yield difference.square().sum(dim=1) / 2  # (B, H_l, W_l)
 

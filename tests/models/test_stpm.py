@@ -152,3 +152,11 @@ def test_bad_splits_and_losses_are_refused(teacher):
         fitted(teacher, Bank(images(2)), validation_share=0.9)
     with pytest.raises(FloatingPointError, match="at epoch 1, step"):
         fitted(teacher, Bank(images(8)), learning_rate=math.inf)
+
+
+def test_a_backbone_with_channels_last_maps_is_compared_over_its_channels():
+    teacher = FrozenExtractor("swin_tiny_patch4_window7_224", (0, 1), weights="random")
+    detector = Stpm(teacher)
+    pictures = F.interpolate(images(1).float(), (224, 224)).byte()
+    shapes = [tuple(stage_map.shape) for stage_map in detector.stage_maps(pictures)]
+    assert shapes == [(1, 56, 56), (1, 28, 28)]
