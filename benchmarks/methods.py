@@ -72,7 +72,11 @@ def _row(category: Category, experiment: StructuredExperiment, measured: int) ->
 
     def read(samples: tuple[Sample, ...], source: Any) -> tuple[FeatureBank, float]:
         loader = BatchLoader(
-            ImageDataset(samples, transform), batch_size=32, workers=2, skip_unreadable=False
+            ImageDataset(samples, transform),
+            batch_size=32,
+            workers=2,
+            skip_unreadable=False,
+            for_gpu=device.type == "cuda",
         )
         start = time.perf_counter()
         bank = FeatureBank.extract(source, loader)

@@ -32,12 +32,11 @@ features, and a feature's score is the smallest over its `nearest` centres.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from models.detector import ONLINE_HINT, Detector, FeatureSource, Monitor
@@ -46,8 +45,10 @@ from models.noco import LOSSES
 
 CHUNK = 16384
 """Positions per float64 product: bounds memory beside the sums."""
-BLOCK = 256
-"""Columns of the second moment added at once; for fewer channels there is one block."""
+BATCH_CHANNELS = 4096
+"""Channels of the images accumulated at once, in all."""
+BLOCK = 128
+"""Columns of the second moment added at once."""
 
 
 class ClosedFormNoco(Detector):
@@ -104,6 +105,7 @@ class ClosedFormNoco(Detector):
         self._sums = torch.zeros(0)
         self._counts = torch.zeros(0)
         self._initial = torch.zeros(0)
+        self._spectrum = (torch.zeros(0), torch.zeros(0))
 
     def fit(
         self,
@@ -120,13 +122,40 @@ class ClosedFormNoco(Detector):
         self._forget(generator)
         if len(self.centres) > 1:
             self.centres.copy_(self._cluster(bank, generator))
-        for features in bank.batches(4):
+        # Many images where features are narrow, for products worth their call; few where wide.
+        for features in bank.batches(max(1, min(32, BATCH_CHANNELS // bank.channels))):
             self.partial_fit(features)
-        values, vectors = self.decompose()
+        self._spectrum = values, vectors = self.decompose()
         for step, time in enumerate(self.times, start=1):
-            self.set_time(time, values, vectors)
+            if monitor is not None or step == len(self.times):
+                self.set_time(time, values, vectors)
             if monitor is not None:
                 monitor(step, {"time": time})
+
+    def steps(self) -> list[dict[str, float]]:
+        """The times, which share a projection on the eigenvectors; see `Detector.steps`."""
+        return [] if self.sample_w0 else [{"time": time} for time in self.times]
+
+    def score_steps(self, features: Tensor) -> Tensor:
+        """See `Detector.score_steps`: one product with the eigenvectors serves every time."""
+        B, _, H, W = features.shape
+        values, vectors = self._spectrum  # (K, D+1), (K, D+1, D+1)
+        times = torch.tensor(self.times, dtype=values.dtype, device=values.device)
+        decay = torch.exp(-rearrange(values, "k d -> k d 1") * times)  # (K, D+1, T)
+        first = (decay.square() / 3).float()
+        last = (self.norm * decay * rearrange(vectors[:, -1], "k d -> k d 1")).float()
+        rotation = vectors.mT.float()
+
+        def energies(offsets: Tensor, k: int) -> Tensor:
+            rotated = _affine(offsets, rotation[k])  # (P, D+1)
+            along = (rotated @ last[k]).square_()  # (P, T)
+            return along.addmm_(rotated.square_(), first[k])
+
+        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
+        scores = self._smallest(positions, energies, len(self.times))  # (P, T)
+        if self.loss_kind == "distance":
+            scores = scores.sqrt()
+        return rearrange(scores, "(b h w) t -> t b h w", b=B, h=H, w=W)
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """A step is one of the times; see `Detector.stopped_at`."""
@@ -204,42 +233,50 @@ class ClosedFormNoco(Detector):
     def forward(self, features: Tensor) -> Tensor:
         """Return the (root of the) expected squared distance at each position, (B, H, W)."""
         B, _, H, W = features.shape
+
+        def energy(offsets: Tensor, k: int) -> Tensor:
+            lengths = torch.linalg.vector_norm(_affine(offsets, self.filters[k]), dim=1)  # (P,)
+            return rearrange(lengths.square_(), "p -> p 1")
+
         positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
-        if len(self.centres) == 1:
-            scores = self._energy(positions - self.centres[0], self.filters[0])  # (P,)
-        else:
-            scores = self._smallest_energy(positions)  # (P,)
+        scores = self._smallest(positions, energy, 1)[:, 0]  # (P,)
         if self.loss_kind == "distance":
             scores = scores.sqrt()
         return rearrange(scores, "(b h w) -> b h w", b=B, h=H, w=W)
 
-    def _smallest_energy(self, positions: Tensor) -> Tensor:
-        """Return each position's smallest energy over its nearest centres, (P,)."""
+    def _smallest(
+        self, positions: Tensor, energy: Callable[[Tensor, int], Tensor], columns: int
+    ) -> Tensor:
+        """Return each position's smallest energies over its nearest centres, (P, columns).
+
+        Args:
+            positions: (P, D).
+            energy: of offsets (M, D) from the k-th centre, (M, columns).
+            columns: that `energy` returns.
+        """
+        if len(self.centres) == 1:
+            return energy(positions - self.centres[0], 0)
         P = len(positions)
         centre = rearrange(self._nearest(positions, self.nearest), "p n -> (n p)")
         order = centre.argsort()
         sizes = torch.bincount(centre, minlength=len(self.centres)).tolist()
-        energies = torch.empty(len(centre), device=positions.device)
+        energies = torch.empty(len(centre), columns, device=positions.device)
         for k, rows in enumerate(order.split(sizes)):
             if len(rows):
-                energies[rows] = self._energy(
-                    positions[rows % P] - self.centres[k], self.filters[k]
-                )
-        return rearrange(energies, "(n p) -> n p", p=P).amin(dim=0)  # (P,)
+                offsets = positions.index_select(0, rows % P).sub_(self.centres[k])
+                energies[rows] = energy(offsets, k)
+        return rearrange(energies, "(n p) t -> n p t", p=P).amin(dim=0)  # (P, columns)
 
     def _nearest(self, positions: Tensor, count: int) -> Tensor:
         """Return the indices of the nearest centres, (P, count)."""
         if len(self.centres) == 1:
             return torch.zeros(len(positions), 1, dtype=torch.long, device=positions.device)
         # |f - c|^2 without |f|^2, which orders the same and needs one product.
-        distance = self.centres.square().sum(dim=1) - 2 * positions @ self.centres.T  # (P, K)
+        lengths = self.centres.square().sum(dim=1)  # (K,)
+        distance = torch.addmm(lengths, positions, self.centres.T, alpha=-2)  # (P, K)
+        if count == 1:
+            return distance.argmin(dim=1, keepdim=True)
         return distance.topk(count, dim=1, largest=False).indices
-
-    @staticmethod
-    def _energy(offsets: Tensor, filter_matrix: Tensor) -> Tensor:
-        """Return ||filter [offset; 1]||^2 of offsets (P, D), (P,)."""
-        filtered = torch.addmm(filter_matrix[:, -1], offsets, filter_matrix[:, :-1].T)  # (P, R)
-        return filtered.square().sum(dim=1)
 
     @staticmethod
     def _extend(positions: Tensor) -> Tensor:
@@ -248,6 +285,8 @@ class ClosedFormNoco(Detector):
 
     def _cluster(self, bank: FeatureSource, generator: torch.Generator) -> Tensor:
         """Return k-means centres (K, D) of a sample of the normal features."""
+        from sklearn.cluster import KMeans  # a second of import that only prototypes need
+
         per_image = math.ceil(self.kmeans_positions / len(bank))
         sample = []
         for features in bank.batches(16):
@@ -265,6 +304,11 @@ class ClosedFormNoco(Detector):
         state = int(torch.randint(2**31, (1,), generator=generator))
         means = KMeans(K, n_init=1, max_iter=50, random_state=state).fit(stacked)
         return torch.from_numpy(means.cluster_centers_)
+
+
+def _affine(offsets: Tensor, matrix: Tensor) -> Tensor:
+    """Return matrix [offset; 1] of offsets (P, D), (P, R)."""
+    return torch.addmm(matrix[:, -1], offsets, matrix[:, :-1].T)  # (P, R)
 
 
 def add_gram(sums: Tensor, rows: Tensor) -> None:

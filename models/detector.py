@@ -75,6 +75,35 @@ class Detector(nn.Module):
         """
         return self(features), None
 
+    def geometry(self, features: Tensor, maps: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return where features lie against the objective, for methods that have one; else None.
+
+        Args:
+            features: (B, C, H, W).
+            maps: (B, H, W), of these features; each is looked at where its map is highest.
+
+        Returns:
+            The projection's Euclidean norm (B,), and its angle to the objective (B,), in radians,
+            in [0, pi].
+        """
+        del features, maps
+        return None
+
+    def steps(self) -> list[dict[str, float]]:
+        """Return what `fit` tells its monitor of each step, where `score_steps` knows them all.
+
+        Empty for detectors whose steps each have a state of their own, as epochs have.
+        """
+        return []
+
+    def score_steps(self, features: Tensor) -> Tensor:
+        """Return the anomaly maps (T, B, H, W) of all T steps of the last fit at once.
+
+        They are what `score` would return at each `monitor(step)`, up to rounding.
+        """
+        del features
+        raise NotImplementedError
+
     def stopped_at(self, step: int) -> dict[str, Any]:
         """Return the options under which `fit` ends where it was at `monitor(step)`."""
         raise NotImplementedError

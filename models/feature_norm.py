@@ -97,6 +97,14 @@ class NormalisedDetector(Detector):
         """See `Detector.solve`."""
         self.head.solve()
 
+    def steps(self) -> list[dict[str, float]]:
+        """See `Detector.steps`."""
+        return self.head.steps()
+
+    def score_steps(self, features: Tensor) -> Tensor:
+        """See `Detector.score_steps`."""
+        return self.head.score_steps(self.feature_norm(features))
+
     def stopped_at(self, step: int) -> dict[str, Any]:
         """See `Detector.stopped_at`."""
         return self.head.stopped_at(step)
@@ -117,6 +125,10 @@ class NormalisedDetector(Detector):
     def score(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Detector.score`."""
         return self.head.score(self.feature_norm(features))
+
+    def geometry(self, features: Tensor, maps: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `Detector.geometry`."""
+        return self.head.geometry(self.feature_norm(features), maps)
 
 
 class _Rescaled:

@@ -162,6 +162,23 @@ class Noco(Detector):
             distance = torch.linalg.vector_norm(offset, dim=1)  # (B*H*W,)
         return rearrange(distance, "(b h w) -> b h w", b=B, h=H, w=W)
 
+    def geometry(self, features: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ||Z|| and the angle between Z and G, the paper's Fig. 3; see `Detector.geometry`.
+
+        The angle is 2 atan2(|u - v|, |u + v|) for u, v scaled to one length: unlike the arc cosine
+        it keeps its digits near 0 and pi.
+        """
+        places = maps.flatten(1).argmax(dim=1)  # (B,)
+        positions = rearrange(features, "b c h w -> b (h w) c")
+        highest = positions[torch.arange(len(places), device=places.device), places]  # (B, C)
+        projected, objective = self.projector(highest).double(), self.objective.double()
+        norms = torch.linalg.vector_norm(projected, dim=1, keepdim=True)  # (B, 1)
+        u, v = projected * objective.norm(), objective * norms  # (B, D)
+        half = torch.atan2(
+            torch.linalg.vector_norm(u - v, dim=1), torch.linalg.vector_norm(u + v, dim=1)
+        )  # (B,)
+        return norms.squeeze(1).float(), (2 * half).float()
+
 
 def mean_of_finite(losses: list[Tensor], epoch: int) -> float:
     """Average an epoch's losses with one device-to-host copy.

@@ -1,8 +1,9 @@
 """A detector on a test set: scores, metrics, and which state of the head they belong to."""
 
 import copy
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,18 @@ class Scorer(Protocol):
         """Return maps (B, h, w) and the detector's own image scores (B,), if it has any."""
         ...
 
+    def geometry(self, features: Tensor, maps: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return norm (B,) and angle to the objective (B,), or None without an objective."""
+        ...
+
+
+class StepScorer(Scorer, Protocol):
+    """A scorer that knows all steps of its last fit."""
+
+    def score_steps(self, features: Tensor) -> Tensor:
+        """Return the maps after each of T steps, (T, B, h, w)."""
+        ...
+
 
 class Head(Scorer, Protocol):
     """A scorer whose state can be kept and restored; every `nn.Module` can."""
@@ -50,10 +63,15 @@ class Scores:
         images: (N,) float32, on the CPU.
         maps: (N, S, S) float32, where the detector is, so that the metrics sort there; (N, 1, 1) on
             a 1 x 1 grid.
+        norms: (N,) float32, on the CPU: norm of the projection where the map is highest; None
+            where it was not asked for or the detector has no objective.
+        angles: (N,) float32, on the CPU, in radians: its angle to the objective, likewise.
     """
 
     images: Tensor
     maps: Tensor
+    norms: Tensor | None = None
+    angles: Tensor | None = None
 
 
 class TestSet:
@@ -68,6 +86,7 @@ class TestSet:
         map_size: side in pixels that maps are upsampled to; None on a 1 x 1 grid.
         blur_sigma: of the Gaussian blur of maps, in pixels.
         batch_size: images scored at once.
+        stride: maps are made, and masks looked at, at every stride-th row and column only.
     """
 
     __test__ = False  # not a test case, whatever its name tells pytest
@@ -83,40 +102,82 @@ class TestSet:
         map_size: int | None = None,
         blur_sigma: float = 0.0,
         batch_size: int = 32,
+        stride: int = 1,
     ) -> None:
         self.bank = bank
         self.labels = labels
         self.names = [str(name) for name in names]
         self.kinds = list(kinds)
-        self.masks = masks
+        self.masks = None if masks is None else masks[:, ::stride, ::stride]
         self.map_size = map_size
         self.blur_sigma = blur_sigma
         self.batch_size = batch_size
+        self.stride = stride
 
     @torch.inference_mode()
-    def score(self, detector: Scorer) -> Scores:
+    def score(self, detector: Scorer, *, geometry: bool = False) -> Scores:
         """Score every image: the maximum of its upsampled, blurred map, or the method's own score.
+
+        Args:
+            detector: what scores.
+            geometry: also take norm and angle of each image, where the detector has them.
 
         Raises:
             FloatingPointError: a score is not finite.
         """
-        blur_sigma = 0.0 if detector.final_maps else self.blur_sigma
-        maps, images = [], []
+        maps, images, norms, angles = [], [], [], []
         for features in self.bank.batches(self.batch_size):
             raw, own = detector.score(features)  # (B, h, w), (B,)
+            if geometry and (found := detector.geometry(features, raw)) is not None:
+                norms.append(found[0].cpu())  # (B,)
+                angles.append(found[1].cpu())  # (B,)
             if own is not None and self.map_size is None:
                 raw = rearrange(own, "b -> b 1 1")  # where nothing is localised the score is all
-            smooth = upsample_and_blur(raw, self.map_size, blur_sigma).float()  # (B, S, S)
+            smooth = self._smooth(raw, detector)  # (B, S, S)
             images.append((image_scores(smooth) if own is None else own.float()).cpu())  # (B,)
             maps.append(smooth)
-        scores = Scores(torch.cat(images), torch.cat(maps))
-        if not (torch.isfinite(scores.maps).all() and torch.isfinite(scores.images).all()):
-            raise FloatingPointError("a test score is not finite; the head has diverged")
+        scores = Scores(
+            torch.cat(images),
+            torch.cat(maps),
+            torch.cat(norms) if norms else None,
+            torch.cat(angles) if angles else None,
+        )
+        _check_finite(scores)
         return scores
+
+    @torch.inference_mode()
+    def score_steps(self, detector: StepScorer) -> Iterator[Scores]:
+        """Yield the scores after each step of the detector's last fit, as `score` gives them.
+
+        Raises:
+            FloatingPointError: a score is not finite.
+        """
+        batches = self.bank.batches(self.batch_size)
+        raw = torch.cat([detector.score_steps(features) for features in batches], dim=1)
+        for maps in raw:  # (N, h, w), of one step
+            smooth = self._smooth(maps, detector)  # (N, S, S)
+            scores = Scores(image_scores(smooth).cpu(), smooth)
+            _check_finite(scores)
+            yield scores
+
+    def _smooth(self, maps: Tensor, detector: Scorer) -> Tensor:
+        """Upsample and blur maps (B, h, w) to (B, S, S), float32."""
+        blur_sigma = 0.0 if detector.final_maps else self.blur_sigma
+        return upsample_and_blur(maps, self.map_size, blur_sigma, stride=self.stride).float()
 
     def metrics(self, scores: Scores) -> Metrics:
         """Compute all metrics; those that need masks are nan without them."""
         return evaluate(scores.images, self.labels, scores.maps, self.masks)
+
+    def aurocs(self, scores: Scores) -> tuple[float, float]:
+        """Return image and pixel AUROC alone: the criterion of a choice, without the other metrics.
+
+        The second is nan without masks.
+        """
+        image = ranking_metrics(scores.images, self.labels).auroc
+        if self.masks is None:
+            return image, math.nan
+        return image, ranking_metrics(scores.maps, self.masks).auroc
 
     def contour_threshold(self, scores: Scores) -> float | None:
         """Return where pictures draw the contour of a map: the threshold of the best pixel F1.
@@ -134,6 +195,11 @@ class TestSet:
             return []
         empty = ~self.masks.flatten(1).any(dim=1) & (self.labels == 1)
         return empty.nonzero().flatten().tolist()
+
+
+def _check_finite(scores: Scores) -> None:
+    if not (torch.isfinite(scores.maps).all() and torch.isfinite(scores.images).all()):
+        raise FloatingPointError("a test score is not finite; the head has diverged")
 
 
 @dataclass(frozen=True)
@@ -266,7 +332,8 @@ class Monitor:
 
     def _score(self) -> tuple[Scores, float]:
         start = time.perf_counter()
-        scores = self._test.score(self._detector)  # its check of all scores waits for the device
+        # Its check of all scores waits for the device.
+        scores = self._test.score(self._detector, geometry=True)
         return scores, time.perf_counter() - start
 
     def _snapshot(self) -> State:

@@ -46,7 +46,9 @@ def _cached_matrix(grid: int, size: int, sigma: float, device: torch.device) -> 
         return smoothing_matrix(grid, size, sigma).to(device)
 
 
-def upsample_and_blur(anomaly_maps: Tensor, size: int | None, sigma: float) -> Tensor:
+def upsample_and_blur(
+    anomaly_maps: Tensor, size: int | None, sigma: float, *, stride: int = 1
+) -> Tensor:
     """Upsamples anomaly maps to `size` x `size` and blurs them.
 
     The two products run in float64, about 7 MFLOP a map from 56 x 56 to 224 x 224, so that neither
@@ -57,10 +59,12 @@ def upsample_and_blur(anomaly_maps: Tensor, size: int | None, sigma: float) -> T
         size: Height and width of the result in pixels; None keeps (h, w).
         sigma: Standard deviation of the blur in pixels of the result; 0 = no blur. The published
             pipelines use 4.
+        stride: Only every stride-th row and column of the result is computed, from the first on.
 
     Returns:
-        (B, size, size), float64 for float64 maps, else float32. Maps whose size stays and that have
-        one pixel (semantic tasks) or no blur are returned as they are.
+        (B, size, size), float64 for float64 maps, else float32; with a stride, (B, s, s) with
+        s = ceil(size / stride). Maps whose size stays and that have one pixel (semantic tasks) or
+        no blur are returned as they are.
 
     Raises:
         ValueError: Maps that are not (B, h, w), or a size or sigma `smoothing_matrix` refuses.
@@ -74,7 +78,8 @@ def upsample_and_blur(anomaly_maps: Tensor, size: int | None, sigma: float) -> T
     columns = _cached_matrix(grid_width, width, sigma, device)  # (width, w)
     same_size = (height, width) == (grid_height, grid_width)
     if same_size and (sigma == 0 or height == width == 1):
-        return anomaly_maps
+        return anomaly_maps if stride == 1 else anomaly_maps[:, ::stride, ::stride]
+    rows, columns = rows[::stride], columns[::stride]  # (height, h), (width, w)
     smoothed = rows @ (anomaly_maps.double() @ columns.T)  # (B, height, width)
     return smoothed if anomaly_maps.dtype == torch.float64 else smoothed.float()
 

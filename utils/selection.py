@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
 
 from utils.cli import UsageError
-from utils.evaluation import TestSet
+from utils.evaluation import Scores, TestSet
 from utils.feature_bank import FeatureBank
 from utils.seeding import seed_everything
 
 HELD_OUT_SHARE = 0.2
+STRIDE = 2
+"""Candidates are judged at every second row and column: blurred maps hold no more than that."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ def validation_set(
     held: torch.Tensor,
     anomalies: FeatureBank,
     masks: torch.Tensor | None = None,
-    **scoring: Any,
+    map_size: int | None = None,
+    blur_sigma: float = 0.0,
+    batch_size: int = 32,
 ) -> Validation:
     """Join held-out normals and the synthetic anomalies made from them.
 
@@ -74,7 +79,9 @@ def validation_set(
         held: rows held out.
         anomalies: features of the synthetic anomalies.
         masks: (num anomalies, S, S) bool, where they were drawn; None on a 1 x 1 grid.
-        scoring: `map_size`, `blur_sigma` and `batch_size` of `TestSet`.
+        map_size: as `TestSet` has it.
+        blur_sigma: as `TestSet` has it.
+        batch_size: as `TestSet` has it.
     """
     held_bank = normals.subset(held)
     names = [f"normal/{i}" for i in held_bank.indices] + [
@@ -86,7 +93,17 @@ def validation_set(
     if masks is not None:
         clean = torch.zeros(len(held_bank), *masks.shape[1:], dtype=torch.bool)
         masks = torch.cat([clean, masks])  # (N, S, S)
-    test = TestSet(joined, labels, names=names, kinds=kinds, masks=masks, **scoring)
+    test = TestSet(
+        joined,
+        labels,
+        names=names,
+        kinds=kinds,
+        masks=masks,
+        map_size=map_size,
+        blur_sigma=blur_sigma,
+        batch_size=batch_size,
+        stride=1 if map_size is None else STRIDE,
+    )
     return Validation(normals.subset(kept), test)
 
 
@@ -124,14 +141,22 @@ def choose(
         def judge(
             step: int,
             values: dict[str, float],
+            scores: Scores | None = None,
+            watched_scores: Scores | None = None,
             options: dict[str, Any] = options,
             detector: Any = detector,
         ) -> None:
-            metrics = validation.test.metrics(validation.test.score(detector))
-            image, pixel = metrics.image_auroc, metrics.pixel_auroc
+            image, pixel = validation.test.aurocs(
+                validation.test.score(detector) if scores is None else scores
+            )
             auroc = image if math.isnan(pixel) else pixel
             choices.append(Choice(options | detector.stopped_at(step), auroc, image))
-            record = {f"test_{k}": v for k, v in _watch(watched, detector).items()}
+            record: dict[str, float] = {}
+            if watched is not None:
+                metrics = watched.metrics(
+                    watched.score(detector) if watched_scores is None else watched_scores
+                )
+                record = {f"test_{name}": value for name, value in metrics.values().items()}
             log(
                 event="selection",
                 step=step,
@@ -142,9 +167,12 @@ def choose(
                 **record,
             )
 
-        detector.fit(validation.kept, generator=generator, monitor=judge)
+        if steps := detector.steps():
+            detector.fit(validation.kept, generator=generator)
+            scores = validation.test.score_steps(detector)
+            beside = repeat(None) if watched is None else watched.score_steps(detector)
+            for step, found in enumerate(zip(steps, scores, beside, strict=False), start=1):
+                judge(step, *found)
+        else:
+            detector.fit(validation.kept, generator=generator, monitor=judge)
     return max(choices, key=lambda choice: (choice.auroc, choice.tie_break))
-
-
-def _watch(watched: TestSet | None, detector: Any) -> dict[str, float]:
-    return {} if watched is None else watched.metrics(watched.score(detector)).values()

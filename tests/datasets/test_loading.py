@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,14 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from datasets.loading import ArrayDataset, Batch, BatchLoader, ImageDataset, read_masks
+from datasets.loading import (
+    BATCHES_AHEAD,
+    ArrayDataset,
+    Batch,
+    BatchLoader,
+    ImageDataset,
+    read_masks,
+)
 from datasets.samples import DataError, Sample
 from datasets.synthetic import SyntheticDataset, cutpaste, rotate
 from datasets.transforms import PairTransform
@@ -30,8 +38,19 @@ def samples(tmp_path):
     ]
 
 
-def loader(dataset, *, workers=0, skip=False, batch_size=3):
-    return BatchLoader(dataset, batch_size=batch_size, workers=workers, skip_unreadable=skip)
+def loader(dataset, *, workers=0, for_gpu=False, skip=False, batch_size=3):
+    return BatchLoader(
+        dataset,
+        batch_size=batch_size,
+        workers=workers,
+        skip_unreadable=skip,
+        for_gpu=for_gpu,
+    )
+
+
+# In turn, by threads, by processes; pinning memory warns where there is no GPU to pin it for.
+WAYS = pytest.mark.parametrize(("workers", "for_gpu"), [(0, False), (2, False), (2, True)])
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
 
 def truncate(path):
@@ -39,9 +58,9 @@ def truncate(path):
     path.write_bytes(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_come_in_order(samples, workers):
-    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers)
+@WAYS
+def test_batches_come_in_order(samples, workers, for_gpu):
+    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu)
     assert len(batches) == 3
     assert batches.num_images == 7
     for _ in range(2):
@@ -57,18 +76,18 @@ def test_batches_come_in_order(samples, workers):
     np.testing.assert_array_equal(images[5].permute(1, 2, 0), expected)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_truncated_image_is_named(samples, workers):
+@WAYS
+def test_truncated_image_is_named(samples, workers, for_gpu):
     truncate(samples[4].path)
     with pytest.raises(DataError, match=r"cannot read the image .*4\.png.*--skip-unreadable"):
-        list(loader(ImageDataset(samples, TRANSFORM), workers=workers))
+        list(loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_are_left_out_and_listed(samples, workers):
+@WAYS
+def test_unreadable_images_are_left_out_and_listed(samples, workers, for_gpu):
     truncate(samples[1].path)
     samples[6].path.unlink()
-    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers, skip=True)
+    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
     for _ in range(2):
         found = list(batches)
         # The last batch has no image left.
@@ -90,11 +109,11 @@ def test_empty_data_set_gives_no_batches():
     assert list(batches) == []
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_loading_leaves_the_global_generator_alone(samples, workers):
+@WAYS
+def test_loading_leaves_the_global_generator_alone(samples, workers, for_gpu):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    list(loader(ImageDataset(samples, TRANSFORM), workers=workers))
+    list(loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -112,15 +131,48 @@ class WorkerState:
         raise NotImplementedError
 
 
-def test_workers_have_one_thread_and_leave_interrupts_to_the_main_process(samples):
-    batches = list(loader(ImageDataset(samples, WorkerState()), workers=2))
+def test_processes_have_one_thread_and_leave_interrupts_to_the_main_process(samples):
+    batches = list(loader(ImageDataset(samples, WorkerState()), workers=2, for_gpu=True))
     states = torch.cat([batch.images for batch in batches]).flatten(1)  # (7, 3)
     assert (states[:, 0] == 1).all()
     assert (states[:, 1] == 1).all()
     assert len(states[:, 2].unique()) == 2
 
 
-def test_interrupt_ends_quickly_with_one_traceback(tmp_path):
+def test_threads_read_ahead_but_no_further_and_stop_when_dropped():
+    """At most `BATCHES_AHEAD` batches are held beside the one in use."""
+    read = []
+
+    class Watched(ArrayDataset):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    images = Watched(np.zeros((60, 32, 32), np.uint8), TRANSFORM)
+    batches = iter(loader(images, workers=3, batch_size=4))
+    assert next(batches).indices == [0, 1, 2, 3]
+    deadline = time.monotonic() + 20
+    while len(read) < 4 * (1 + BATCHES_AHEAD) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(read) == list(range(4 * (1 + BATCHES_AHEAD)))
+    batches.close()
+    assert not any(thread.name.startswith("images") for thread in threading.enumerate())
+
+
+def test_an_error_in_a_thread_reaches_the_caller():
+    class Failing(ArrayDataset):
+        def __getitem__(self, index):
+            if index == 5:
+                raise MemoryError("no room")
+            return super().__getitem__(index)
+
+    with pytest.raises(MemoryError, match="no room"):
+        list(loader(Failing(np.zeros((9, 32, 32), np.uint8), TRANSFORM), workers=2))
+
+
+@pytest.mark.parametrize("for_gpu", [False, True])
+def test_interrupt_ends_quickly_with_one_traceback(tmp_path, for_gpu):
     script = tmp_path / "load.py"
     script.write_text(
         textwrap.dedent(
@@ -142,10 +194,11 @@ def test_interrupt_ends_quickly_with_one_traceback(tmp_path):
                 # A background job of a shell without a terminal starts with interrupts ignored.
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 images = ArrayDataset(np.zeros((4000, 8, 8), np.uint8), Slow())
-                for batch in BatchLoader(images, batch_size=1, workers=2, skip_unreadable=False):
+                options = {"batch_size": 1, "workers": 2, "for_gpu": FOR_GPU}
+                for batch in BatchLoader(images, skip_unreadable=False, **options):
                     print(batch.indices, flush=True)
             """
-        )
+        ).replace("FOR_GPU", str(for_gpu))
     )
     root = Path(__file__).parents[2]
     process = subprocess.Popen(

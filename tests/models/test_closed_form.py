@@ -6,6 +6,7 @@ import torch
 
 from models.closed_form import ClosedFormNoco
 from models.errors import ModelError
+from models.feature_norm import FeatureNorm, NormalisedDetector
 from tests.models.banks import Bank, draw_bank, seeded
 
 D = 6
@@ -372,3 +373,33 @@ def test_solving_before_any_image_is_refused():
 def test_prototypes_do_not_learn_online():
     with pytest.raises(ModelError, match=r"--method\.prototypes 1"):
         made(prototypes=2).start(seeded())
+
+
+@pytest.mark.parametrize("prototypes", [1, 3])
+@pytest.mark.parametrize("loss", ["distance", "squared"])
+@pytest.mark.parametrize("feature_norm", ["none", "std"])
+def test_all_times_at_once_score_as_one_after_the_other(prototypes, loss, feature_norm):
+    times = (1.0, 30.0, 1e3, 1e5)
+    head = made(time=times, prototypes=prototypes, loss=loss, norm=2.0)
+    detector = NormalisedDetector(head, FeatureNorm(feature_norm, (D,)))
+    features = as_maps(correlated(40, seed=5)).float()
+    one_by_one, steps = [], []
+
+    def monitor(step, values):
+        steps.append(values)
+        one_by_one.append(detector(features))
+
+    detector.fit(Bank(as_maps(correlated(300).float())), generator=seeded(0), monitor=monitor)
+    at_once = detector.score_steps(features)
+    assert detector.steps() == steps == [{"time": time} for time in times]
+    assert at_once.shape == (4, 40, 1, 1)
+    torch.testing.assert_close(at_once, torch.stack(one_by_one), rtol=2e-4, atol=1e-6)
+    assert not torch.allclose(at_once[0], at_once[1], rtol=1e-2)
+    # Without anyone watching, the fit ends at the last time all the same.
+    detector.fit(Bank(as_maps(correlated(300).float())), generator=seeded(0))
+    torch.testing.assert_close(detector(features), one_by_one[-1], rtol=0, atol=0)
+
+
+def test_sampled_projectors_are_scored_one_time_after_the_other():
+    detector = made(sample_w0=True, time=(1.0, 10.0))
+    assert detector.steps() == []

@@ -104,7 +104,7 @@ def test_patches_are_averaged_with_the_padding_counted(lite0):
     found = lite0.stage_maps(images)
     assert [tuple(m.shape[1:]) for m in found] == [(24, 16, 16), (40, 8, 8), (112, 4, 4)]
     for pooled, raw in zip(found, maps, strict=True):
-        torch.testing.assert_close(pooled, average_3x3(raw), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pooled, average_3x3(raw), rtol=1e-4, atol=1e-4)
         # Without the padding in the count the border would be larger: 9/4 in a corner.
         assert not torch.allclose(
             pooled, F.avg_pool2d(raw, 3, 1, 1, count_include_pad=False), rtol=1e-2, atol=1e-2
@@ -115,7 +115,7 @@ def test_patch_size_one_leaves_the_maps_alone():
     extractor = FrozenExtractor(LITE0, (1,), patch_size=1)
     images = draw(1, 64)
     torch.testing.assert_close(
-        extractor(images), raw_maps(extractor, images)[0], rtol=1e-4, atol=1e-5
+        extractor(images), raw_maps(extractor, images)[0], rtol=1e-4, atol=1e-4
     )
 
 
@@ -234,7 +234,12 @@ def test_blocks_after_the_last_stage_do_not_run():
             LITE0, features_only=True, out_indices=layers, feature_location=location
         ).eval()
         cut = FrozenExtractor(
-            LITE0, layers, weights="random", feature_location=location, patch_size=1
+            LITE0,
+            layers,
+            weights="random",
+            feature_location=location,
+            patch_size=1,
+            rewrite=False,
         )
         assert len(cut.net.blocks) == num_blocks < len(whole.blocks)
         missing = cut.net.load_state_dict(whole.state_dict(), strict=False)

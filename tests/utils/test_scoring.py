@@ -21,6 +21,17 @@ def random_grids(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("grid", [(28, 28), (56, 56), (7, 19), (19, 7), (1, 1), (1, 5), (90, 70)])
 @pytest.mark.parametrize("size", [64, 33])
 @pytest.mark.parametrize("sigma", [0.0, 0.7, 4.0])
+def test_a_stride_gives_the_same_pixels_but_fewer(grid, size, sigma):
+    maps = random_grids(3, *grid)
+    whole = upsample_and_blur(maps, size, sigma)
+    for stride in (2, 3):
+        found = upsample_and_blur(maps, size, sigma, stride=stride)
+        torch.testing.assert_close(found, whole[:, ::stride, ::stride], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("grid", [(28, 28), (56, 56), (7, 19), (19, 7), (1, 1), (1, 5), (90, 70)])
+@pytest.mark.parametrize("size", [64, 33])
+@pytest.mark.parametrize("sigma", [0.0, 0.7, 4.0])
 def test_equals_interpolate_then_scipy_blur(grid, size, sigma):
     maps = random_grids(3, *grid) * 1e3
     result = upsample_and_blur(maps, size, sigma)

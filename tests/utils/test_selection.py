@@ -205,9 +205,9 @@ class Untouched(TestSet):
         )
         self.times = 0
 
-    def score(self, detector):
+    def score(self, detector, *, geometry=False):
         self.times += 1
-        return super().score(detector)
+        return super().score(detector, geometry=geometry)
 
 
 def test_a_watched_test_set_is_logged_and_chooses_nothing():
@@ -224,6 +224,51 @@ def test_a_watched_test_set_is_logged_and_chooses_nothing():
     assert [line.get("test_image_auroc") for line in lines] == [None, None, 1.0, 0.0]
     assert math.isnan(lines[-1]["test_pixel_auroc"])
     assert not any(key.startswith("test_") for key in lines[0])
+
+
+class AllAtOnce(Stepper):
+    """The same, scored for all steps at once; that it is never watched is part of the test."""
+
+    def fit(self, bank, *, generator, monitor=None):
+        assert monitor is None
+        super().fit(bank, generator=generator)
+
+    def steps(self):
+        return [{"loss": float(step)} for step in range(1, len(self.functions) + 1)]
+
+    def score_steps(self, features):
+        return torch.stack([function(features[:, 0]) for function in self.functions])
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_steps_scored_at_once_choose_and_log_the_same(watch):
+    watched = Untouched() if watch else None
+    functions = [FUNCTIONS[name] for name in ("wrong", "opposite", "right", "wrong")]
+    found = []
+    for kind in (Stepper, AllAtOnce):
+        lines = []
+        choice = choose(
+            lambda options, kind=kind: kind(functions),
+            [{}],
+            make_validation(),
+            seed=0,
+            log=lambda lines=lines, **values: lines.append(repr(values)),
+            watched=watched,
+        )
+        found.append((choice, lines))
+    assert found[0] == found[1]
+    assert found[0][0].options == {"epochs": 3}
+
+
+def test_maps_of_a_size_are_judged_at_every_second_row_and_column():
+    normals = bank_of([i / 10 for i in range(10)])
+    kept, held = hold_out(10)
+    drawn = torch.zeros(4, 32, 32, dtype=torch.bool)
+    drawn[:, 5:20, 4:11] = True
+    validation = validation_set(normals, kept, held, bank_of([5.0] * 4), drawn, map_size=32)
+    scores = validation.test.score(Stepper([FUNCTIONS["right"]]))
+    assert scores.maps.shape == validation.test.masks.shape == (6, 16, 16)
+    assert torch.equal(validation.test.masks[2:], drawn[:, ::2, ::2])
 
 
 @pytest.mark.parametrize(("monitor_test", "scored"), [(False, 1), (True, 5)])

@@ -1,0 +1,113 @@
+"""A whole run of `noco_cf` against the passes that no method on a frozen backbone can do without.
+
+    python -m benchmarks.one_pass --data-root MY_IMAGES --repeats 3
+    python -m benchmarks.one_pass                                    # the demo textures
+
+The bare passes decode every training and test image and run the backbone as timm builds it over
+them, with the same loader, and keep nothing. Beside them in one run: `noco_cf` with an empty disk
+cache and again with the one it left, once choosing its time on pasted defects (its preset) and once
+at a fixed time. All are timed after the imports, which each process pays once.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import sklearn.cluster  # noqa: F401  closed_form imports it when it needs it: not to be timed
+import torch
+
+import train_mvtec
+from datasets.demo import build_demo
+from datasets.loading import BatchLoader, ImageDataset
+from datasets.structured import list_categories, read_category
+from datasets.transforms import PairTransform
+from models.extractor import FrozenExtractor
+from utils.allocator import keep_freed_memory
+from utils.run_files import read_rows
+
+BACKBONE = "tf_efficientnet_lite0"
+LAYERS = (2, 3)  # the preset of noco_cf
+SIZE = 224
+BATCH_SIZE = 32
+FIXED_TIME = ("--select", "last", "--method.time", "300")
+
+
+def main() -> None:
+    """Time bare passes, cold and warm runs, and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-root", type=Path, help="folder of categories; demo without it")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; medians are printed")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        dataset = "demo" if arguments.data_root is None else "folder"
+        root = build_demo(scratch) if arguments.data_root is None else arguments.data_root
+        words = [dataset, "noco_cf", "--data-root", str(scratch if dataset == "demo" else root)]
+        rounds = [measure(dataset, root, words, scratch) for _ in range(arguments.repeats)]
+    middle = {what: statistics.median(r[what] for r in rounds) for what in rounds[0]}
+    bare = middle["bare passes"]
+    print(f"{dataset}, {torch.get_num_threads()} threads, median of {arguments.repeats} rounds\n")
+    print("| timed after the imports | time / bare passes |\n| --- | ---: |")
+    for what, seconds in middle.items():
+        print(f"| {what} | {seconds / bare:.2f} |")
+
+
+def measure(dataset: str, root: Path, words: list[str], scratch: Path) -> dict[str, float]:
+    """Return the seconds of each thing that is compared, measured once."""
+    seconds = {"bare passes": clocked(lambda: bare_passes(dataset, root))}
+    for what, options in (("time chosen on pasted defects", ()), ("fixed time", FIXED_TIME)):
+        with tempfile.TemporaryDirectory(dir=scratch) as cache:
+            os.environ["NOCO_CACHE"] = cache
+            for state in ("cold", "warm"):
+                rows: list[dict] = []
+
+                def run(options: tuple[str, ...] = options, rows: list[dict] = rows) -> None:
+                    rows += whole_run([*words, *options], scratch / "results")
+
+                total = clocked(run)
+                seconds[f"{what}, {state} cache: whole run"] = total
+                fit_and_score = sum(row["fit_seconds"] + row["score_seconds"] for row in rows)
+                seconds[f"{what}, {state} cache: its fit and scoring alone"] = fit_and_score
+    return seconds
+
+
+def clocked(run: Callable[[], None]) -> float:
+    """Return the seconds `run` takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def bare_passes(dataset: str, root: Path) -> None:
+    """Decode every image and run the backbone over it."""
+    net = FrozenExtractor(BACKBONE, LAYERS)
+    transform = PairTransform(SIZE, None, "opencv_square")
+    for name in list_categories(dataset, root, None):
+        category = read_category(dataset, root, name, visa_split="auto")
+        for samples in (category.train, category.test):
+            images = ImageDataset(samples, transform)
+            loader = BatchLoader(images, batch_size=BATCH_SIZE, workers=2, skip_unreadable=False)
+            for batch in loader:
+                with torch.inference_mode():
+                    net.net(net.pixels(batch.images))
+
+
+def whole_run(words: list[str], output: Path) -> list[dict]:
+    """Run the training script from images to table; return its rows."""
+    options = ["--backbone", BACKBONE, "--cache", "disk", "--overlays", "0", "--restart"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        folder = train_mvtec.main([*words, *options, "--output", str(output)])
+    sys.stdout.flush()
+    return read_rows(folder / "results.csv")
+
+
+if __name__ == "__main__":
+    main()
