@@ -55,7 +55,7 @@ class StructuredExperiment(Experiment):
     visa_split: Literal["auto", "csv", "last100"] = "auto"
     """VisA: the official 1-class csv, or NoCo's last 100 normals; auto takes the csv if present."""
     save_maps: bool = False
-    """Keep every anomaly map in the run folder (large)."""
+    """Keep every anomaly map, and the masks, in the run folder (large)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

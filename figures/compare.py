@@ -24,9 +24,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from figures.drawing import COLOURS, parser, save_figure
-from figures.run_log import LoggedRun, read_runs
+from figures.run_log import LoggedRun, read_named_run, read_runs
 from utils.cli import exits_cleanly
-from utils.run_files import RunError, write_text
+from utils.run_files import RunError, corrupt, write_text
 from utils.runs import Run
 from utils.tables import SELECT_LABELS
 
@@ -90,7 +90,7 @@ def read_runs_by_data(folders: Sequence[Path]) -> list[LoggedRun]:
     """
     groups: dict[str, list[Path]] = {}
     for folder in folders:
-        groups.setdefault(_data_of(Run.read(folder).config), []).append(folder)
+        groups.setdefault(_data_of(read_named_run(folder).config), []).append(folder)
     return [run for group in groups.values() for run in read_runs(group, same_but=SAME_BUT)]
 
 
@@ -98,7 +98,7 @@ def _data_of(config: dict[str, Any]) -> str:
     """Name the images of a run: folders of one's own by their last part."""
     if config["dataset"] != "folder":
         return str(config["dataset"])
-    return f"folder {Path(config.get('data_root', '')).name}"
+    return f"folder {Path(str(config.get('data_root', ''))).name}"
 
 
 def lines_of(run: LoggedRun) -> list[Line]:
@@ -121,6 +121,7 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
     categories = {seed: {r["category"] for r in rows if r["seed"] == seed} for seed in seeds}
     if len({frozenset(names) for names in categories.values()}) > 1:
         raise RunError(f"{run.run.folder}: the seeds have different categories; finish the run")
+    _check_numbers(run.run, rows)
     metrics = {
         name: [
             100 * statistics.fmean(float(r[name]) for r in rows if r["seed"] == seed)
@@ -142,6 +143,16 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
         statistics.fmean(float(r.get("head_bytes", math.nan)) for r in rows) / 1e6,
         len(seeds),
     )
+
+
+def _check_numbers(run: Run, rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse a results.csv, which anyone may have written, without the numbers needed here."""
+    optional = {"score_seconds", "pass_test_seconds", "head_bytes", "num_test"}
+    for row in rows:
+        for name in (*METRICS, "fit_seconds", *(optional & set(row))):
+            if not isinstance(row.get(name), int | float):
+                what = f"{row['category']}, seed {row['seed']}: {name} is {row.get(name)!r}"
+                raise corrupt(run.folder / "results.csv", what)
 
 
 def draw(lines: Sequence[Line], *, metric: str) -> Figure:

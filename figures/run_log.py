@@ -1,13 +1,12 @@
 """What run folders logged, and how to tell several of them apart in a legend."""
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.run_files import RunError, corrupt, flat
+from utils.run_files import RunError, corrupt, flat, read_records
 from utils.runs import Run
 
 Pair = tuple[str, int]
@@ -48,20 +47,41 @@ class LoggedRun:
 
         Steps without a value `name` are left out, and pairs without any.
         """
-        return _curves(self.of_event("step"), name)
+        return self._curves(self.of_event("step"), name)
 
     def selection_curves(self, name: str) -> dict[Pair, Curve]:
         """Return such curves of `--select synthetic`: of its fit with the options it then chose.
 
         That fit saw only the normals that were not held out.
         """
-        chosen = {pair: records[-1]["options"] for pair, records in self.of_event("chosen").items()}
-        fits = {
-            pair: [r for r in records if r["options"].items() <= chosen[pair].items()]
-            for pair, records in self.of_event("selection").items()
-            if pair in chosen
-        }
-        return _curves(fits, name)
+        try:
+            chosen = {
+                pair: rs[-1]["options"].items() for pair, rs in self.of_event("chosen").items()
+            }
+            fits = {
+                pair: [r for r in records if r["options"].items() <= chosen[pair]]
+                for pair, records in self.of_event("selection").items()
+                if pair in chosen
+            }
+        except (AttributeError, KeyError, TypeError) as error:
+            raise self._corrupt_log("options", error) from error
+        return self._curves(fits, name)
+
+    def _curves(self, fits: dict[Pair, list[dict[str, Any]]], name: str) -> dict[Pair, Curve]:
+        curves = {}
+        for pair, records in fits.items():
+            kept = [r for r in records if r.get(name) is not None]
+            try:
+                # An infinity is logged as text, which float reads.
+                steps, values = [int(r["step"]) for r in kept], [float(r[name]) for r in kept]
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._corrupt_log(name, error) from error
+            if kept:
+                curves[pair] = (steps, values)
+        return curves
+
+    def _corrupt_log(self, name: str, error: Exception) -> RunError:
+        return corrupt(self.run.folder / "metrics.jsonl", f"{name}: {error!r}")
 
 
 def read_runs(folders: Sequence[Path], *, same_but: Collection[str] = ()) -> list[LoggedRun]:
@@ -75,7 +95,7 @@ def read_runs(folders: Sequence[Path], *, same_but: Collection[str] = ()) -> lis
     Raises:
         RunError: one is no run folder, or a file of it is corrupt.
     """
-    runs = [Run.read(folder) for folder in folders]
+    runs = [read_named_run(folder) for folder in folders]
     configs = [
         {name: value for name, value in run.config.items() if name not in same_but} for run in runs
     ]
@@ -88,29 +108,25 @@ def read_runs(folders: Sequence[Path], *, same_but: Collection[str] = ()) -> lis
     ]
 
 
-def _curves(fits: dict[Pair, list[dict[str, Any]]], name: str) -> dict[Pair, Curve]:
-    curves = {}
-    for pair, records in fits.items():
-        kept = [r for r in records if r.get(name) is not None]
-        if kept:
-            # An infinity is logged as text, which float reads.
-            curves[pair] = ([r["step"] for r in kept], [float(r[name]) for r in kept])
-    return curves
+def read_named_run(folder: Path) -> Run:
+    """Read a run folder whose config.json says what it is a run of.
+
+    Raises:
+        RunError: it is no run folder, or config.json names no data set or no method.
+    """
+    run = Run.read(folder)
+    for name in ("dataset", "method_name"):
+        if not isinstance(run.config.get(name), str):
+            raise corrupt(folder / "config.json", f"{name} is {run.config.get(name)!r}")
+    return run
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise RunError(f"{path}: missing, this run has logged nothing yet")
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):  # only the last line can be one that is being written
-                raise corrupt(path, f"line {number} is not JSON") from None
+    records = read_records(path)
+    for record in records:
+        category, seed = record.get("category"), record.get("seed")
+        if not isinstance(category, str) or not isinstance(seed, int):
+            raise corrupt(path, f"a record of category {category!r}, seed {seed!r}")
     return records
 
 

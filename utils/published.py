@@ -7,6 +7,9 @@ from pathlib import Path
 
 from utils.run_files import RunError
 
+Key = tuple[str, str, str, str]
+"""Method, data set, category, metric."""
+
 PUBLISHED_FILE = Path(__file__).parents[1] / "figures" / "published.csv"
 
 # How many categories a published mean is over; beside the mean of fewer it would mislead.
@@ -89,18 +92,45 @@ def published_values(
     return values
 
 
+def published_table(source: str) -> dict[Key, float]:
+    """Return one table of a paper, (method, dataset, category, metric) -> value, as printed.
+
+    Args:
+        source: As in the file's last column: "NoCo Table II".
+
+    Raises:
+        RunError: The file is missing or unreadable, or has no such table.
+    """
+    table = {key: value for key, value, found in _records(PUBLISHED_FILE) if found == source}
+    if not table:
+        raise RunError(f"{PUBLISHED_FILE}: no row has the source {source!r}")
+    return table
+
+
 @cache
-def _read(path: Path) -> dict[tuple[str, str, str, str], dict[str, float]]:
+def _read(path: Path) -> dict[Key, dict[str, float]]:
     """Return {(method, dataset, category, metric): {source: percent}}."""
-    table: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    table: dict[Key, dict[str, float]] = {}
+    for key, value, source in _records(path):
+        table.setdefault(key, {})[source] = value
+    return table
+
+
+@cache
+def _records(path: Path) -> list[tuple[Key, float, str]]:
+    """Return (key, value, source) of each row, in the file's order, which is the papers'."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                key = (row["method"], row["dataset"], row["category"], row["metric"])
-                table.setdefault(key, {})[row["source"]] = float(row["value"])
+            return [
+                (
+                    (row["method"], row["dataset"], row["category"], row["metric"]),
+                    float(row["value"]),
+                    row["source"],
+                )
+                for row in csv.DictReader(file)
+            ]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{path}: the published numbers cannot be read ({error!r}); "
             "restore the file from the repository"
         ) from None
-    return table

@@ -61,30 +61,30 @@ class Table:
     def to_markdown(self) -> str:
         """Return a GitHub table with its caption above and its notes below."""
         rows = [["category", *(f"{column.name}<br>{column.group}" for column in self.header)]]
-        rows += [[_markdown(line.label), *map(str, line.cells)] for line in self.lines]
+        rows += [[markdown_text(line.label), *map(str, line.cells)] for line in self.lines]
         widths = _widths(rows)
         rule = "|".join([":" + "-" * (widths[0] + 1), *("-" * (w + 1) + ":" for w in widths[1:])])
         body = ["| " + " | ".join(_padded(row, widths)) + " |" for row in rows]
-        notes = ["", *(f"- {_markdown(note)}" for note in self.notes)] if self.notes else []
-        lines = [_markdown(self.caption), "", body[0], f"|{rule}|", *body[1:], *notes]
+        notes = ["", *(f"- {markdown_text(note)}" for note in self.notes)] if self.notes else []
+        lines = [markdown_text(self.caption), "", body[0], f"|{rule}|", *body[1:], *notes]
         return "\n".join(lines) + "\n"
 
     def to_latex(self) -> str:
         r"""Return a booktabs `tabular` for `\input`; the caption is a comment, notes come below."""
         groups, rules = [""], []
         for group, start, end in self._groups():
-            groups.append(rf"\multicolumn{{{end - start}}}{{c}}{{{_latex(group)}}}")
+            groups.append(rf"\multicolumn{{{end - start}}}{{c}}{{{latex_text(group)}}}")
             rules.append(rf"\cmidrule(lr){{{start + 2}-{end + 1}}}")
-        heads = ["category", *(_latex(column.name) for column in self.header)]
+        heads = ["category", *(latex_text(column.name) for column in self.header)]
         body: list[str] = []
         for _is_mean, lines in groupby(self.lines, key=lambda line: line.is_mean):
             body += [r"\midrule"]
             body += [_latex_row([line.label, *map(str, line.cells)]) for line in lines]
-        notes = [rf"{{\footnotesize {_latex(note)}\par}}" for note in self.notes]
+        notes = [rf"{{\footnotesize {latex_text(note)}\par}}" for note in self.notes]
         return "\n".join(
             [
                 r"% needs \usepackage{booktabs}",
-                rf"% \caption{{{_latex(self.caption)}}}",
+                rf"% \caption{{{latex_text(self.caption)}}}",
                 rf"\begin{{tabular}}{{@{{}}l{'r' * len(self.header)}@{{}}}}",
                 r"\toprule",
                 " & ".join(groups) + r" \\",
@@ -178,7 +178,8 @@ def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [row[0] + spaces[0], *(s + text for s, text in zip(spaces[1:], row[1:], strict=True))]
 
 
-def _markdown(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Return text as it stands in Markdown, on one line."""
     text = re.sub(r"[\\`*\[\]<>|]", r"\\\g<0>", " ".join(text.split()))
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # an underscore within a word is harmless
 
@@ -203,11 +204,12 @@ _LATEX = {
 }
 
 
-def _latex(text: str) -> str:
+def latex_text(text: str) -> str:
+    """Return text as it stands in LaTeX, on one line."""
     # Two hyphens, as in an option's name, would be set as one dash: {} goes between them.
     text = re.sub("-(?=-)", "-\0", " ".join(text.split()))
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(map(_latex, cells)) + r" \\"
+    return " & ".join(map(latex_text, cells)) + r" \\"

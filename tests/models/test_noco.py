@@ -344,3 +344,61 @@ def test_detectors_are_built_by_name():
     assert (detector.norm, detector.objective.numel()) == (2.0, 3)
     with pytest.raises(TypeError, match="normm"):
         build_detector("noco", Stages(8, 4), {"normm": 2.0})
+
+
+def test_geometry_is_norm_and_angle_where_the_map_is_highest():
+    """By hand: the projector is the identity, so Z is the feature itself."""
+    detector = Noco(3, norm=2.0)
+    with torch.no_grad():
+        detector.projector.weight.copy_(torch.eye(3))
+        detector.projector.bias.zero_()
+    detector.objective.copy_(torch.tensor([2.0, 0.0, 0.0]))
+    goal, opposite, across = [2.0, 0, 0], [-1.0, 0, 0], [0, 5.0, 0]
+    slanted = [3.0, 4.0, 0]  # cosine 3 / 5
+    features = torch.tensor([goal, opposite, across, slanted])[:, :, None, None]  # (4, 3, 1, 1)
+    norms, angles = detector.geometry(features, detector(features))
+    assert norms.tolist() == pytest.approx([2, 1, 5, 5])
+    assert angles.tolist() == pytest.approx([0, math.pi, math.pi / 2, math.acos(0.6)])
+    # On a grid the highest position counts: here `across`, which lies farther from G than others.
+    grid = torch.tensor([goal, slanted, across, goal]).T.reshape(1, 3, 2, 2)
+    norms, angles = detector.geometry(grid, detector(grid))
+    assert (norms.item(), angles.item()) == pytest.approx((5, math.pi / 2))
+    norms, angles = detector.geometry(grid, torch.tensor([[[0.0, 1], [0, 0]]]))
+    assert angles.item() == pytest.approx(math.acos(0.6))
+
+
+def test_small_angles_keep_their_digits():
+    """The arc cosine of a float32 knows nothing below 3e-4."""
+    detector = Noco(2)
+    with torch.no_grad():
+        detector.projector.weight.copy_(torch.eye(2))
+        detector.projector.bias.zero_()
+    detector.objective.copy_(torch.tensor([1.0, 0.0]))
+    features = torch.tensor([[7.0, 7e-6]])[:, :, None, None]
+    _, angles = detector.geometry(features, detector(features))
+    assert angles.item() == pytest.approx(1e-6, rel=1e-4)
+
+
+def test_distance_follows_from_norm_and_angle_of_a_fit():
+    """The law of cosines, on trained weights, for both losses and behind a feature norm."""
+    bank = draw_bank()
+    options = {"norm": 3.0, "epochs": 2}
+    for loss, feature_norm in (("distance", "none"), ("squared", "l2"), ("distance", "std")):
+        detector = build_detector(
+            "noco", Stages(2, 4), {"loss": loss, "feature_norm": feature_norm, **options}
+        )
+        detector.fit(bank, generator=seeded())
+        with torch.inference_mode():
+            maps = detector(bank.features)
+            norms, angles = detector.geometry(bank.features, maps)
+        assert norms.shape == angles.shape == (len(bank),)
+        squared = norms**2 + 9 - 6 * norms * angles.cos()
+        highest = maps.amax(dim=(1, 2))
+        torch.testing.assert_close(squared.sqrt() if loss == "distance" else squared, highest)
+
+
+def test_other_detectors_have_no_geometry():
+    features = draw_bank().features
+    detector = build_detector("noco_cf", Stages(2, 4), {"solver": "closed_form", "prototypes": 1})
+    detector.fit(draw_bank(), generator=seeded())
+    assert detector.geometry(features, detector(features)) is None

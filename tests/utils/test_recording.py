@@ -131,7 +131,7 @@ def test_everything_is_written_down(tmp_path, capsys):
     assert scores["map"].shape == (4, 2, 2)
     state, metadata = run.load_head("tile", 0)
     assert set(state) == {"weight", "offset"}
-    assert metadata == {"category": "tile", "seed": "0", "select": "last"}
+    assert metadata == {"category": "tile", "seed": "0", "select": "last", "options": "{}"}
     expected = torch.tensor([1.0, 2.0, 3.0, 4.0]) * state["weight"] + state["offset"]
     np.testing.assert_array_equal(scores["score"], expected.numpy())
 
@@ -266,3 +266,48 @@ def test_summary_line_leaves_out_what_is_undefined(tmp_path):
     assert math.isnan(drawn[0].metrics["pixel_auroc"])
     line = summary_line("tile", 0, drawn, 1.25)
     assert line == "tile  seed 0:  image_auroc 100.00  (fit 1.2 s)"
+
+
+class Measured(Drawn):
+    """Has norm and angle, and counts how often it is asked for them."""
+
+    asked = 0
+
+    def geometry(self, features, maps):
+        type(self).asked += 1
+        assert features.shape[2:] == maps.shape[1:]
+        highest = maps.amax(dim=(1, 2))
+        return highest + 1, highest / 10
+
+
+def test_norm_and_angle_are_kept_for_reported_outcomes_only(tmp_path):
+    run = open_run(tmp_path)
+    Measured.asked = 0
+    record(run, "tile", build=Measured, select="best_test", monitor_test=True)
+    assert Measured.asked == 2  # the last and the best state, not every step
+    for suffix in ("", "-last"):
+        scores = run.load_scores("tile", 0, suffix)
+        np.testing.assert_array_equal(scores["norm"], scores["score"] + 1)
+        np.testing.assert_array_equal(scores["angle"], scores["score"] / 10)
+    record(run, "wood")
+    assert not {"norm", "angle", "map", "mask"} & set(run.load_scores("wood", 0))
+
+
+def test_masks_are_kept_with_the_maps(tmp_path):
+    run = open_run(tmp_path)
+    masks = torch.zeros(4, 2, 2, dtype=torch.bool)
+    masks[3, 1, 0] = True
+    record(run, "tile", test=small_test_set(masks=masks), save_maps=True)
+    kept = run.load_scores("tile", 0)["mask"]
+    assert kept.dtype == bool
+    np.testing.assert_array_equal(kept, masks.numpy())
+    record(run, "wood", test=small_test_set(masks=masks))
+    assert "mask" not in run.load_scores("wood", 0)
+
+
+def test_scores_without_the_newer_arrays_are_read(tmp_path):
+    run = open_run(tmp_path)
+    record(run, "tile")
+    old = {"path": np.array(["a.png"]), "label": np.array([1]), "score": np.array([0.5])}
+    np.savez_compressed(run.scores_path("tile", 0), **old, defect=np.array(["hole"]))
+    assert set(run.load_scores("tile", 0)) == {"path", "label", "score", "defect"}
