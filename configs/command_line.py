@@ -49,6 +49,8 @@ def parse(
         _refuse(prog, "--from-run brings its own data set and method; leave the words out")
     else:
         default = _read_config(kind, Path(run), prog)
+        if default.dataset not in datasets:
+            _refuse(prog, f"--from-run {run}: {_unknown('data set', default.dataset, datasets)}")
     usage = (
         f"{description}\n\n"
         f"DATASET: {', '.join(datasets)} (default {datasets[0]}). "
@@ -144,8 +146,8 @@ def _read_config(kind: type[E], run: Path, prog: str) -> E:
     try:
         values = json.loads((run / "config.json").read_text(encoding="utf-8"))
         experiment = from_json(kind, values)
-    except (OSError, ValueError) as error:
-        _refuse(prog, f"--from-run {run}: {error}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        _refuse(prog, f"--from-run {run}: config.json: {error}")
     assert isinstance(experiment, kind)
     return experiment
 

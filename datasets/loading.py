@@ -226,7 +226,9 @@ class BatchLoader:
         def read_one_more() -> None:
             if (start := next(starts, None)) is not None:
                 stop = min(start + size, self.num_images)
-                ahead.append([pool.submit(self._dataset.__getitem__, i) for i in range(start, stop)])
+                ahead.append(
+                    [pool.submit(self._dataset.__getitem__, i) for i in range(start, stop)]
+                )
 
         try:
             for _ in range(BATCHES_AHEAD):

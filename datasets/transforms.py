@@ -7,6 +7,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from datasets.images import MAX_PIXELS
+from datasets.samples import DataError
+
 Resize = Literal["opencv_square", "lanczos_shorter", "bilinear_shorter"]
 
 
@@ -26,6 +29,7 @@ class PairTransform:
 
     Raises:
         ValueError: A size is below 1, crop_size exceeds image_size, or resize is unknown.
+        DataError: In use, where resizing would blow a narrow image up beyond `MAX_PIXELS`.
     """
 
     image_size: int
@@ -78,8 +82,15 @@ class PairTransform:
             return size, size
         # torchvision truncates the longer side.
         if width <= height:
-            return size, int(size * height / width)
-        return int(size * width / height), size
+            resized = size, int(size * height / width)
+        else:
+            resized = int(size * width / height), size
+        if resized[0] * resized[1] > MAX_PIXELS:
+            raise DataError(
+                f"{width} x {height} pixels would become {resized[0]} x {resized[1]} pixels, too "
+                "large to be handled safely: use --crop-size none or images nearer to a square"
+            )
+        return resized
 
     def _crop(self, image: np.ndarray) -> np.ndarray:
         if self.crop_size is None:

@@ -167,7 +167,7 @@ class FeatureStore:
         try:
             yield writer
         except OSError as error:
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
                 raise _refusal(self.folder, error) from error
             raise
         finally:

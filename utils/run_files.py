@@ -8,7 +8,7 @@ import numbers
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ _TOP_FILES = (
     "table.md",
     "table.tex",
     "table.csv",
+    "evaluation.csv",
+    "report.html",
     "environment.json",
     "config.json",
 )
@@ -39,14 +41,33 @@ class RunError(Exception):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which it replaces when the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary path beside `path`, which it replaces when the block ends without error.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        # An error of write() names no file; one that names another file is not about this one.
+        ours = (None, *map(str, (temporary, path, *path.parents)))
+        if error.filename not in ours:
+            raise
+        raise unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error says more
+            temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> RunError:
+    """Return the error of a file that cannot be written."""
+    return RunError(
+        f"{path}: cannot be written ({error.strerror or error}); make room, or make the folder "
+        "writable: the same command then continues after what is finished"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,6 +75,15 @@ def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         # Category names come from folder names, which need not be valid UTF-8.
         temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append UTF-8 text; a kill or a full disk can leave a part of it."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def file_stem(category: str, seed: int, suffix: str = "") -> str:
@@ -73,7 +103,8 @@ def file_stem(category: str, seed: int, suffix: str = "") -> str:
 
 def delete_leftovers(folder: Path) -> None:
     """Delete the temporary files a killed run left behind."""
-    for place in (folder, folder / "scores", folder / "heads", *(folder / "overlays").glob("*")):
+    below = (folder / name for name in ("scores", "heads", "calibration"))
+    for place in (folder, *below, *(folder / "overlays").glob("*")):
         for path in place.glob(".*.tmp"):
             if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
                 path.unlink()
@@ -85,6 +116,7 @@ def delete_run(folder: Path) -> None:
         *(folder / name for name in _TOP_FILES[:-1]),
         *(p for p in folder.glob("scores/*.npz") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
         *(p for p in folder.glob("heads/*.safetensors") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
+        *(p for p in folder.glob("calibration/*.json") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
         *(p for p in folder.glob("overlays/*/*.png") if re.fullmatch(_STEM, p.parent.name)),
         folder / _TOP_FILES[-1],
     ]
@@ -93,7 +125,7 @@ def delete_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
     for place in (
         *folder.glob("overlays/*"),
-        *map(folder.joinpath, ("overlays", "scores", "heads")),
+        *map(folder.joinpath, ("overlays", "scores", "heads", "calibration")),
     ):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
@@ -108,7 +140,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file, or raise RunError naming it."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+        if isinstance(value, dict):
+            flat(value)  # Python's own limit of nesting may be lower than that of its JSON reader
+    except (ValueError, RecursionError) as error:
         raise corrupt(path, str(error)) from None
     if not isinstance(value, dict):
         raise corrupt(path, "not a JSON object")
@@ -130,7 +164,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=2):
         if len(line) != len(columns) or not _INT.fullmatch(line[1]) or line[2] not in SELECTS:
             raise corrupt(path, f"record {number}: {','.join(line)!r}")
-        row = {name: _decode(name, text) for name, text in zip(columns, line, strict=True)}
+        try:
+            row = {name: _decode(name, text) for name, text in zip(columns, line, strict=True)}
+        except ValueError as error:  # an integer of thousands of digits
+            raise corrupt(path, f"record {number}: {error}") from None
         if rows.setdefault(tuple(line[:3]), row) is not row:
             raise corrupt(path, f"record {number} is there twice: {','.join(line[:3])!r}")
     return list(rows.values())
@@ -145,6 +182,31 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
     write_text(path, text.getvalue())
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a metrics.jsonl, in order, without a last line still being written.
+
+    Raises:
+        RunError: the file is missing or corrupt.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: missing, this run has logged nothing yet")
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number < len(lines):  # only the last line can be one that is being written
+                raise corrupt(path, f"line {number} is not JSON") from None
+            continue
+        if not isinstance(record, dict):
+            raise corrupt(path, f"line {number} is not a JSON object")
+        records.append(record)
+    return records
+
+
 def keep_metrics(path: Path, pairs: Set[tuple[str, int]]) -> None:
     """Rewrite a metrics.jsonl, if there is one, with only the lines of `pairs`."""
     if not path.exists():
@@ -157,7 +219,7 @@ def keep_metrics(path: Path, pairs: Set[tuple[str, int]]) -> None:
         try:
             record = json.loads(line)
             keep = (record["category"], record["seed"]) in pairs
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines):  # no line end after it: the write was cut by a kill
                 continue
             raise corrupt(path, f"line {number} is not a record of a run") from None

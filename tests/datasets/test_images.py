@@ -208,3 +208,60 @@ def test_is_image_file(tmp_path, colours):
     assert not is_image_file(hidden)
     assert not is_image_file(tmp_path / "folder.png")
     assert not is_image_file(tmp_path / "notes.txt")
+
+
+def test_a_changed_pixel_in_a_png_is_noticed(tmp_path):
+    """Pillow leaves the checksum of the pixels unchecked."""
+    path = tmp_path / "a.png"
+    Image.fromarray(texture(np.random.default_rng(0), (24, 16))).save(path, compress_level=0)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 60] ^= 1
+    path.write_bytes(content)
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=r"a\.png: damaged: a wrong checksum in its b'IDAT'"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (b"\xff\x37", "a marker 0x37 where JPEG has none"),
+        (b"\xff\xd9", "truncated: its data end before its last pixel"),
+        (b"\xff\xd0\xff\xd5", "its restart markers are out of order"),
+    ],
+)
+def test_damage_inside_of_a_jpeg_is_noticed(tmp_path, damage, message):
+    """Decoders pass over it with a warning that Pillow keeps to itself."""
+    path = save(tmp_path / "a.jpg", texture(np.random.default_rng(0), (96, 96)))
+    content = bytearray(path.read_bytes())
+    middle = (content.index(b"\xff\xda") + len(content)) // 2
+    content[middle : middle + len(damage)] = damage
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jpg: .*{message}"):
+        read_image(path)
+
+
+def test_what_cameras_add_to_a_jpeg_is_no_damage(tmp_path):
+    """Bytes behind the end, fill bytes before a marker, a thumbnail, comments, restart markers."""
+    image = Image.fromarray(texture(np.random.default_rng(0), (96, 96)))
+    path = tmp_path / "a.jpg"
+    image.save(path, restart_marker_blocks=3, comment=b"\xff\xd9\xff\x37", icc_profile=b"\xff" * 99)
+    content = path.read_bytes()
+    whole = read_image(path)
+    for changed in (
+        content + b"\x00\xff\x37\xff\xd8" * 9,
+        content[:-2] + b"\xff\xff" + content[-2:],
+        content[:2] + b"\xff\xe1\x00\x10" + b"\xff\xd8\xff\xd9" + b"\xff" * 10 + content[2:],
+    ):
+        path.write_bytes(changed)
+        np.testing.assert_array_equal(read_image(path), whole)
+    image.save(tmp_path / "b.jpg", format="MPO", save_all=True, append_images=[image.rotate(90)])
+    image.save(tmp_path / "c.jpg")
+    np.testing.assert_array_equal(read_image(tmp_path / "b.jpg"), read_image(tmp_path / "c.jpg"))
+
+
+def test_of_several_frames_the_first_is_read(tmp_path, colours):
+    others = [Image.fromarray(colours[::-1].copy())]
+    path = tmp_path / "a.tif"
+    Image.fromarray(colours).save(path, save_all=True, append_images=others)
+    np.testing.assert_array_equal(read_image(path), colours)

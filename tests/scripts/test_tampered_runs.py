@@ -1,0 +1,318 @@
+"""A run folder made by someone else is data: a bad one gives an error that names it, never code."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_mvtec
+from configs.structured import structured_experiment
+from figures import compare, loss_curve
+from figures.compare import lines_of, read_runs_by_data
+from figures.run_log import read_runs
+from utils.runs import Run, RunError
+
+CONFIG = structured_experiment("folder", "noco").to_json()
+METRICS = {"image_auroc": 0.9, "pixel_auroc": 0.8, "aupro": 0.7}
+ROW = {"category": "wood", "seed": 0, "select": "last", **METRICS, "fit_seconds": 1.5}
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """The file that a payload would make; nothing may have made it."""
+    path = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Payload(path)))
+    assert path.exists(), "the payload does not work"
+    path.unlink()
+    yield path
+    assert not path.exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small whole run."""
+    folder = tmp_path / "run"
+    run = Run.open(
+        folder, CONFIG, categories=["wood"], seeds=[0], command=["train_mvtec.py"], device="cpu"
+    )
+    for step in (1, 2):
+        run.log("wood", 0, event="step", step=step, loss=1.0 / step, image_auroc=0.5)
+    run.save_scores(
+        "wood", 0, paths=["a", "b"], labels=[0, 1], scores=[0.1, 0.9], defects=["good", "hole"]
+    )
+    run.save_head("wood", 0, {"r": torch.ones(3)}, {"category": "wood"})
+    run.finish("wood", 0, [ROW])
+    return folder
+
+
+def read_all(folder):
+    """All readers of a run folder."""
+    run = Run.read(folder)
+    run.rows()
+    run.load_scores("wood", 0)
+    run.load_head("wood", 0)
+    (logged,) = read_runs([folder])
+    assert logged.title
+    for name in ("loss", "image_auroc"):
+        logged.curves(name)
+        logged.selection_curves(name)
+    (logged,) = read_runs_by_data([folder])
+    lines_of(logged)
+
+
+def reopen(folder):
+    return Run.open(
+        folder, CONFIG, categories=["wood"], seeds=[0], command=["train_mvtec.py"], device="cpu"
+    )
+
+
+def assert_refused(folder, name, capsys):
+    with pytest.raises(RunError) as caught:
+        read_all(folder)
+    assert str(folder / name) in str(caught.value)
+    for figure in (compare, loss_curve):
+        try:
+            figure.main([str(folder), "--out", str(folder.parent / "figure.png")])
+        except SystemExit as exit_:
+            assert exit_.code == 2  # noqa: PT017  (a figure that needs less may be drawn)
+            message = capsys.readouterr().err
+            assert message.startswith("error: ")
+            assert str(folder) in message
+
+
+def test_the_whole_run_is_read(folder):
+    read_all(folder)
+    assert reopen(folder).pending("wood") == []
+
+
+NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
+DEEP = '{"a":' * 600 + "1" + "}" * 600
+CONFIGS = {
+    "no JSON": "import os",
+    "no object": "[1]",
+    "null": "null",
+    "nested": NESTED,
+    "deep": DEEP,
+    "huge number": '{"seed": ' + "9" * 10_000 + "}",
+    "no method": json.dumps({"dataset": "folder"}),
+    "no data set": json.dumps({"method_name": "noco"}),
+    "method is no text": json.dumps(CONFIG | {"method_name": ["noco"]}),
+    "data set is no text": json.dumps(CONFIG | {"dataset": {"a": 1}}),
+    "bytes": b"\xff\xfe\x00",
+    "pickle": pickle.dumps({"dataset": "folder"}),
+    "empty": "",
+}
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize("content", CONFIGS.values(), ids=CONFIGS)
+def test_config(folder, content, capsys):
+    write(folder / "config.json", content)
+    assert_refused(folder, "config.json", capsys)
+    with pytest.raises(RunError, match=str(folder)):
+        reopen(folder)
+
+
+FOREIGN = {
+    "unknown field": {"command": "rm -rf /"},
+    "where to write": {"output": "/etc"},
+    "name of the run": {"run": "../../elsewhere"},
+    "deletes": {"restart": True},
+    "no path": {"data_root": 5},
+    "wrong type": {"image_size": "big"},
+    "number as text": {"blur_sigma": "4"},
+    "huge": {"image_size": -(10**30)},
+    "nan": {"blur_sigma": float("nan")},
+    "unknown data set": {"dataset": "../../x"},
+    "unknown method": {"method_name": "os.system"},
+    "nested": {"method": {"epochs": {"a": [1]}}},
+    "options are a list": {"method": [1, 2]},
+    "option nobody has": {"method": {"__class__": "x"}},
+    "layers are text": {"layers": "23"},
+    "seeds are text": {"seeds": ["0"]},
+    "categories are numbers": {"categories": [1]},
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_from_run_takes_no_foreign_config(folder, change, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (folder / "config.json").write_text(json.dumps(CONFIG | change))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_:
+        train_mvtec.main(["--from-run", str(folder)])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", CONFIGS.values(), ids=CONFIGS)
+def test_from_run_takes_no_broken_config(folder, content, capsys):
+    write(folder / "config.json", content)
+    with pytest.raises(SystemExit) as exit_:
+        train_mvtec.main(["--from-run", str(folder)])
+    assert exit_.value.code == 2
+    assert str(folder) in capsys.readouterr().err
+
+
+HEADER = ",".join(ROW)
+RESULTS = {
+    "formula": f"{HEADER}\nwood,0,last,=cmd(),0.8,0.7,1.5\n",
+    "text": f"{HEADER}\nwood,0,last,high,0.8,0.7,1.5\n",
+    "no columns": "category,seed,select\nwood,0,last\n",
+    "huge integer": f"{HEADER}\nwood,0,last,{'9' * 5000},0.8,0.7,1.5\n",
+    "huge seed": f"{HEADER}\nwood,{'9' * 5000},last,0.9,0.8,0.7,1.5\n",
+    "huge field": f"{HEADER}\n{'x' * 200_000},0,last,0.9,0.8,0.7,1.5\n",
+    "garbage": "\x00\x01\x02",
+    "pickle": pickle.dumps(ROW) + b"\n",
+    "empty": "",
+    "blank": "\n",
+}
+
+
+@pytest.mark.parametrize("content", RESULTS.values(), ids=RESULTS)
+def test_results(folder, content, capsys):
+    write(folder / "results.csv", content)
+    assert_refused(folder, "results.csv", capsys)
+
+
+def records(**changes):
+    record = {"category": "wood", "seed": 0, "event": "step", "step": 1, "loss": 0.5} | changes
+    return json.dumps(record) + "\n"
+
+
+LOGS = {
+    "no JSON": "hello\n{}\n",
+    "no object": "[1]\n",
+    "no category": '{"event": "step"}\n',
+    "category is a list": records(category=["wood"]),
+    "seed is text": records(seed="0"),
+    "step is text": records(step="one"),
+    "loss is text": records(loss="=cmd()"),
+    "loss is a list": records(loss=[1]),
+    "options are a list": records(event="chosen", options=[1]),
+    "options are missing": records(event="chosen"),
+    "nested": NESTED + "\n{}\n",
+}
+
+
+@pytest.mark.parametrize("content", LOGS.values(), ids=LOGS)
+def test_metrics(folder, content, capsys):
+    write(folder / "metrics.jsonl", content)
+    assert_refused(folder, "metrics.jsonl", capsys)
+
+
+def bad_heads(marker):
+    """name -> content of files in a head's place."""
+    torch_file, archive = io.BytesIO(), io.BytesIO()
+    torch.save({"r": Payload(marker)}, torch_file)
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("data.pkl", pickle.dumps(Payload(marker)))
+    entry = {"r": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    return {
+        "pickle": pickle.dumps(Payload(marker)),
+        "torch.save": torch_file.getvalue(),
+        "zip": archive.getvalue(),
+        "garbage": bytes(range(256)),
+        "empty": b"",
+        "huge header": struct.pack("<Q", 2**62) + b"{}",
+        "header beyond the end": struct.pack("<Q", 5000) + b"{}",
+        "huge tensor": with_header(entry),
+        "unknown type": with_header({"r": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}),
+        "offsets outside": with_header(
+            {"r": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}
+        ),
+        "nested header": struct.pack("<Q", len(NESTED)) + NESTED.encode(),
+    }
+
+
+def with_header(header):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(4)
+
+
+@pytest.mark.parametrize("name", bad_heads(Path("x")))
+def test_heads(folder, marker, name):
+    path = Run.read(folder).head_path("wood", 0)
+    path.write_bytes(bad_heads(marker)[name])
+    with pytest.raises(RunError, match="corrupt") as caught:
+        read_all(folder)
+    assert str(path) in str(caught.value)
+
+
+def test_every_cut_of_a_head_is_refused(folder):
+    path = Run.read(folder).head_path("wood", 0)
+    content = path.read_bytes()
+    for stop in range(len(content)):
+        path.write_bytes(content[:stop])
+        with pytest.raises(RunError, match="corrupt"):
+            Run.read(folder).load_head("wood", 0)
+
+
+def bad_scores(marker):
+    """name -> content of files in the place of scores."""
+    objects, single = io.BytesIO(), io.BytesIO()
+    payload = np.array([Payload(marker)], dtype=object)
+    np.savez(objects, path=payload, label=[0], score=[0.5], defect=["good"])
+    np.save(single, np.ones(3))
+    claim = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        claim, {"descr": "<f8", "fortran_order": False, "shape": (2**50,)}
+    )
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("score.npy", claim.getvalue())
+    header = io.BytesIO()
+    with zipfile.ZipFile(header, "w") as file:
+        text = b"{'descr': __import__('pathlib').Path('executed').touch(), 'shape': (1,)}"
+        file.writestr("score.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+    return {
+        "object arrays": objects.getvalue(),
+        "pickle": pickle.dumps(Payload(marker)),
+        "one array": single.getvalue(),
+        "huge shape": archive.getvalue(),
+        "code in a header": header.getvalue(),
+        "garbage": bytes(range(256)),
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("name", bad_scores(Path("x")))
+def test_scores(folder, marker, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = Run.read(folder).scores_path("wood", 0)
+    path.write_bytes(bad_scores(marker)[name])
+    with pytest.raises(RunError, match="corrupt") as caught:
+        read_all(folder)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.csv", "metrics.jsonl", "scores", "heads"])
+def test_links_and_folders_in_place_of_files(folder, name):
+    """Not even a folder where a file should be ends in a traceback of the script."""
+    path = folder / name
+    path.rename(folder / "away")
+    path.mkdir() if "." in name else path.write_text("")
+    with pytest.raises((RunError, OSError), match=str(folder)):
+        read_all(folder)
