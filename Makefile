@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test coverage lint reproduce-demo clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python train_mvtec.py demo
@@ -10,10 +10,68 @@ demo: $(VENV)/demo.done
 test: lint
 	$(BIN)/python -m pytest
 
+coverage: $(VENV)/test.done
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
+
+# The papers' tables and figures in small, on embedded data: REPRODUCE.md says what stands for what.
+# Fewer epochs than SimpleNet's 160, so that all of it takes minutes.
+DEMO := results/reproduce-demo
+MAIN := $(DEMO)/main
+VARIED := $(DEMO)/varied
+WATCHED := $(DEMO)/watched
+OUT := $(DEMO)/figures
+SHORT := --method.epochs 20
+SIMPLENET := demo simplenet $(SHORT)
+SWEEP := $(BIN)/python sweep.py --seeds 0 1 2 --jobs 2
+FIGURE := $(BIN)/python -m figures
+
+reproduce-demo: $(VENV)/demo.done
+	$(SWEEP) --output $(MAIN) --datasets demo digits --methods noco noco_cf knn mahalanobis \
+		--set "demo padim --method.dims 50" "demo patchcore --method.coreset-ratio 0.01" \
+		"$(SIMPLENET)" "demo nc_disc $(SHORT)" "digits simplenet $(SHORT)" "digits nc_disc $(SHORT)"
+	$(SWEEP) --output $(VARIED) --datasets demo digits --methods noco noco_cf \
+		--options method.norm=0.25,8,32 \
+		--set "$(SIMPLENET) --method.sigma 0.005" "$(SIMPLENET) --method.sigma 0.15" \
+		"demo nc_disc $(SHORT) --method.sigma 0.005" "demo nc_disc $(SHORT) --method.sigma 0.15" \
+		"$(SIMPLENET) --layers 1" "$(SIMPLENET) --layers 2" "$(SIMPLENET) --layers 3" \
+		"$(SIMPLENET) --layers 1 2" "$(SIMPLENET) --layers 1 2 3" \
+		"$(SIMPLENET) --method.adaptor none" "$(SIMPLENET) --method.adaptor mlp" \
+		"$(SIMPLENET) --method.loss cross_entropy" \
+		"$(SIMPLENET) --patch-size 1" "$(SIMPLENET) --patch-size 5"
+	$(BIN)/python train_mvtec.py $(SIMPLENET) --monitor-test --output $(WATCHED)
+	$(BIN)/python train_mvtec.py demo nc_disc $(SHORT) --monitor-test --output $(WATCHED)
+	$(BIN)/python train_mvtec.py demo noco_cf --save-maps --output $(WATCHED)
+	$(FIGURE).table2 $(MAIN)/demo-*/* $(MAIN)/digits-*/* --out $(OUT)/noco_table2
+	$(FIGURE).table3 $(MAIN)/demo-*/* --out $(OUT)/noco_table3
+	$(FIGURE).figure1 $(MAIN)/demo-*/* $(MAIN)/digits-*/* --out $(OUT)/noco_figure1
+	$(FIGURE).figure3 $(MAIN)/demo-noco/* $(VARIED)/demo-noco/* --category grass \
+		--out $(OUT)/noco_figure3_grass
+	$(FIGURE).figure3 $(MAIN)/digits-noco/* $(VARIED)/digits-noco/* --category 3 \
+		--out $(OUT)/noco_figure3_digit
+	$(FIGURE).norm_sweep $(MAIN)/*-noco/* $(VARIED)/*-noco/* $(MAIN)/*-noco_cf/* \
+		$(VARIED)/*-noco_cf/* --out $(OUT)/norm_sweep
+	$(FIGURE).simplenet_tables $(MAIN)/demo-simplenet/* $(VARIED)/demo-simplenet/* \
+		$(MAIN)/digits-simplenet/* --out $(OUT)/simplenet_table
+	$(FIGURE).adaptor_std $(WATCHED)/demo-simplenet/* --out $(OUT)/simplenet_figure4
+	$(FIGURE).sigma_sweep $(MAIN)/demo-simplenet/* $(VARIED)/demo-simplenet/* \
+		$(MAIN)/demo-nc_disc/* $(VARIED)/demo-nc_disc/* --out $(OUT)/simplenet_figure5
+	$(FIGURE).patch_size $(MAIN)/demo-simplenet/* $(VARIED)/demo-simplenet/* \
+		--out $(OUT)/simplenet_figure6
+	$(FIGURE).loss_curve $(WATCHED)/demo-simplenet/* $(WATCHED)/demo-nc_disc/* \
+		--out $(OUT)/simplenet_figure7
+	$(FIGURE).heatmaps $(WATCHED)/demo-noco_cf/* --by-defect --out $(OUT)/simplenet_figure8
+	$(FIGURE).instability $(WATCHED)/demo-simplenet/* $(WATCHED)/demo-nc_disc/* \
+		--out $(OUT)/instability
+	$(FIGURE).selection_curve $(WATCHED)/demo-noco_cf/* --out $(OUT)/selection_curve
+	$(FIGURE).closed_form_proof --out $(OUT)/closed_form_proof
+	$(FIGURE).compare $(MAIN)/demo-*/* --out $(OUT)/compare_demo
+	$(FIGURE).compare $(MAIN)/digits-*/* --out $(OUT)/compare_digits
+	$(FIGURE).report $(WATCHED)/demo-noco_cf/* --out $(OUT)/report.html
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
@@ -25,6 +83,6 @@ $(VENV)/demo.done: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/test.done: requirements.txt requirements-dev.txt | $(BIN)/python
+$(VENV)/test.done: requirements.txt requirements-dev.txt requirements-ray.txt requirements-export.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -36,7 +36,8 @@ from models import Extractor, build_detector, build_extractor
 from models.detector import Detector
 from models.errors import ModelError
 from models.raw_images import RawImages
-from utils.cli import exits_cleanly, pick_device
+from utils.calibration import held_out_for_calibration
+from utils.cli import exits_cleanly, faults_named, pick_device
 from utils.evaluation import Outcome, TestSet
 from utils.feature_bank import FeatureBank
 from utils.feature_store import default_folder
@@ -68,6 +69,9 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
     device = pick_device(experiment.device)
     labelled = read_labelled_set(experiment.dataset, experiment.data_root)
     tasks = one_class_tasks(labelled, experiment.protocol, experiment.categories)
+    if experiment.calibration_share:
+        for task in tasks:
+            calibration_split(experiment, task.category, len(task.train_indices))
 
     extractor = build_extractor(
         experiment.method_name,
@@ -103,7 +107,8 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
             turned = extract(experiment, extractor, turned_images, "features of rotated images")
         features = Features(train, test, turned)
         for task in pending:
-            train_task(experiment, run, extractor, labelled, task, features)
+            with faults_named(task.category):
+                train_task(experiment, run, extractor, labelled, task, features)
     # The papers' numbers are for one class against the rest.
     published = experiment.dataset if experiment.protocol == "one-vs-rest" else None
     finish_tables(
@@ -142,7 +147,7 @@ def extract(
         batch_size=experiment.extract_batch_size,
         workers=experiment.workers,
         skip_unreadable=experiment.skip_unreadable,
-        pin_memory=extractor.device.type == "cuda",
+        for_gpu=extractor.device.type == "cuda",
     )
     return FeatureBank.extract(
         extractor, loader, store=experiment.cache, description=what, folder=default_folder()
@@ -158,19 +163,23 @@ def train_task(
     features: Features,
 ) -> None:
     """Fit and evaluate a head for each seed on the shared features of one task."""
-    test_bank = features.test
     normal_rows = np.isin(features.train.indices, task.train_indices).nonzero()[0]
     normals = features.train.subset(normal_rows)
-    # A pooled feature takes a few kilobytes, an image on its way through a backbone megabytes.
-    at_once = experiment.extract_batch_size if isinstance(extractor, RawImages) else 1024
-    kinds = [labelled.class_names[labelled.test.labels[i]] for i in test_bank.indices]
-    test = TestSet(
-        test_bank,
-        torch.from_numpy(task.test_labels[test_bank.indices]),
-        names=[labelled.test.names[i] for i in test_bank.indices],
-        kinds=kinds,
-        batch_size=at_once,
-    )
+    at_once = batch_size_of(experiment, extractor)
+    test = build_test_set(experiment, extractor, labelled, task, features.test)
+
+    calibration = None
+    if experiment.calibration_share:
+        fitted, held = calibration_split(experiment, task.category, len(normals))
+        held_bank = normals.subset(held)
+        calibration = TestSet(
+            held_bank,
+            torch.zeros(len(held_bank)),
+            names=[labelled.train.names[i] for i in held_bank.indices],
+            kinds=["good"] * len(held_bank),
+            batch_size=at_once,
+        )
+        normals = normals.subset(fitted)
 
     validation = None
     if features.turned is not None:
@@ -188,10 +197,10 @@ def train_task(
         anomaly = "anomalous" if experiment.protocol == "leave-one-out" else "normal"
         save_gallery(
             run.overlays_folder(task.category, experiment.seeds[0]) / "gallery.png",
-            images=lambda i: shown_image(labelled.test, test_bank.indices[i]),
+            images=lambda i: shown_image(labelled.test, test.bank.indices[i]),
             scores=outcome.scores.images.numpy(),
             labels=test.labels.numpy(),
-            class_names_of_images=kinds,
+            class_names_of_images=test.kinds,
             title=f"{experiment.dataset}, {anomaly}: {task.category}",
             auroc=outcome.metrics["image_auroc"],
             count=experiment.overlays,
@@ -213,7 +222,40 @@ def train_task(
             online=experiment.online,
             skipped=features.train.skipped + features.test.skipped,
             draw=draw if with_pictures else None,
+            calibration=calibration,
+            false_alarm_rate=experiment.false_alarm_rate,
         )
+
+
+def batch_size_of(experiment: SemanticExperiment, extractor: Extractor) -> int:
+    """Return how many images heads get at once."""
+    # A pooled feature takes a few kilobytes, an image on its way through a backbone megabytes.
+    return experiment.extract_batch_size if isinstance(extractor, RawImages) else 1024
+
+
+def build_test_set(
+    experiment: SemanticExperiment,
+    extractor: Extractor,
+    labelled: LabelledSet,
+    task: OneClassTask,
+    bank: FeatureBank,
+) -> TestSet:
+    """Give the data set's test features the labels of a task."""
+    return TestSet(
+        bank,
+        torch.from_numpy(task.test_labels[bank.indices]),
+        names=[labelled.test.names[i] for i in bank.indices],
+        kinds=[labelled.class_names[labelled.test.labels[i]] for i in bank.indices],
+        batch_size=batch_size_of(experiment, extractor),
+    )
+
+
+def calibration_split(
+    experiment: SemanticExperiment, category: str, num_images: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return positions of the normal images to fit on, and of those that set thresholds."""
+    share, rate = experiment.calibration_share, experiment.false_alarm_rate
+    return held_out_for_calibration(num_images, share, rate, what=category)
 
 
 def shown_image(split: LabelledSplit, index: int) -> np.ndarray:

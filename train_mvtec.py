@@ -33,7 +33,8 @@ from datasets.transforms import PairTransform
 from models import Extractor, build_detector, build_extractor
 from models.detector import Detector
 from models.errors import ModelError
-from utils.cli import exits_cleanly, pick_device
+from utils.calibration import held_out_for_calibration
+from utils.cli import exits_cleanly, faults_named, pick_device
 from utils.evaluation import Outcome, TestSet
 from utils.feature_bank import FeatureBank
 from utils.feature_store import default_folder
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     root = build_demo(root) if dataset == "demo" else root
     categories = list_categories(dataset, root, experiment.categories or None)
     data = [read_category(dataset, root, c, visa_split=experiment.visa_split) for c in categories]
+    if experiment.calibration_share:
+        for category in data:
+            calibration_split(experiment, category.name, len(category.train))
 
     extractor = build_extractor(
         experiment.method_name,
@@ -88,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     for category in data:
         if run.pending(category.name):
-            train_category(experiment, run, extractor, category)
+            with faults_named(category.name):
+                train_category(experiment, run, extractor, category)
     finish_tables(
         run,
         title=f"{experiment.method_name} on {dataset}, {experiment.backbone}",
@@ -106,42 +111,23 @@ def train_category(
     experiment: StructuredExperiment, run: Run, extractor: Extractor, category: Category
 ) -> None:
     """Extract the features of a category once, then fit and evaluate a head for each seed."""
-    transform = PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
+    transform = transform_of(experiment)
+    train_images = ImageDataset(category.train, transform)
+    train_bank = extract(experiment, extractor, train_images, f"{category.name}: train features")
+    test = build_test_set(experiment, extractor, category)
 
-    def extract(images: Images, what: str) -> FeatureBank:
-        loader = BatchLoader(
-            images,
-            batch_size=experiment.extract_batch_size,
-            workers=experiment.workers,
-            skip_unreadable=experiment.skip_unreadable,
-            pin_memory=extractor.device.type == "cuda",
+    calibration = None
+    if experiment.calibration_share:
+        fitted, held = calibration_split(experiment, category.name, len(train_bank))
+        held_bank = train_bank.subset(held)
+        calibration = TestSet(
+            held_bank,
+            torch.zeros(len(held_bank)),
+            names=[category.train[i].path for i in held_bank.indices],
+            kinds=["good"] * len(held_bank),
+            **scoring_of(experiment),
         )
-        return FeatureBank.extract(
-            extractor,
-            loader,
-            store=experiment.cache,
-            description=f"{category.name}: {what}",
-            folder=default_folder(),
-        )
-
-    train_bank = extract(ImageDataset(category.train, transform), "train features")
-    test_bank = extract(ImageDataset(category.test, transform), "test features")
-    scoring: dict[str, Any] = {
-        "map_size": experiment.map_size,
-        "blur_sigma": experiment.blur_sigma,
-        "batch_size": experiment.extract_batch_size,
-    }
-    samples = [category.test[i] for i in test_bank.indices]
-    # After the images: the mask of one that was left out as unreadable cannot be checked.
-    masks = read_masks(samples, transform) if category.has_masks else None  # (N, S, S)
-    test = TestSet(
-        test_bank,
-        torch.tensor([sample.label for sample in samples]),
-        names=[sample.path for sample in samples],
-        kinds=[sample.defect for sample in samples],
-        masks=masks,
-        **scoring,
-    )
+        train_bank = train_bank.subset(fitted)
 
     validation = None
     if experiment.select == "synthetic":
@@ -150,9 +136,12 @@ def train_category(
         pasted = SyntheticDataset(
             ImageDataset(originals, transform), cutpaste, copies=num_copies(len(originals))
         )
-        pasted_bank = extract(pasted, "features of pasted defects")
+        what = f"{category.name}: features of pasted defects"
+        pasted_bank = extract(experiment, extractor, pasted, what)
         pasted_masks = pasted.masks(pasted_bank.indices)
-        validation = validation_set(train_bank, kept, held, pasted_bank, pasted_masks, **scoring)
+        validation = validation_set(
+            train_bank, kept, held, pasted_bank, pasted_masks, **scoring_of(experiment)
+        )
 
     def build(changes: dict[str, Any]) -> Detector:
         options = experiment.method_options() | changes
@@ -162,13 +151,13 @@ def train_category(
     def draw(outcome: Outcome) -> None:
         save_overlays(
             run.overlays_folder(category.name, experiment.seeds[0]),
-            images=lambda i: transform.image(read_image(samples[i].path)),
+            images=lambda i: transform.image(read_image(Path(test.names[i]))),
             masks=test.masks,
             anomaly_maps=outcome.scores.maps.cpu(),
             scores=outcome.scores.images,
             labels=test.labels,
             defects=test.kinds,
-            names=[sample.path.name for sample in samples],
+            names=[Path(name).name for name in test.names],
             num_worst=experiment.overlays,
             threshold=test.contour_threshold(outcome.scores),
             title=category.name,
@@ -188,10 +177,70 @@ def train_category(
             validation=validation,
             monitor_test=experiment.monitor_test,
             online=experiment.online,
-            skipped=train_bank.skipped + test_bank.skipped,
+            skipped=train_bank.skipped + test.bank.skipped,
             draw=draw if with_pictures else None,
             save_maps=experiment.save_maps,
+            calibration=calibration,
+            false_alarm_rate=experiment.false_alarm_rate,
         )
+
+
+def transform_of(experiment: StructuredExperiment) -> PairTransform:
+    """Return what turns images and masks into what the backbone sees."""
+    return PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
+
+
+def scoring_of(experiment: StructuredExperiment) -> dict[str, Any]:
+    """Return how a `TestSet` scores."""
+    return {
+        "map_size": experiment.map_size,
+        "blur_sigma": experiment.blur_sigma,
+        "batch_size": experiment.extract_batch_size,
+    }
+
+
+def extract(
+    experiment: StructuredExperiment, extractor: Extractor, images: Images, what: str
+) -> FeatureBank:
+    """Run the backbone once over some images."""
+    loader = BatchLoader(
+        images,
+        batch_size=experiment.extract_batch_size,
+        workers=experiment.workers,
+        skip_unreadable=experiment.skip_unreadable,
+        for_gpu=extractor.device.type == "cuda",
+    )
+    return FeatureBank.extract(
+        extractor, loader, store=experiment.cache, description=what, folder=default_folder()
+    )
+
+
+def build_test_set(
+    experiment: StructuredExperiment, extractor: Extractor, category: Category
+) -> TestSet:
+    """Extract the features of a category's test images and read their masks."""
+    transform = transform_of(experiment)
+    images = ImageDataset(category.test, transform)
+    bank = extract(experiment, extractor, images, f"{category.name}: test features")
+    samples = [category.test[i] for i in bank.indices]
+    # After the images: the mask of one that was left out as unreadable cannot be checked.
+    masks = read_masks(samples, transform) if category.has_masks else None  # (N, S, S)
+    return TestSet(
+        bank,
+        torch.tensor([sample.label for sample in samples]),
+        names=[sample.path for sample in samples],
+        kinds=[sample.defect for sample in samples],
+        masks=masks,
+        **scoring_of(experiment),
+    )
+
+
+def calibration_split(
+    experiment: StructuredExperiment, category: str, num_images: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return positions of the normal images to fit on, and of those that set thresholds."""
+    share, rate = experiment.calibration_share, experiment.false_alarm_rate
+    return held_out_for_calibration(num_images, share, rate, what=category)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ and after every epoch over the test set too, where it upsamples the maps, blurs 
 SciPy and computes image and pixel AUROC with scikit-learn. Ours reads every image once. Both are
 timed side by side in one run: ours in full, the released scheme for `--measured` epochs, each with
 its evaluation, and projected (it is linear in them). Both take the same head steps, images and
-backbone; "ours, evaluated in every epoch" also looks at the test set as often as the other. The released scheme runs the backbone as
-timm builds it, ours what `models.frozen` makes of it.
+backbone; "ours, evaluated in every epoch" also looks at the test set as often as the other. The
+released scheme runs the backbone as timm builds it and reads images in worker processes; ours runs
+what `models.frozen` makes of it and reads as our scripts do, in threads without a GPU. With
+`--threads` both read that way.
 """
 
 import argparse
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +74,9 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--measured", type=int, default=1, help="epochs of the released scheme")
+    parser.add_argument("--threads", action="store_true", help="in the released scheme too")
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of processes without a GPU
     keep_freed_memory()
     root = arguments.data_root or build_demo(cache_folder())
     category = read_category("folder", root, arguments.category)
@@ -99,6 +104,7 @@ class Bench:
         self.category = category
         self.size = arguments.image_size
         self.workers = arguments.workers
+        self.processes = not arguments.threads
         self.extractor = FrozenExtractor(arguments.backbone, tuple(arguments.layers))
         self.extractor.to(pick_device("auto"))
         # The released scheme runs the backbone as it was built, ours rewritten (models/frozen.py).
@@ -107,14 +113,16 @@ class Bench:
         self.labels = torch.tensor([sample.label for sample in category.test])
         self.masks = read_masks(category.test, self.transform)
 
-    def loader(self, samples: tuple[Sample, ...], batch_size: int) -> BatchLoader:
+    def loader(
+        self, samples: tuple[Sample, ...], batch_size: int, *, processes: bool = False
+    ) -> BatchLoader:
         """Return batches of decoded images."""
         return BatchLoader(
             ImageDataset(samples, self.transform),
             batch_size=batch_size,
             workers=self.workers,
             skip_unreadable=False,
-            for_gpu=self.extractor.device.type == "cuda",
+            for_gpu=processes or self.extractor.device.type == "cuda",
         )
 
     def head(self, epochs: int) -> Noco:
@@ -163,7 +171,8 @@ class Bench:
         head = self.head(1)
         steps = Steps(head)
         for _ in range(epochs):
-            loader = iter(self.loader(self.category.train, BATCH_SIZE))
+            train = self.loader(self.category.train, BATCH_SIZE, processes=self.processes)
+            loader = iter(train)
             while True:
                 with clock.stage("decode + backbone, train"):
                     batch = next(loader, None)
@@ -173,7 +182,7 @@ class Bench:
                 with clock.stage("head steps"):
                     steps.take(features)
             maps = []
-            loader = iter(self.loader(self.category.test, BATCH_SIZE))
+            loader = iter(self.loader(self.category.test, BATCH_SIZE, processes=self.processes))
             while True:
                 with clock.stage("decode + backbone, test"):
                     batch = next(loader, None)

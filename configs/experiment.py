@@ -12,9 +12,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from tyro.conf import Suppress
 
 from configs.methods import METHODS, MethodConfig, OptionalInt, key_of, require_positive
+from configs.options import check_types
 
 HOW_NOT_WHAT = frozenset({"device", "workers", "cache", "output", "run", "restart"})
 """Fields that change where and how a run happens but not what it measures."""
+
+ADDED_LATER = frozenset({"calibration_share", "false_alarm_rate"})
+"""Fields that earlier versions had not: config.json has them where they are not at their default,
+so that runs of those versions continue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,11 @@ class Experiment:
     """Also learn from one image at a time and write the curve over their number (closed_form)."""
     skip_unreadable: bool = False
     """Leave unreadable images out and count them in the table instead of stopping."""
+    calibration_share: float = 0.0
+    """Share of the normal training images kept out of the fit to set thresholds; the p-values it
+    gives cost some accuracy."""
+    false_alarm_rate: float = 0.05
+    """With a calibration share: false alarms asked for, compared with those on test normals."""
     overlays: int = 8
     """Images per picture of highest-scoring normals and lowest-scoring anomalies; 0 for none."""
 
@@ -69,7 +79,7 @@ class Experiment:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
     workers: int = 2
-    """Processes that decode images; 0 decodes in the main process."""
+    """Processes (with a GPU) or threads (without) that decode images ahead; 0 for none."""
     cache: Literal["auto", "device", "host", "disk"] = "auto"
     """Where extracted features are kept; what is on disk ($NOCO_CACHE) later runs read again."""
 
@@ -113,6 +123,11 @@ class Experiment:
                 "--online needs --method.solver closed_form, --method.prototypes 1 and a "
                 "--method.feature-norm other than std, which alone are sums over images"
             )
+        if not 0 <= self.calibration_share < 1 or not 0 < self.false_alarm_rate < 1:
+            raise ValueError(
+                f"--calibration-share {self.calibration_share} must be 0 or below 1, and "
+                f"--false-alarm-rate {self.false_alarm_rate} between 0 and 1"
+            )
         if self.workers < 0 or self.overlays < 0:
             raise ValueError("--workers and --overlays cannot be negative")
         if Path(self.run).name != self.run:
@@ -138,7 +153,12 @@ class Experiment:
 
     def to_json(self) -> dict[str, Any]:
         """Return what defines the measurement as JSON values: the content of config.json."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in HOW_NOT_WHAT}
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in ADDED_LATER}
+        fields = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in HOW_NOT_WHAT and not (name in defaults and value == defaults[name])
+        }
         plain = json.loads(json.dumps(fields, default=str))
         return dict(plain)
 
@@ -191,6 +211,11 @@ def from_json(kind: type[Experiment], values: dict[str, Any]) -> Experiment:
     Raises:
         ValueError: a field is unknown or missing, or a value is not allowed.
     """
+    if not isinstance(values, dict):
+        raise ValueError("not a configuration: no JSON object")
+    if foreign := sorted(HOW_NOT_WHAT & set(values)):
+        # A run folder may come from anyone: it must not choose where this machine writes.
+        raise ValueError(f"not a configuration as runs write it: it sets {', '.join(foreign)}")
     values = dict(values)
     try:
         method_type = type(METHODS[key_of(values["method_name"])])
@@ -201,6 +226,24 @@ def from_json(kind: type[Experiment], values: dict[str, Any]) -> Experiment:
         values["data_root"] = Path(values["data_root"])
         for name in ("categories", "seeds", "layers", "grid"):
             values[name] = tuple(values[name])
-        return kind(**values)
-    except (KeyError, TypeError) as error:
+        experiment = kind(**values)
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not a configuration of this version: {error}") from error
+    check_types(experiment.method)
+    check_types(experiment)
+    return experiment
+
+
+def with_options(method: MethodConfig, options: dict[str, Any]) -> MethodConfig:
+    """Return a method with some of its options, JSON values, changed.
+
+    Raises:
+        ValueError: an option is unknown, or a value is not allowed.
+    """
+    changes: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    try:
+        changed = dataclasses.replace(method, **changes)
+    except TypeError as error:
+        raise ValueError(f"not options of this method: {error}") from error
+    check_types(changed)
+    return changed

@@ -118,6 +118,7 @@ def _pairs(net: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNor
         maker = made_by.get(id(given))
         if (
             isinstance(maker, nn.Conv2d)
+            and isinstance(module, nn.BatchNorm2d)
             and type(module) in {nn.BatchNorm2d, BatchNormAct2d}
             and module.track_running_stats
             and times[module] == times[maker] == 1

@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "datasets": set(),
     "utils": set(),
     "figures": {"utils"},
-    "benchmarks": {"configs", "models", "datasets", "utils", "figures"},
+    "benchmarks": {"configs", "models", "datasets", "utils", "figures", "train_mvtec"},
 }
 # What configs may import of others.
 LIGHT = {"tyro"}

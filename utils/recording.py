@@ -1,14 +1,22 @@
 """One (category, seed) from fit to run folder, and the whole run to its table."""
 
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from utils.calibration import (
+    Calibration,
+    calibration_file,
+    false_alarm_columns,
+    false_alarm_notes,
+    save_calibration,
+)
 from utils.cli import UsageError
-from utils.evaluation import Monitor, Outcome, State, TestSet
+from utils.evaluation import Head, Monitor, Outcome, State, TestSet
 from utils.feature_bank import FeatureBank
 from utils.metrics import METRIC_NAMES
 from utils.online import online_curve, save_online_curve
@@ -37,6 +45,8 @@ def fit_and_record(
     skipped: Sequence[str] = (),
     draw: Callable[[Outcome], None] | None = None,
     save_maps: bool = False,
+    calibration: TestSet | None = None,
+    false_alarm_rate: float = 0.05,
 ) -> None:
     """Fit a head on normal features with one seed, evaluate it, and write all of it down.
 
@@ -58,7 +68,10 @@ def fit_and_record(
         online: also write the curve over the number of images seen.
         skipped: images left out as unreadable, with the reason.
         draw: makes the pictures of the reported outcome.
-        save_maps: keep the anomaly maps too.
+        save_maps: keep the anomaly maps too, and the masks beside them.
+        calibration: normal images that neither fit nor selection sees; their scores are kept
+            beside each head, and the rows say which false-alarm rate the test normals have.
+        false_alarm_rate: asked for, with `calibration`.
 
     Raises:
         FloatingPointError: the fit left the finite numbers; category, seed, epoch and step are
@@ -105,7 +118,13 @@ def fit_and_record(
         path = run.folder / "online" / f"{file_stem(category, seed)}.csv"
         save_online_curve(path, curve, title=f"{category}, seed {seed}")
     for outcome in outcomes:
-        _save(run, category, seed, outcome, test, save_maps)
+        _save(run, category, seed, outcome, options, test, save_maps)
+    calibrated = {}
+    if calibration is not None:
+        for outcome in outcomes:
+            found = _calibrate(run, category, seed, detector, outcome, calibration)
+            normals = outcome.scores.images[test.labels == 0].numpy()
+            calibrated[outcome.select] = false_alarm_columns(found, normals, false_alarm_rate)
     rows = [
         {
             "category": category,
@@ -117,6 +136,7 @@ def fit_and_record(
             "score_seconds": round(outcome.score_seconds, 3),
             "head_bytes": _num_bytes(next(iter(outcome.states.values()))),
             "undefined": "; ".join(f"{n}: {why}" for n, why in outcome.undefined.items()),
+            **calibrated.get(outcome.select, {}),
         }
         for outcome in outcomes
     ]
@@ -125,9 +145,15 @@ def fit_and_record(
 
 
 def _save(
-    run: Run, category: str, seed: int, outcome: Outcome, test: TestSet, save_maps: bool
+    run: Run,
+    category: str,
+    seed: int,
+    outcome: Outcome,
+    options: dict[str, Any],
+    test: TestSet,
+    save_maps: bool,
 ) -> None:
-    """Write the scores and heads of an outcome."""
+    """Write the scores and heads of an outcome; `options` are what was chosen for this fit."""
     suffixes = list(outcome.states)
     run.save_scores(
         category,
@@ -137,11 +163,38 @@ def _save(
         scores=outcome.scores.images,
         defects=test.kinds,
         maps=outcome.scores.maps if save_maps else None,
+        masks=test.masks if save_maps else None,
+        norms=outcome.scores.norms,
+        angles=outcome.scores.angles,
         suffix=suffixes[0],
     )
     for suffix in suffixes:
-        metadata = {"category": category, "seed": str(seed), "select": outcome.select}
+        metadata = {
+            "category": category,
+            "seed": str(seed),
+            "select": outcome.select,
+            "options": json.dumps(options),
+        }
         run.save_head(category, seed, outcome.states[suffix], metadata, suffix=suffix)
+
+
+def _calibrate(
+    run: Run, category: str, seed: int, detector: Head, outcome: Outcome, calibration: TestSet
+) -> Calibration:
+    """Score the calibration images with each saved state; the first is the image scores' own."""
+    calibrations = []
+    for suffix, state in outcome.states.items():
+        detector.load_state_dict(state)
+        calibrations.append(
+            save_calibration(
+                calibration_file(run.folder, category, seed, suffix),
+                head=run.head_path(category, seed, suffix),
+                source="training",
+                names=calibration.names,
+                scores=calibration.score(detector).images.numpy(),
+            )
+        )
+    return calibrations[0]
 
 
 def summary_line(category: str, seed: int, outcomes: Sequence[Outcome], fit_seconds: float) -> str:
@@ -221,6 +274,7 @@ def row_notes(rows: Sequence[Mapping[str, Any]], *, shared_images: bool = False)
             "or thinner than a pixel): they count as anomalous, but no map can find them; "
             "metrics.jsonl names them."
         )
+    notes += false_alarm_notes(rows)
     remarks = [(row["category"], row["seed"], row["remarks"]) for row in rows if row["remarks"]]
     return notes + [f"{category}, seed {seed}: {text}" for category, seed, text in remarks]
 

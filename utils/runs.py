@@ -3,8 +3,10 @@
 config.json       the resolved options; the same ones continue the run, others are refused
 environment.json  command, commit, versions, device; one record more for each continuation
 metrics.jsonl     one JSON object per logged step, each with its category and seed
-scores/           <category>-seed<k>.npz: path, label, score, defect (and map) of each test image
+scores/           <category>-seed<k>.npz: path, label, score, defect of each test image, and
+                  what else there is (`Run.load_scores`)
 heads/            <category>-seed<k>.safetensors: the trained head
+calibration/      scores of normal images that a head has not seen (`utils.calibration`)
 results.csv       one row per (category, seed, select); a pair is finished when its rows are here
 table.{md,tex,csv}, overlays/<category>-seed<k>/*.png
 """
@@ -12,6 +14,7 @@ table.{md,tex,csv}, overlays/<category>-seed<k>/*.png
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from utils.environment import environment_record
 from utils.run_files import (
     SELECTS,
     RunError,
+    append_text,
     as_array,
     atomic_path,
     delete_leftovers,
@@ -126,8 +130,7 @@ class Run:
         """
         self._check_pair(category, seed)
         record = {"category": category, "seed": seed, **jsonable(values)}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        append_text(self.folder / "metrics.jsonl", json.dumps(record, allow_nan=False) + "\n")
 
     def save_scores(
         self,
@@ -139,6 +142,9 @@ class Run:
         scores: ArrayLike | Tensor,
         defects: Sequence[str],
         maps: ArrayLike | Tensor | None = None,
+        masks: ArrayLike | Tensor | None = None,
+        norms: ArrayLike | Tensor | None = None,
+        angles: ArrayLike | Tensor | None = None,
         suffix: str = "",
     ) -> Path:
         """Write the score of each test image: raw, as the metrics saw it.
@@ -151,6 +157,9 @@ class Run:
             scores: (N,), higher = more anomalous; the dtype is kept.
             defects: (N,), "good" for normal images.
             maps: (N, H, W); the dtype is kept.
+            masks: (N, H, W) bool, of the size of the maps.
+            norms: (N,), of the projection where the map is highest.
+            angles: (N,), in radians, of that projection to the objective.
             suffix: "" or, when several states are kept, one such as "-last".
         """
         self._check_pair(category, seed)
@@ -160,20 +169,27 @@ class Run:
             "score": as_array(scores),
             "defect": np.array(list(defects), dtype=np.str_),
         }
-        if maps is not None:
-            arrays["map"] = as_array(maps)
+        optional = {"map": maps, "mask": masks, "norm": norms, "angle": angles}
+        arrays |= {name: as_array(v) for name, v in optional.items() if v is not None}
         lengths = {name: len(array) for name, array in arrays.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"scores of {category!r}: the lengths differ: {lengths}")
         path = self.scores_path(category, seed, suffix)
-        # Names compress well; float maps hardly do, and would take seconds.
-        save = np.savez_compressed if maps is None else np.savez
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            save(file, **arrays)  # type: ignore[arg-type]
+        with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            for name, array in arrays.items():
+                member = zipfile.ZipInfo(f"{name}.npy")
+                # Names and masks compress well; float maps hardly do, and would take seconds.
+                stored = name == "map"
+                member.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
+                with archive.open(member, "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
         return path
 
     def load_scores(self, category: str, seed: int, suffix: str = "") -> dict[str, np.ndarray]:
-        """Return the arrays `path`, `label`, `score`, `defect` and, when saved, `map`."""
+        """Return the arrays `path`, `label`, `score`, `defect`, and those of the others saved.
+
+        `map` and `mask` with `--save-maps`; `norm` and `angle` of methods with an objective.
+        """
         path = self.scores_path(category, seed, suffix)
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -199,7 +215,10 @@ class Run:
             for name, tensor in state.items()
         }
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=dict(metadata))
+            try:
+                save_file(tensors, temporary, metadata=dict(metadata))
+            except SafetensorError as error:  # what it makes of the system's errors
+                raise OSError(str(error)) from error
         return path
 
     def load_head(
@@ -213,7 +232,7 @@ class Run:
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())  # the file is no mapping: iterating it fails
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        except SafetensorError as error:
+        except Exception as error:  # SafetensorError, and PyTorch's own where it reads a tensor
             raise RunError(f"{path}: corrupt ({error}); train the pair again") from error
 
     def finish(self, category: str, seed: int, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -161,6 +161,8 @@ def other_value(experiment, field, types):
         return dataclasses.replace(value, learning_rate=0.5)
     if isinstance(value, bool):
         return not value
+    if isinstance(value, float) and 0 <= value < 1:
+        return value + 0.125  # shares stay shares
     if isinstance(value, int | float):
         return value + 2
     if isinstance(value, Path):

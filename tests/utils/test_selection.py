@@ -248,7 +248,7 @@ def test_steps_scored_at_once_choose_and_log_the_same(watch):
     for kind in (Stepper, AllAtOnce):
         lines = []
         choice = choose(
-            lambda options, kind=kind: kind(functions),
+            lambda _, kind=kind: kind(functions),
             [{}],
             make_validation(),
             seed=0,
