@@ -25,7 +25,7 @@ MAIN := $(DEMO)/main
 VARIED := $(DEMO)/varied
 WATCHED := $(DEMO)/watched
 OUT := $(DEMO)/figures
-SHORT := --method.epochs 20
+SHORT := --method.epochs 10
 SIMPLENET := demo simplenet $(SHORT)
 SWEEP := $(BIN)/python sweep.py --seeds 0 1 2 --jobs 2
 FIGURE := $(BIN)/python -m figures
@@ -33,7 +33,7 @@ FIGURE := $(BIN)/python -m figures
 reproduce-demo: $(VENV)/demo.done
 	$(SWEEP) --output $(MAIN) --datasets demo digits --methods noco noco_cf knn mahalanobis \
 		--set "demo padim --method.dims 50" "demo patchcore --method.coreset-ratio 0.01" \
-		"$(SIMPLENET)" "demo nc_disc $(SHORT)" "digits simplenet $(SHORT)" "digits nc_disc $(SHORT)"
+		"$(SIMPLENET)" "demo nc_disc $(SHORT)" "digits simplenet" "digits nc_disc" -- --overlays 0
 	$(SWEEP) --output $(VARIED) --datasets demo digits --methods noco noco_cf \
 		--options method.norm=0.25,8,32 \
 		--set "$(SIMPLENET) --method.sigma 0.005" "$(SIMPLENET) --method.sigma 0.15" \
@@ -42,7 +42,7 @@ reproduce-demo: $(VENV)/demo.done
 		"$(SIMPLENET) --layers 1 2" "$(SIMPLENET) --layers 1 2 3" \
 		"$(SIMPLENET) --method.adaptor none" "$(SIMPLENET) --method.adaptor mlp" \
 		"$(SIMPLENET) --method.loss cross_entropy" \
-		"$(SIMPLENET) --patch-size 1" "$(SIMPLENET) --patch-size 5"
+		"$(SIMPLENET) --patch-size 1" "$(SIMPLENET) --patch-size 5" -- --overlays 0
 	$(BIN)/python train_mvtec.py $(SIMPLENET) --monitor-test --output $(WATCHED)
 	$(BIN)/python train_mvtec.py demo nc_disc $(SHORT) --monitor-test --output $(WATCHED)
 	$(BIN)/python train_mvtec.py demo noco_cf --save-maps --output $(WATCHED)

@@ -13,6 +13,7 @@ repeated evaluations on the test set; `--select best_test` evaluates after every
 The backbone sees every image once: all one-class tasks of a data set share its stored features.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ from datasets.labelled import LabelledSet, LabelledSplit, read_labelled_set
 from datasets.loading import BatchLoader, Images
 from datasets.one_class import OneClassTask, one_class_tasks
 from datasets.samples import DataError
-from datasets.synthetic import SyntheticDataset, rotate
+from datasets.synthetic import ImagesAt, SyntheticDataset, rotate
 from datasets.transforms import PairTransform
 from models import Extractor, build_detector, build_extractor
 from models.detector import Detector
 from models.errors import ModelError
 from models.raw_images import RawImages
 from utils.calibration import held_out_for_calibration
-from utils.cli import exits_cleanly, faults_named, pick_device
+from utils.cli import UsageError, exits_cleanly, faults_named, pick_device
 from utils.evaluation import Outcome, TestSet
 from utils.feature_bank import FeatureBank
 from utils.feature_store import default_folder
@@ -103,7 +104,8 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
         test = extract(experiment, extractor, test_images, "test features")
         turned = None
         if experiment.select == "synthetic":
-            turned_images = SyntheticDataset(train_images, rotate)
+            held_out = held_out_images(experiment, labelled, train)
+            turned_images = ImagesAt(SyntheticDataset(train_images, rotate), held_out)
             turned = extract(experiment, extractor, turned_images, "features of rotated images")
         features = Features(train, test, turned)
         for task in pending:
@@ -130,7 +132,7 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
 class Features:
     """Stored features of a whole data set, which all tasks share.
 
-    `turned` are the training images rotated, for `--select synthetic`.
+    `turned` are training images rotated, for `--select synthetic`: those that a task holds out.
     """
 
     train: FeatureBank
@@ -163,15 +165,12 @@ def train_task(
     features: Features,
 ) -> None:
     """Fit and evaluate a head for each seed on the shared features of one task."""
-    normal_rows = np.isin(features.train.indices, task.train_indices).nonzero()[0]
-    normals = features.train.subset(normal_rows)
+    normals, held_bank = normals_of(experiment, task, features.train)
     at_once = batch_size_of(experiment, extractor)
     test = build_test_set(experiment, extractor, labelled, task, features.test)
 
     calibration = None
-    if experiment.calibration_share:
-        fitted, held = calibration_split(experiment, task.category, len(normals))
-        held_bank = normals.subset(held)
+    if held_bank is not None:
         calibration = TestSet(
             held_bank,
             torch.zeros(len(held_bank)),
@@ -179,7 +178,6 @@ def train_task(
             kinds=["good"] * len(held_bank),
             batch_size=at_once,
         )
-        normals = normals.subset(fitted)
 
     validation = None
     if features.turned is not None:
@@ -225,6 +223,33 @@ def train_task(
             calibration=calibration,
             false_alarm_rate=experiment.false_alarm_rate,
         )
+
+
+def normals_of(
+    experiment: SemanticExperiment, task: OneClassTask, train: FeatureBank
+) -> tuple[FeatureBank, FeatureBank | None]:
+    """Return a task's normal features to fit and select on, and those that set thresholds."""
+    normals = train.subset(np.isin(train.indices, task.train_indices).nonzero()[0])
+    if not experiment.calibration_share:
+        return normals, None
+    fitted, held = calibration_split(experiment, task.category, len(normals))
+    return normals.subset(fitted), normals.subset(held)
+
+
+def held_out_images(
+    experiment: SemanticExperiment, labelled: LabelledSet, train: FeatureBank
+) -> list[int]:
+    """Return which training images some task of the data set holds out to select on.
+
+    Tasks that were not asked for count too, so that a class alone reads the same batches of images,
+    and gets the same bits, as among all.
+    """
+    held: set[int] = set()
+    for task in one_class_tasks(labelled, experiment.protocol, ()):
+        with contextlib.suppress(UsageError):  # too few images; the task says so if it is run
+            normals, _ = normals_of(experiment, task, train)
+            held.update(normals.subset(hold_out(len(normals))[1]).indices)
+    return sorted(held)
 
 
 def batch_size_of(experiment: SemanticExperiment, extractor: Extractor) -> int:

@@ -87,6 +87,33 @@ class SyntheticDataset(Images):
         return self._draw(array, np.random.default_rng([self._seed, index]))
 
 
+class ImagesAt(Images):
+    """Some images of another data set, which keep their positions there as their indices.
+
+    Args:
+        dataset: the other data set.
+        positions: in it, in the order of reading.
+    """
+
+    def __init__(self, dataset: Images, positions: Sequence[int]) -> None:
+        self._dataset = dataset
+        self._positions = tuple(positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._dataset[self._positions[index]]
+
+    def source(self, index: int) -> Path | int:
+        """What to call an image in a message; `index` is its position in the other data set."""
+        return self._dataset.source(index)
+
+    def fingerprint(self) -> str:
+        """A hash of the other data set and of the positions."""
+        return digest([self._dataset.fingerprint(), str(self._positions)])
+
+
 def cutpaste(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return a copy of an image with a patch or, as often, a scar pasted on, and its mask."""
     return (_paste_patch if rng.random() < 0.5 else _paste_scar)(image, rng)

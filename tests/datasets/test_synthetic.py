@@ -8,7 +8,7 @@ import torch
 
 from datasets.loading import BatchLoader, Images
 from datasets.samples import DataError
-from datasets.synthetic import PATCH_AREA, SyntheticDataset, cutpaste, rotate
+from datasets.synthetic import PATCH_AREA, ImagesAt, SyntheticDataset, cutpaste, rotate
 from tests.datasets.trees import texture
 
 SIZE = 64
@@ -31,6 +31,9 @@ class Textures(Images):
         if index == self.broken:
             return index, f"image {index} cannot be read"
         return index, self.images[index]
+
+    def fingerprint(self):
+        return "textures"
 
     def source(self, index):
         return Path(f"{index}.png")
@@ -112,6 +115,19 @@ def test_seed_and_index_alone_decide():
     other = SyntheticDataset(images, cutpaste, copies=3, seed=8)
     assert not torch.equal(other[0][1], forward[0])
     assert not torch.equal(forward[0], forward[1]), "copies must differ"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_some_images_keep_their_positions_and_their_drawing(workers):
+    whole = SyntheticDataset(Textures(), rotate)
+    some = ImagesAt(whole, [1, 3])
+    batches = list(BatchLoader(some, batch_size=1, workers=workers, skip_unreadable=False))
+    assert [batch.indices for batch in batches] == [[1], [3]]
+    for batch, position in zip(batches, (1, 3), strict=True):
+        assert torch.equal(batch.images[0], whole[position][1])
+    assert some.source(3) == whole.source(3)
+    prints = {d.fingerprint() for d in (whole, some, ImagesAt(whole, [1, 2]))}
+    assert len(prints) == 3
 
 
 def test_workers_draw_the_same():

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def test_saved_head_gives_the_saved_scores(full):
     scores = run.load_scores("wood", 1)
     extractor = FrozenExtractor("tf_efficientnet_lite0", (1, 2, 3))
     images = torch.stack(
-        [torch.from_numpy(read_image(path)).permute(2, 0, 1) for path in scores["path"]]
+        [torch.from_numpy(read_image(Path(path))).permute(2, 0, 1) for path in scores["path"]]
     )
     head = Noco(extractor.channels)
     head.load_state_dict(run.load_head("wood", 1)[0])
