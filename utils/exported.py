@@ -65,7 +65,8 @@ def to_onnx(network: nn.Module, example: Tensor, outputs: Sequence[str], opset: 
         opset: version of the operator set.
 
     Raises:
-        UsageError: packages are missing, or the weights exceed what one ONNX file holds.
+        UsageError: packages are missing, the weights exceed what one ONNX file holds, or the
+            network has what PyTorch cannot write.
     """
     require_onnx()
     size = sum(tensor.nbytes for tensor in network.state_dict().values())
@@ -79,17 +80,23 @@ def to_onnx(network: nn.Module, example: Tensor, outputs: Sequence[str], opset: 
     import onnxruntime
 
     batch = torch.export.Dim("batch")
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            network,
-            (example,),
-            input_names=[INPUT],
-            output_names=list(outputs),
-            dynamic_shapes=({0: batch},),
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                network,
+                (example,),
+                input_names=[INPUT],
+                output_names=list(outputs),
+                dynamic_shapes=({0: batch},),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise UsageError(
+            f"PyTorch cannot write this network as ONNX ({reason}): --format torchscript"
+        ) from error
     assert program is not None
     model = program.model_proto
     onnx.checker.check_model(model, full_check=True)
@@ -158,6 +165,7 @@ def differences(
 
 def example_program(
     file: str,
+    file_format: str,
     outputs: Sequence[str],
     *,
     image_size: int,
@@ -167,13 +175,14 @@ def example_program(
     """Return a program that prints the score of the image it is given, without this repository.
 
     Args:
-        file: name of the exported one; .onnx for ONNX.
+        file: name of the exported one.
+        file_format: "onnx" or "torchscript".
         outputs: what it returns.
         image_size: that images are resized to.
         crop_size: centre crop, or None.
         resize: "opencv_square", or Pillow's "lanczos_shorter" or "bilinear_shorter".
     """
-    is_onnx, by_opencv = file.endswith(".onnx"), resize == "opencv_square"
+    is_onnx, by_opencv = file_format == "onnx", resize == "opencv_square"
     size = image_size if crop_size is None else crop_size
     results = f"{', '.join(outputs)}{',' * (len(outputs) == 1)}"
     imports = ["import cv2"] * by_opencv + ["import numpy as np"]
