@@ -8,10 +8,10 @@ demo: $(VENV)/demo.done
 	$(BIN)/python train_mvtec.py demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 coverage: $(VENV)/test.done
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

@@ -28,8 +28,9 @@ def train_digits(output, *options):
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """How many images each call of the backbone got."""
+def seen(monkeypatch, tmp_path):
+    """How many images each call of the backbone got; none finds its features on disk."""
+    monkeypatch.setattr(train_cifar10, "default_folder", lambda: tmp_path / "cache")
     counts = []
     stage_maps = FrozenExtractor.stage_maps
 
