@@ -22,7 +22,10 @@ lint: $(VENV)/test.done
 # Fewer epochs than SimpleNet's 160, so that all of it takes minutes.
 DEMO := results/reproduce-demo
 MAIN := $(DEMO)/main
-VARIED := $(DEMO)/varied
+NORM := $(DEMO)/norm
+SIGMA := $(DEMO)/sigma
+PATCH := $(DEMO)/patch
+ROWS := $(DEMO)/rows
 WATCHED := $(DEMO)/watched
 OUT := $(DEMO)/figures
 SHORT := --method.epochs 10
@@ -34,33 +37,35 @@ reproduce-demo: $(VENV)/demo.done
 	$(SWEEP) --output $(MAIN) --datasets demo digits --methods noco noco_cf knn mahalanobis \
 		--set "demo padim --method.dims 50" "demo patchcore --method.coreset-ratio 0.01" \
 		"$(SIMPLENET)" "demo nc_disc $(SHORT)" "digits simplenet" "digits nc_disc" -- --overlays 0
-	$(SWEEP) --output $(VARIED) --datasets demo digits --methods noco noco_cf \
-		--options method.norm=0.25,8,32 \
-		--set "$(SIMPLENET) --method.sigma 0.005" "$(SIMPLENET) --method.sigma 0.15" \
-		"demo nc_disc $(SHORT) --method.sigma 0.005" "demo nc_disc $(SHORT) --method.sigma 0.15" \
-		"$(SIMPLENET) --layers 1" "$(SIMPLENET) --layers 2" "$(SIMPLENET) --layers 3" \
+	$(SWEEP) --output $(NORM) --datasets demo digits --methods noco noco_cf \
+		--options method.norm=0.25,8,32 -- --overlays 0
+	$(SWEEP) --output $(SIGMA) --datasets demo --methods simplenet nc_disc \
+		--options method.sigma=0.005,0.05,0.15 -- --overlays 0 $(SHORT)
+	$(SWEEP) --output $(PATCH) --datasets demo --methods simplenet \
+		--options patch_size=1,5 -- --overlays 0 $(SHORT)
+	$(SWEEP) --output $(ROWS) \
+		--set "$(SIMPLENET) --layers 1" "$(SIMPLENET) --layers 2" "$(SIMPLENET) --layers 3" \
 		"$(SIMPLENET) --layers 1 2" "$(SIMPLENET) --layers 1 2 3" \
 		"$(SIMPLENET) --method.adaptor none" "$(SIMPLENET) --method.adaptor mlp" \
-		"$(SIMPLENET) --method.loss cross_entropy" \
-		"$(SIMPLENET) --patch-size 1" "$(SIMPLENET) --patch-size 5" -- --overlays 0
+		"$(SIMPLENET) --method.loss cross_entropy" -- --overlays 0
 	$(BIN)/python train_mvtec.py $(SIMPLENET) --monitor-test --output $(WATCHED)
 	$(BIN)/python train_mvtec.py demo nc_disc $(SHORT) --monitor-test --output $(WATCHED)
 	$(BIN)/python train_mvtec.py demo noco_cf --save-maps --output $(WATCHED)
 	$(FIGURE).table2 $(MAIN)/demo-*/* $(MAIN)/digits-*/* --out $(OUT)/noco_table2
 	$(FIGURE).table3 $(MAIN)/demo-*/* --out $(OUT)/noco_table3
 	$(FIGURE).figure1 $(MAIN)/demo-*/* $(MAIN)/digits-*/* --out $(OUT)/noco_figure1
-	$(FIGURE).figure3 $(MAIN)/demo-noco/* $(VARIED)/demo-noco/* --category grass \
+	$(FIGURE).figure3 $(MAIN)/demo-noco/* $(NORM)/demo-noco/* --category grass \
 		--out $(OUT)/noco_figure3_grass
-	$(FIGURE).figure3 $(MAIN)/digits-noco/* $(VARIED)/digits-noco/* --category 3 \
+	$(FIGURE).figure3 $(MAIN)/digits-noco/* $(NORM)/digits-noco/* --category 3 \
 		--out $(OUT)/noco_figure3_digit
-	$(FIGURE).norm_sweep $(MAIN)/*-noco/* $(VARIED)/*-noco/* $(MAIN)/*-noco_cf/* \
-		$(VARIED)/*-noco_cf/* --out $(OUT)/norm_sweep
-	$(FIGURE).simplenet_tables $(MAIN)/demo-simplenet/* $(VARIED)/demo-simplenet/* \
+	$(FIGURE).norm_sweep $(MAIN)/*-noco/* $(NORM)/*-noco/* $(MAIN)/*-noco_cf/* \
+		$(NORM)/*-noco_cf/* --out $(OUT)/norm_sweep
+	$(FIGURE).simplenet_tables $(MAIN)/demo-simplenet/* $(ROWS)/demo-simplenet/* \
 		$(MAIN)/digits-simplenet/* --out $(OUT)/simplenet_table
 	$(FIGURE).adaptor_std $(WATCHED)/demo-simplenet/* --out $(OUT)/simplenet_figure4
-	$(FIGURE).sigma_sweep $(MAIN)/demo-simplenet/* $(VARIED)/demo-simplenet/* \
-		$(MAIN)/demo-nc_disc/* $(VARIED)/demo-nc_disc/* --out $(OUT)/simplenet_figure5
-	$(FIGURE).patch_size $(MAIN)/demo-simplenet/* $(VARIED)/demo-simplenet/* \
+	$(FIGURE).sigma_sweep $(MAIN)/demo-simplenet/* $(SIGMA)/demo-simplenet/* \
+		$(MAIN)/demo-nc_disc/* $(SIGMA)/demo-nc_disc/* --out $(OUT)/simplenet_figure5
+	$(FIGURE).patch_size $(MAIN)/demo-simplenet/* $(PATCH)/demo-simplenet/* \
 		--out $(OUT)/simplenet_figure6
 	$(FIGURE).loss_curve $(WATCHED)/demo-simplenet/* $(WATCHED)/demo-nc_disc/* \
 		--out $(OUT)/simplenet_figure7

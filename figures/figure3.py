@@ -104,7 +104,11 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     runs = [Run.read(folder) for folder in arguments.runs]
     categories = arguments.category or [_first_row(runs[0])["category"]]
     panels = [
-        [read_panel(run, category, arguments.seed) for run in runs] for category in categories
+        sorted(
+            (read_panel(run, category, arguments.seed) for run in runs),
+            key=lambda panel: (panel.dataset, panel.goal),
+        )
+        for category in categories
     ]
     paths = save_figure(draw(panels), arguments.out)
     stem = paths[0].with_suffix("")

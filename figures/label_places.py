@@ -97,4 +97,4 @@ def _extent(text: str, size: float) -> tuple[float, float]:
     widths = [
         TextPath((0, 0), line.replace("$", "S"), prop=font).get_extents().width for line in lines
     ]
-    return max(widths) + 4, 1.25 * size * len(lines) + 2
+    return max(widths) + 14, 1.25 * size * len(lines) + 2

@@ -26,6 +26,7 @@ SELECT_STYLES: dict[str, Literal["-", "--", ":"]] = {
     "best_test": ":",
 }
 _MAX_TICKS = 9
+_NARROW = 36  # letters of a label that leave room for a second column in the legend
 
 
 def make(sweep: Sweep, argv: Sequence[str] | None, description: str | None) -> list[Path]:
@@ -77,15 +78,16 @@ def draw(curves: Sequence[Curve], sweep: Sweep) -> Figure:
         Line2D([], [], color="0.3", linestyle=SELECT_STYLES[s], label=SELECT_LABELS[s])
         for s in selects
     ]
+    narrow = all(len(key.get_label()) <= _NARROW for key in curve_keys)
     # A legend fills column by column: blanks keep curves in one and ways of selecting in the other.
-    for _ in range(len(select_keys) - len(curve_keys)):
-        curve_keys.append(Line2D([], [], linestyle="none", label=" "))
+    blanks = len(select_keys) - len(curve_keys) if narrow else 0
+    curve_keys += [Line2D([], [], linestyle="none", label=" ") for _ in range(blanks)]
     figure.legend(
         handles=[*curve_keys, *select_keys],
         loc="outside lower center",
         frameon=False,
         fontsize="small",
-        ncols=2,
+        ncols=2 if narrow else 1,
     )
     return figure
 
