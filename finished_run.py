@@ -63,6 +63,13 @@ class FinishedRun:
         """
         path = self.run.head_path(category, seed, suffix)
         state, metadata = self.run.load_head(category, seed, suffix)
+        # Heads of earlier versions do not say which weights they stand on.
+        digest = metadata.get("backbone_digest", self.extractor.weights_digest)
+        if digest != self.extractor.weights_digest:
+            raise RunError(
+                f"{path}: was fitted on features of other backbone weights ({digest}, now "
+                f"{self.extractor.weights_digest}); give the same ones (--weights FILE)"
+            )
         chosen = chosen_options(self.run, category, seed, suffix, metadata)
         try:
             method = with_options(self.experiment.method, chosen)

@@ -222,6 +222,7 @@ def train_task(
             draw=draw if with_pictures else None,
             calibration=calibration,
             false_alarm_rate=experiment.false_alarm_rate,
+            backbone_digest=extractor.weights_digest,
         )
 
 

@@ -182,6 +182,7 @@ def train_category(
             save_maps=experiment.save_maps,
             calibration=calibration,
             false_alarm_rate=experiment.false_alarm_rate,
+            backbone_digest=extractor.weights_digest,
         )
 
 

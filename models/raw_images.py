@@ -36,6 +36,11 @@ class RawImages(nn.Module):
         """Whether the backbone's weights are random because that was asked for."""
         return self.network is not None and self.network.random_weights
 
+    @property
+    def weights_digest(self) -> str:
+        """Short hash of the backbone's weights; empty where there is none."""
+        return "" if self.network is None else self.network.weights_digest
+
     def stage_maps(self, images: Tensor) -> list[Tensor]:
         """Return the uint8 images (B, 3, S, S), alone in a list."""
         return [images.to(self.device)]

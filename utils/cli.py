@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
@@ -39,6 +40,10 @@ def exits_cleanly(
             except caught as error:
                 sys.stderr.write(f"error: {error}\n")
                 raise SystemExit(2) from error
+            except BrokenPipeError:  # whoever read our output (head, less) has seen enough
+                with contextlib.suppress(OSError, ValueError):  # what is buffered would fail again
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(141) from None  # as shells report the signal
             except KeyboardInterrupt:
                 sys.stderr.write(f"{interrupted}\n")
                 raise SystemExit(130) from None

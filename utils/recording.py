@@ -47,6 +47,7 @@ def fit_and_record(
     save_maps: bool = False,
     calibration: TestSet | None = None,
     false_alarm_rate: float = 0.05,
+    backbone_digest: str = "",
 ) -> None:
     """Fit a head on normal features with one seed, evaluate it, and write all of it down.
 
@@ -72,6 +73,8 @@ def fit_and_record(
         calibration: normal images that neither fit nor selection sees; their scores are kept
             beside each head, and the rows say which false-alarm rate the test normals have.
         false_alarm_rate: asked for, with `calibration`.
+        backbone_digest: short hash of the backbone's weights, kept with each head: on features of
+            other weights it means nothing.
 
     Raises:
         FloatingPointError: the fit left the finite numbers; category, seed, epoch and step are
@@ -118,7 +121,8 @@ def fit_and_record(
         path = run.folder / "online" / f"{file_stem(category, seed)}.csv"
         save_online_curve(path, curve, title=f"{category}, seed {seed}")
     for outcome in outcomes:
-        _save(run, category, seed, outcome, options, test, save_maps)
+        about = {"options": json.dumps(options), "backbone_digest": backbone_digest}
+        _save(run, category, seed, outcome, about, test, save_maps)
     calibrated = {}
     if calibration is not None:
         for outcome in outcomes:
@@ -149,11 +153,11 @@ def _save(
     category: str,
     seed: int,
     outcome: Outcome,
-    options: dict[str, Any],
+    about: dict[str, str],
     test: TestSet,
     save_maps: bool,
 ) -> None:
-    """Write the scores and heads of an outcome; `options` are what was chosen for this fit."""
+    """Write the scores and heads of an outcome; `about` joins the heads' metadata."""
     suffixes = list(outcome.states)
     run.save_scores(
         category,
@@ -173,7 +177,7 @@ def _save(
             "category": category,
             "seed": str(seed),
             "select": outcome.select,
-            "options": json.dumps(options),
+            **about,
         }
         run.save_head(category, seed, outcome.states[suffix], metadata, suffix=suffix)
 

@@ -295,6 +295,7 @@ TAMPERED = {
     "more tensors": lambda copy: tampered_head(copy, more=torch.zeros(1)),
     "another shape": lambda copy: tampered_head(copy, filters=torch.zeros(2, 3)),
     "head of another": lambda copy: tampered_head(copy, {"category": "wood"}),
+    "other backbone": lambda copy: tampered_head(copy, {"backbone_digest": "0123456789abcdef"}),
     "options of no method": lambda copy: tampered_head(copy, {"options": '{"eval": "1"}'}),
     "options no object": lambda copy: tampered_head(copy, {"options": "[1"}),
     "options of another type": lambda copy: tampered_head(copy, {"options": '{"prototypes": "2"}'}),

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -76,3 +81,27 @@ def test_gpu_that_this_machine_lacks_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match="--device cuda:1: this machine has 1"):
         pick_device("cuda:1")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    script = tmp_path / "many.py"
+    script.write_text(
+        "import sys\n"
+        "from utils.cli import exits_cleanly\n"
+        "@exits_cleanly()\n"
+        "def main():\n"
+        "    for number in range(10**6):\n"
+        "        sys.stdout.write(f'{number}\\n')\n"
+        "main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(30) == 141

@@ -81,7 +81,7 @@ def record(run, category, seed=0, *, build=Drawn, test=None, **options):
         build,
         bank_of([1.0, 1.5, 2.0]),
         small_test_set() if test is None else test,
-        **{"select": "last", **options},
+        **{"select": "last", "backbone_digest": "beef", **options},
     )
 
 
@@ -131,7 +131,10 @@ def test_everything_is_written_down(tmp_path, capsys):
     assert scores["map"].shape == (4, 2, 2)
     state, metadata = run.load_head("tile", 0)
     assert set(state) == {"weight", "offset"}
-    assert metadata == {"category": "tile", "seed": "0", "select": "last", "options": "{}"}
+    assert metadata == {
+        **{"category": "tile", "seed": "0", "select": "last", "options": "{}"},
+        "backbone_digest": "beef",
+    }
     expected = torch.tensor([1.0, 2.0, 3.0, 4.0]) * state["weight"] + state["offset"]
     np.testing.assert_array_equal(scores["score"], expected.numpy())
 
