@@ -15,6 +15,7 @@ import train_mvtec
 from configs.sweep import combinations, sweep_options
 from models.extractor import FrozenExtractor
 from tests.datasets.trees import draw_mvtec_category, save, texture
+from tests.rays import require_ray
 from utils.run_files import read_rows
 from utils.sweep_engines import Workers
 
@@ -395,7 +396,7 @@ def test_a_corrupt_job_fails_alone_and_says_so(tmp_path, swept, capsys):
 
 @pytest.mark.slow
 def test_ray_runs_the_same_jobs(tmp_path, monkeypatch):
-    pytest.importorskip("ray", reason="ray is not installed (requirements-ray.txt)")
+    require_ray()
     monkeypatch.chdir(tmp_path)
     words = ["--datasets", "digits", "--methods", "noco", "--categories", "0", "1"]
     (folder,) = sweep.main([*words, "--engine", "ray", "--output", "out", "--", *EXTRA])

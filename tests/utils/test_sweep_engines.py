@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.rays import require_ray
 from utils import sweep_engines
 from utils.cli import UsageError
 from utils.sweep_engines import InProcess, RayTasks, Workers, cuda_devices
@@ -203,7 +204,7 @@ def test_without_ray_the_message_names_the_way_out(monkeypatch):
 
 @pytest.mark.slow
 def test_ray_runs_jobs_and_reports_failures_and_deaths(job, tmp_path, monkeypatch):
-    pytest.importorskip("ray", reason="ray is not installed (requirements-ray.txt)")
+    require_ray()
     monkeypatch.chdir(tmp_path)
     jobs = [job("record", ".", "a", "1"), job("fail"), job("die"), job("child")]
     reasons = ended(RayTasks("local", at_once=1).run(jobs))
