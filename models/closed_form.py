@@ -191,6 +191,10 @@ class ClosedFormNoco(Detector):
         """
         positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
         for chunk in positions.split(CHUNK):
+            if len(self.centres) == 1:  # it is zero
+                add_gram(self._sums[0], self._extend(chunk.double()))
+                self._counts += len(chunk)
+                continue
             owner = self._nearest(chunk, 1)[:, 0]  # (P,)
             order = owner.argsort()
             sizes = torch.bincount(owner, minlength=len(self.centres))
@@ -255,7 +259,7 @@ class ClosedFormNoco(Detector):
             columns: that `energy` returns.
         """
         if len(self.centres) == 1:
-            return energy(positions - self.centres[0], 0)
+            return energy(positions, 0)  # the only centre is zero
         P = len(positions)
         centre = rearrange(self._nearest(positions, self.nearest), "p n -> (n p)")
         order = centre.argsort()
