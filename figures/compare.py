@@ -14,7 +14,6 @@ import csv
 import io
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.drawing import COLOURS, parser, save_figure
+from figures.drawing import COLOURS, parser, save_with_tables
 from figures.run_log import LoggedRun, read_named_run, read_runs
 from utils.cli import exits_cleanly
-from utils.run_files import RunError, corrupt, write_text
+from utils.run_files import RunError, corrupt
 from utils.runs import Run
 from utils.tables import SELECT_LABELS
 
@@ -71,15 +70,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     options.add_argument("--metric", choices=METRICS, default="image_auroc", help="drawn upwards")
     arguments = options.parse_args(argv)
     lines = [line for run in read_runs_by_data(arguments.runs) for line in lines_of(run)]
-    paths = save_figure(draw(lines, metric=arguments.metric), arguments.out)
-    stem = paths[0].with_suffix("")
-    texts = {".md": to_markdown(lines), ".csv": to_csv(lines)}
-    for suffix, text in texts.items():
-        path = stem.with_name(stem.name + suffix)
-        write_text(path, text)
-        paths.append(path)
-    sys.stdout.write(texts[".md"] + "".join(f"{path}\n" for path in paths))
-    return paths
+    figure = draw(lines, metric=arguments.metric)
+    return save_with_tables(figure, arguments.out, to_markdown(lines), to_csv(lines))
 
 
 def read_runs_by_data(folders: Sequence[Path]) -> list[LoggedRun]:

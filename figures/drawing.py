@@ -1,13 +1,14 @@
 """How the figures look, and how they are written and called."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils.run_files import atomic_path
+from utils.run_files import atomic_path, write_text
 
 # Okabe and Ito's palette, which the colour-blind tell apart; black and yellow left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -62,6 +63,18 @@ def save_figure(figure: Figure, out: Path) -> list[Path]:
         metadata = {"CreationDate": None} if kind == "pdf" else None
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format=kind, dpi=_DPI, metadata=metadata)
+    return paths
+
+
+def save_with_tables(figure: Figure, out: Path, markdown: str, csv: str) -> list[Path]:
+    """Write a figure, and its numbers as FILE.md and FILE.csv; print the table and the paths."""
+    paths = save_figure(figure, out)
+    stem = paths[0].with_suffix("")
+    for suffix, text in ((".md", markdown), (".csv", csv)):
+        path = stem.with_name(stem.name + suffix)
+        write_text(path, text)
+        paths.append(path)
+    sys.stdout.write(markdown + "".join(f"{path}\n" for path in paths))
     return paths
 
 

@@ -16,7 +16,6 @@ anomalous images.
 
 import csv
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Arc
 from matplotlib.ticker import MaxNLocator
 
-from figures.drawing import COLOURS, parser, save_figure
+from figures.drawing import COLOURS, parser, save_with_tables
 from figures.own_results import data_of
 from utils.cli import exits_cleanly
 from utils.metrics import ranking_metrics
-from utils.run_files import RunError, write_text
+from utils.run_files import RunError
 from utils.runs import Run
 from utils.tables import SELECT_LABELS
 
@@ -110,16 +109,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         )
         for category in categories
     ]
-    paths = save_figure(draw(panels), arguments.out)
-    stem = paths[0].with_suffix("")
     rows = [panel.row() for line in panels for panel in line]
-    texts = {".md": _to_markdown(rows), ".csv": _to_csv(rows)}
-    for suffix, text in texts.items():
-        path = stem.with_name(stem.name + suffix)
-        write_text(path, text)
-        paths.append(path)
-    sys.stdout.write(texts[".md"] + "".join(f"{path}\n" for path in paths))
-    return paths
+    return save_with_tables(draw(panels), arguments.out, _to_markdown(rows), _to_csv(rows))
 
 
 def read_panel(run: Run, category: str, seed: int | None = None) -> Panel:

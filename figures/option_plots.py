@@ -1,7 +1,6 @@
 """The figure of a swept option and what is written beside it."""
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -14,10 +13,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from figures.compare import MARKERS
-from figures.drawing import COLOURS, parser, save_figure
+from figures.drawing import COLOURS, parser, save_with_tables
 from figures.option_curves import METRICS, Curve, Sweep, read_curves
 from figures.option_tables import to_csv, to_markdown
-from utils.run_files import RunError, write_text
+from utils.run_files import RunError
 from utils.tables import SELECT_LABELS
 
 SELECT_STYLES: dict[str, Literal["-", "--", ":"]] = {
@@ -33,15 +32,10 @@ def make(sweep: Sweep, argv: Sequence[str] | None, description: str | None) -> l
     """Make the figure and the tables of the runs on the command line; return the files written."""
     arguments = parser(sweep.module, description).parse_args(argv)
     curves = read_curves(arguments.runs, sweep)
-    paths = save_figure(draw(curves, sweep), arguments.out)
-    stem = paths[0].with_suffix("")
-    texts = {".md": to_markdown(curves, sweep), ".csv": to_csv(curves, sweep)}
-    for suffix, text in texts.items():
-        path = stem.with_name(stem.name + suffix)
-        write_text(path, text)
-        paths.append(path)
-    sys.stdout.write(texts[".md"] + "".join(f"{path}\n" for path in paths))
-    return paths
+    figure = draw(curves, sweep)
+    return save_with_tables(
+        figure, arguments.out, to_markdown(curves, sweep), to_csv(curves, sweep)
+    )
 
 
 def draw(curves: Sequence[Curve], sweep: Sweep) -> Figure:
