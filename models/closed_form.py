@@ -273,8 +273,6 @@ class ClosedFormNoco(Detector):
 
     def _nearest(self, positions: Tensor, count: int) -> Tensor:
         """Return the indices of the nearest centres, (P, count)."""
-        if len(self.centres) == 1:
-            return torch.zeros(len(positions), 1, dtype=torch.long, device=positions.device)
         # |f - c|^2 without |f|^2, which orders the same and needs one product.
         lengths = self.centres.square().sum(dim=1)  # (K,)
         distance = torch.addmm(lengths, positions, self.centres.T, alpha=-2)  # (P, K)
