@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from figures.drawing import COLOURS, parser, save_with_tables
-from figures.run_log import LoggedRun, read_named_run, read_runs
+from figures.run_log import LoggedRun, images_of, read_named_run, read_runs
 from utils.cli import exits_cleanly
 from utils.run_files import RunError, corrupt
 from utils.runs import Run
@@ -82,15 +82,8 @@ def read_runs_by_data(folders: Sequence[Path]) -> list[LoggedRun]:
     """
     groups: dict[str, list[Path]] = {}
     for folder in folders:
-        groups.setdefault(_data_of(read_named_run(folder).config), []).append(folder)
+        groups.setdefault(images_of(read_named_run(folder).config), []).append(folder)
     return [run for group in groups.values() for run in read_runs(group, same_but=SAME_BUT)]
-
-
-def _data_of(config: dict[str, Any]) -> str:
-    """Name the images of a run: folders of one's own by their last part."""
-    if config["dataset"] != "folder":
-        return str(config["dataset"])
-    return f"folder {Path(str(config.get('data_root', ''))).name}"
 
 
 def lines_of(run: LoggedRun) -> list[Line]:
@@ -126,7 +119,7 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
         r["num_test"] / (float(r["score_seconds"]) + float(r["pass_test_seconds"])) for r in timed
     ]
     return Line(
-        _data_of(run.run.config),
+        images_of(run.run.config),
         run.label,
         select,
         metrics,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from figures.run_log import images_of
 from utils.published import NUM_CATEGORIES
 from utils.run_files import RunError, flat
 from utils.runs import Run
@@ -179,9 +180,7 @@ def is_structured(config: Mapping[str, Any]) -> bool:
 
 def data_of(config: Mapping[str, Any]) -> str:
     """Name the images and tasks of a run: folders of one's own by their last part."""
-    name = str(config["dataset"])
-    if name == "folder":
-        name = f"folder {Path(config['data_root']).name}"
+    name = images_of(config)
     protocol = config.get("protocol", "one-vs-rest")
     return name if protocol == "one-vs-rest" else f"{name} ({protocol})"
 

@@ -15,7 +15,7 @@ from figures.drawing import save_figure
 from figures.own_results import Cell
 from figures.table_picture import draw
 from utils.run_files import write_text
-from utils.table_formats import latex_text, markdown_text
+from utils.table_formats import latex_text, markdown_text, neighbours
 
 Mark = Literal["best", "second", ""]
 
@@ -106,11 +106,7 @@ class PaperTable:
 
     def groups(self) -> list[tuple[str, int, int]]:
         """Return (group, first column, end column) of neighbours with one heading."""
-        found = []
-        for group, columns in groupby(enumerate(self.columns), key=lambda pair: pair[1].group):
-            places = [place for place, _ in columns]
-            found.append((group, places[0], places[-1] + 1))
-        return found
+        return neighbours(column.group for column in self.columns)
 
     def blocks(self) -> list[list[int]]:
         """Return the rows between rules."""

@@ -32,7 +32,7 @@ from figures.report_charts import (
 from figures.report_pictures import MAX_BYTES, Budget, Overlays, Picture, overlays_of, thumbnail
 from figures.report_scores import LAST, Ranked, Scored, auroc, ranked, read_scores
 from figures.report_tables import false_alarms, other_facts, results_table, unfinished_pairs
-from figures.run_log import LoggedRun, Pair, read_runs
+from figures.run_log import LoggedRun, Pair, images_of, read_runs
 from utils.cli import UsageError, exits_cleanly
 from utils.run_files import RunError, corrupt, flat, read_object, write_text
 from utils.runs import Run
@@ -126,7 +126,7 @@ def build(folder: Path, *, num_images: int = 20, thumbnails: bool = True) -> str
     environment = folder / "environment.json"
     record = read_object(environment) if environment.exists() else {}
     return _render(
-        title=f"{run.run.config['method_name']} on {_data_of(run.run.config)}",
+        title=f"{run.run.config['method_name']} on {images_of(run.run.config)}",
         folder=folder.name,
         facts=_facts(run.run.config, rows, record),
         config=flat(run.run.config),
@@ -260,13 +260,6 @@ def _charts(
     return charts, histograms[1:], missing
 
 
-def _data_of(config: Mapping[str, Any]) -> str:
-    """Name the images of a run: folders of one's own by their last part."""
-    if config["dataset"] != "folder":
-        return str(config["dataset"])
-    return f"folder {Path(str(config.get('data_root', ''))).name}"
-
-
 def _facts(
     config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
@@ -281,7 +274,7 @@ def _facts(
     facts = {
         "method": config["method_name"],
         "data set": ", ".join(
-            str(part) for part in (_data_of(config), config.get("protocol")) if part
+            str(part) for part in (images_of(config), config.get("protocol")) if part
         ),
         "backbone": config.get("backbone", "unknown"),
         "reported": SELECT_LABELS.get(select, select),

@@ -1,7 +1,7 @@
 """What run folders logged, and how to tell several of them apart in a legend."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,13 @@ class LoggedRun:
 
     def _corrupt_log(self, name: str, error: Exception) -> RunError:
         return corrupt(self.run.folder / "metrics.jsonl", f"{name}: {error!r}")
+
+
+def images_of(config: Mapping[str, Any]) -> str:
+    """Name the images of a run: folders of one's own by their last part."""
+    if config["dataset"] != "folder":
+        return str(config["dataset"])
+    return f"folder {Path(str(config.get('data_root', ''))).name}"
 
 
 def read_runs(folders: Sequence[Path], *, same_but: Collection[str] = ()) -> list[LoggedRun]:

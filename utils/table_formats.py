@@ -6,7 +6,7 @@ import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -72,7 +72,7 @@ class Table:
     def to_latex(self) -> str:
         r"""Return a booktabs `tabular` for `\input`; the caption is a comment, notes come below."""
         groups, rules = [""], []
-        for group, start, end in self._groups():
+        for group, start, end in neighbours(column.group for column in self.header):
             groups.append(rf"\multicolumn{{{end - start}}}{{c}}{{{latex_text(group)}}}")
             rules.append(rf"\cmidrule(lr){{{start + 2}-{end + 1}}}")
         heads = ["category", *(latex_text(column.name) for column in self.header)]
@@ -121,7 +121,7 @@ class Table:
         rows += [[line.label, *map(str, line.cells)] for line in self.lines]
         widths = _widths(rows)
         banner = " " * widths[0]
-        for group, start, end in self._groups():
+        for group, start, end in neighbours(column.group for column in self.header):
             # A heading wider than its columns widens the first of them.
             space = sum(widths[start + 1 : end + 1]) + 2 * (end - start - 1)
             widths[start + 1] += max(0, len(group) + 4 - space)
@@ -147,13 +147,14 @@ class Table:
             write_text(folder / f"table.{extension}", text)
         return [folder / f"table.{extension}" for extension in texts]
 
-    def _groups(self) -> list[tuple[str, int, int]]:
-        """Return (group, first column, end column) of each run of columns with one heading."""
-        groups = []
-        for group, columns in groupby(enumerate(self.header), key=lambda pair: pair[1].group):
-            places = [place for place, _ in columns]
-            groups.append((group, places[0], places[-1] + 1))
-        return groups
+
+def neighbours(groups: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Return (group, first column, end column) of each run of columns with one heading."""
+    found = []
+    for group, columns in groupby(enumerate(groups), key=lambda pair: pair[1]):
+        places = [place for place, _ in columns]
+        found.append((group, places[0], places[-1] + 1))
+    return found
 
 
 def _width(text: str) -> int:
