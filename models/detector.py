@@ -28,6 +28,16 @@ class FeatureSource(Protocol):
         """Yield features (B, C, H, W), float32; shuffled when a generator is given."""
         ...
 
+    def stage_batches(
+        self, batch_size: int, *, generator: torch.Generator | None = None
+    ) -> Iterator[list[Tensor]]:
+        """Yield the same features as the stages' maps (B, C_l, H_l, W_l) they are joined from.
+
+        The largest map has the grid of the features. Where they are made of joined maps, they are
+        the only stage.
+        """
+        ...
+
     def subset(self, rows: Tensor) -> "FeatureSource":
         """Return the images at `rows`."""
         ...

@@ -150,3 +150,9 @@ class _Rescaled:
     ) -> Iterator[Tensor]:
         for features in self._bank.batches(batch_size, generator=generator):
             yield self._feature_norm(features)
+
+    def stage_batches(
+        self, batch_size: int, *, generator: torch.Generator | None = None
+    ) -> Iterator[list[Tensor]]:
+        for features in self.batches(batch_size, generator=generator):
+            yield [features]

@@ -214,11 +214,26 @@ class FeatureBank:
             batch_size: images per batch; the last one may be smaller.
             generator: a CPU generator; when given the images are shuffled, else they come in order.
         """
+        for stages in self._stored(batch_size, generator):
+            yield self._assemble(stages)
+
+    def stage_batches(
+        self, batch_size: int, *, generator: torch.Generator | None = None
+    ) -> Iterator[list[Tensor]]:
+        """Yield the same images as `batches` before their stages are joined.
+
+        Returns:
+            One (B, C_l, H_l, W_l) map per stage, float32 (images stay uint8).
+        """
+        for stages in self._stored(batch_size, generator):
+            yield [stage.float() if stage.is_floating_point() else stage for stage in stages]
+
+    def _stored(self, batch_size: int, generator: torch.Generator | None) -> Iterator[list[Tensor]]:
         rows = self._rows
         if generator is not None:
             rows = rows[torch.randperm(len(rows), generator=generator)]
         for chunk in rows.split(batch_size):
-            yield self._assemble([self._read(stage, chunk) for stage in self.stages])
+            yield [self._read(stage, chunk) for stage in self.stages]
 
     def _read(self, stage: Tensor, rows: Tensor) -> Tensor:
         chosen = stage[rows.to(stage.device)].to(self._device)

@@ -25,6 +25,10 @@ class Bank:
         for rows in order.split(batch_size):
             yield self.features[rows]
 
+    def stage_batches(self, batch_size, *, generator=None):
+        for features in self.batches(batch_size, generator=generator):
+            yield [features]
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
