@@ -42,13 +42,20 @@ from torch import Tensor
 from models.detector import ONLINE_HINT, Detector, FeatureSource, Monitor
 from models.errors import ModelError
 from models.noco import LOSSES
+from models.stages import (
+    add_gram,
+    add_second_moment,
+    features_at,
+    grid_size,
+    join_stages,
+    parts_in_cache,
+    project,
+)
 
 CHUNK = 16384
 """Positions per float64 product: bounds memory beside the sums."""
 BATCH_CHANNELS = 4096
 """Channels of the images accumulated at once, in all."""
-BLOCK = 128
-"""Columns of the second moment added at once."""
 
 
 class ClosedFormNoco(Detector):
@@ -123,8 +130,8 @@ class ClosedFormNoco(Detector):
         if len(self.centres) > 1:
             self.centres.copy_(self._cluster(bank, generator))
         # Many images where features are narrow, for products worth their call; few where wide.
-        for features in bank.batches(max(1, min(32, BATCH_CHANNELS // bank.channels))):
-            self.partial_fit(features)
+        for stages in bank.stage_batches(max(1, min(32, BATCH_CHANNELS // bank.channels))):
+            self.partial_fit(stages)
         self._spectrum = values, vectors = self.decompose()
         for step, time in enumerate(self.times, start=1):
             if monitor is not None or step == len(self.times):
@@ -136,9 +143,8 @@ class ClosedFormNoco(Detector):
         """The times, which share a projection on the eigenvectors; see `Detector.steps`."""
         return [] if self.sample_w0 else [{"time": time} for time in self.times]
 
-    def score_steps(self, features: Tensor) -> Tensor:
+    def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
         """See `Detector.score_steps`: one product with the eigenvectors serves every time."""
-        B, _, H, W = features.shape
         values, vectors = self._spectrum  # (K, D+1), (K, D+1, D+1)
         times = torch.tensor(self.times, dtype=values.dtype, device=values.device)
         decay = torch.exp(-rearrange(values, "k d -> k d 1") * times)  # (K, D+1, T)
@@ -146,16 +152,11 @@ class ClosedFormNoco(Detector):
         last = (self.norm * decay * rearrange(vectors[:, -1], "k d -> k d 1")).float()
         rotation = vectors.mT.float()
 
-        def energies(offsets: Tensor, k: int) -> Tensor:
-            rotated = _affine(offsets, rotation[k])  # (P, D+1)
+        def energies(rotated: Tensor, k: int) -> Tensor:
             along = (rotated @ last[k]).square_()  # (P, T)
             return along.addmm_(rotated.square_(), first[k])
 
-        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
-        scores = self._smallest(positions, energies, len(self.times))  # (P, T)
-        if self.loss_kind == "distance":
-            scores = scores.sqrt()
-        return rearrange(scores, "(b h w) t -> t b h w", b=B, h=H, w=W)
+        return rearrange(self._scores(stages, rotation, energies), "b h w t -> t b h w")
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """A step is one of the times; see `Detector.stopped_at`."""
@@ -184,17 +185,18 @@ class ClosedFormNoco(Detector):
             weight[:, -1] -= self.norm * objective / objective.norm()
             self._initial = weight.to(device)  # W0 - G e'
 
-    def partial_fit(self, features: Tensor) -> None:
-        """Add normal features (B, C, H, W) to the sums; the next `solve` knows them.
+    def partial_fit(self, stages: Sequence[Tensor]) -> None:
+        """Add normal features, stages (B, C_l, H_l, W_l), to the sums; the next `solve` knows them.
 
         Adding images one at a time or all at once gives the same sums up to rounding (float64).
         """
-        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
+        if len(self.centres) == 1:  # it is zero
+            H, W = grid_size(stages)
+            add_second_moment(self._sums[0], stages)
+            self._counts += len(stages[0]) * H * W
+            return
+        positions = rearrange(join_stages(stages), "b c h w -> (b h w) c")  # (P, D)
         for chunk in positions.split(CHUNK):
-            if len(self.centres) == 1:  # it is zero
-                add_gram(self._sums[0], self._extend(chunk.double()))
-                self._counts += len(chunk)
-                continue
             owner = self._nearest(chunk, 1)[:, 0]  # (P,)
             order = owner.argsort()
             sizes = torch.bincount(owner, minlength=len(self.centres))
@@ -237,39 +239,66 @@ class ClosedFormNoco(Detector):
     def forward(self, features: Tensor) -> Tensor:
         """Return the (root of the) expected squared distance at each position, (B, H, W)."""
         B, _, H, W = features.shape
-
-        def energy(offsets: Tensor, k: int) -> Tensor:
-            lengths = torch.linalg.vector_norm(_affine(offsets, self.filters[k]), dim=1)  # (P,)
-            return rearrange(lengths.square_(), "p -> p 1")
-
         positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
-        scores = self._smallest(positions, energy, 1)[:, 0]  # (P,)
+        if len(self.centres) == 1:  # it is zero
+            weight, bias = self.filters[0, :, :-1], self.filters[0, :, -1]
+            scores = _energy(torch.nn.functional.linear(positions, weight, bias))  # (P, 1)
+        else:
+            scores = self._smallest(positions, self.filters, _energy)  # (P, 1)
         if self.loss_kind == "distance":
             scores = scores.sqrt()
-        return rearrange(scores, "(b h w) -> b h w", b=B, h=H, w=W)
+        return rearrange(scores, "(b h w) 1 -> b h w", b=B, h=H, w=W)
 
-    def _smallest(
-        self, positions: Tensor, energy: Callable[[Tensor, int], Tensor], columns: int
+    def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """See `Detector.score_stages`."""
+        return self._scores(stages, self.filters, _energy).squeeze(3), None  # (B, H, W)
+
+    def _scores(
+        self,
+        stages: Sequence[Tensor],
+        matrices: Tensor,
+        energies: Callable[[Tensor, int], Tensor],
     ) -> Tensor:
-        """Return each position's smallest energies over its nearest centres, (P, columns).
+        """Return the smallest energies (or their roots) over each position's nearest centres.
 
         Args:
-            positions: (P, D).
-            energy: of offsets (M, D) from the k-th centre, (M, columns).
-            columns: that `energy` returns.
+            stages: (B, C_l, H_l, W_l) each.
+            matrices: (K, R, D + 1), one for the offsets [f; 1] from each centre.
+            energies: T energies (M, T) of products (M, R) with the k-th matrix.
+
+        Returns:
+            (B, H, W, T).
         """
-        if len(self.centres) == 1:
-            return energy(positions, 0)  # the only centre is zero
+        H, W = grid_size(stages)
+        if len(self.centres) == 1:  # it is zero, so that the stages need not be joined
+            found = []
+            for part in parts_in_cache(stages, matrices.shape[1]):
+                product = project(part, matrices[0, :, :-1], matrices[0, :, -1])  # (b, H, W, R)
+                found.append(energies(rearrange(product, "b h w r -> (b h w) r"), 0))
+            scores = torch.cat(found)  # (P, T)
+        else:
+            positions = rearrange(join_stages(stages), "b c h w -> (b h w) c")  # (P, D)
+            scores = self._smallest(positions, matrices, energies)  # (P, T)
+        if self.loss_kind == "distance":
+            scores = scores.sqrt()
+        return rearrange(scores, "(b h w) t -> b h w t", h=H, w=W)
+
+    def _smallest(
+        self, positions: Tensor, matrices: Tensor, energies: Callable[[Tensor, int], Tensor]
+    ) -> Tensor:
+        """Return the smallest energies of positions (P, D), (P, T); see `_scores`."""
         P = len(positions)
         centre = rearrange(self._nearest(positions, self.nearest), "p n -> (n p)")
         order = centre.argsort()
         sizes = torch.bincount(centre, minlength=len(self.centres)).tolist()
-        energies = torch.empty(len(centre), columns, device=positions.device)
+        parts = []
         for k, rows in enumerate(order.split(sizes)):
-            if len(rows):
-                offsets = positions.index_select(0, rows % P).sub_(self.centres[k])
-                energies[rows] = energy(offsets, k)
-        return rearrange(energies, "(n p) t -> n p t", p=P).amin(dim=0)  # (P, columns)
+            offsets = positions.index_select(0, rows % P).sub_(self.centres[k])
+            product = torch.addmm(matrices[k, :, -1], offsets, matrices[k, :, :-1].T)  # (M, R)
+            parts.append(energies(product, k))
+        found = torch.cat(parts)  # (N*P, T), by centre
+        by_position = torch.empty_like(found).index_copy_(0, order, found)
+        return rearrange(by_position, "(n p) t -> n p t", p=P).amin(dim=0)  # (P, T)
 
     def _nearest(self, positions: Tensor, count: int) -> Tensor:
         """Return the indices of the nearest centres, (P, count)."""
@@ -291,12 +320,11 @@ class ClosedFormNoco(Detector):
 
         per_image = math.ceil(self.kmeans_positions / len(bank))
         sample = []
-        for features in bank.batches(16):
-            positions = rearrange(features, "b c h w -> b (h w) c")  # (B, P, D)
-            P = positions.shape[1]
-            for image in positions:
-                chosen = torch.randperm(P, generator=generator)[:per_image]
-                sample.append(image[chosen.to(image.device)].cpu())
+        for stages in bank.stage_batches(16):
+            H, W = grid_size(stages)
+            drawn = [torch.randperm(H * W, generator=generator)[:per_image] for _ in stages[0]]
+            places = torch.stack(drawn).to(stages[0].device)  # (B, N)
+            sample.append(rearrange(features_at(stages, places), "b n d -> (b n) d").cpu())
         stacked = torch.cat(sample).numpy()  # (S, D)
         K = len(self.centres)
         if len(stacked) < K:
@@ -308,17 +336,7 @@ class ClosedFormNoco(Detector):
         return torch.from_numpy(means.cluster_centers_)
 
 
-def _affine(offsets: Tensor, matrix: Tensor) -> Tensor:
-    """Return matrix [offset; 1] of offsets (P, D), (P, R)."""
-    return torch.addmm(matrix[:, -1], offsets, matrix[:, :-1].T)  # (P, R)
-
-
-def add_gram(sums: Tensor, rows: Tensor) -> None:
-    """Add rows' rows, (P, D) to (D, D), to the upper triangle of `sums`.
-
-    In blocks of `BLOCK` columns; those below the diagonal are left out, which saves up to half of
-    the work. What stands below the diagonal is undefined.
-    """
-    for top in range(0, rows.shape[1], BLOCK):
-        bottom = top + BLOCK
-        sums[top:bottom, top:].addmm_(rows[:, top:bottom].T, rows[:, top:])
+def _energy(filtered: Tensor, k: int = 0) -> Tensor:
+    """Return the squared lengths (P, 1) of features behind the filters, (P, R)."""
+    del k  # every centre's filter has its weights in it
+    return torch.linalg.vector_norm(filtered, dim=1, keepdim=True).square_()

@@ -1,12 +1,13 @@
 """What every detector is: a small head that is fitted on stored features and returns maps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.errors import ModelError
+from models.stages import join_stages
 
 ONLINE_HINT = "use --method.solver closed_form with --method.prototypes 1"
 Monitor = Callable[[int, dict[str, float]], None]
@@ -85,18 +86,25 @@ class Detector(nn.Module):
         """
         return self(features), None
 
-    def geometry(self, features: Tensor, maps: Tensor) -> tuple[Tensor, Tensor] | None:
+    def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return what `score` returns, from the stages' maps (B, C_l, H_l, W_l) before joining.
+
+        Detectors whose first step is linear need no joined features; all others join them here.
+        """
+        return self.score(join_stages(stages))
+
+    def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return where features lie against the objective, for methods that have one; else None.
 
         Args:
-            features: (B, C, H, W).
+            stages: (B, C_l, H_l, W_l) each.
             maps: (B, H, W), of these features; each is looked at where its map is highest.
 
         Returns:
             The projection's Euclidean norm (B,), and its angle to the objective (B,), in radians,
             in [0, pi].
         """
-        del features, maps
+        del stages, maps
         return None
 
     def steps(self) -> list[dict[str, float]]:
@@ -106,12 +114,12 @@ class Detector(nn.Module):
         """
         return []
 
-    def score_steps(self, features: Tensor) -> Tensor:
+    def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
         """Return the anomaly maps (T, B, H, W) of all T steps of the last fit at once.
 
-        They are what `score` would return at each `monitor(step)`, up to rounding.
+        They are what `score_stages` would return at each `monitor(step)`, up to rounding.
         """
-        del features
+        del stages
         raise NotImplementedError
 
     def stopped_at(self, step: int) -> dict[str, Any]:
@@ -131,9 +139,9 @@ class Detector(nn.Module):
         del generator
         raise ModelError(f"{type(self).__name__} cannot learn online; {ONLINE_HINT}")
 
-    def partial_fit(self, features: Tensor) -> None:
-        """Add normal features (B, C, H, W) to what is known; `solve` makes them count."""
-        del features
+    def partial_fit(self, stages: Sequence[Tensor]) -> None:
+        """Add normal features, the stages' maps (B, C_l, H_l, W_l); `solve` makes them count."""
+        del stages
         raise ModelError(f"{type(self).__name__} cannot learn online; {ONLINE_HINT}")
 
     def solve(self) -> None:

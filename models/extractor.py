@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models import frozen
 from models.errors import ModelError
 from models.frozen import accelerated
+from models.stages import join_stages
 from models.weights import load_backbone
 
 
@@ -156,19 +157,8 @@ class FrozenExtractor(nn.Module):
 
     @staticmethod
     def assemble(maps: list[Tensor]) -> Tensor:
-        """Resize the stages' maps (B, C_l, H_l, W_l) to the largest one and concatenate them.
-
-        Returns:
-            (B, C, H, W) float32, channels last in memory, so that flattening to positions is a
-            view.
-        """
-        size = max((m.shape[2:] for m in maps), key=lambda s: s[0] * s[1])
-        resized = [
-            m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear")
-            for m in (m.float() for m in maps)
-        ]
-        joined = torch.cat(resized, dim=1)  # (B, C, H, W)
-        return joined.contiguous(memory_format=torch.channels_last)
+        """Return the features (B, C, H, W), float32, of the stages' maps; see `join_stages`."""
+        return join_stages(maps)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything the features depend on beside the images, as JSON values."""

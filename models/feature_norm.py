@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.detector import Detector, FeatureSource, Monitor
 from models.errors import ModelError
+from models.stages import join_stages
 
 FEATURE_NORMS = ("none", "l2", "l2_per_layer", "std")
 
@@ -79,10 +80,10 @@ class NormalisedDetector(Detector):
         self.feature_norm.fit(bank)
         self.head.fit(_Rescaled(bank, self.feature_norm), generator=generator, monitor=monitor)
 
-    def partial_fit(self, features: Tensor) -> None:
+    def partial_fit(self, stages: Sequence[Tensor]) -> None:
         """Add normal features to an online head; see `Detector.partial_fit`."""
         self._require_online()
-        self.head.partial_fit(self.feature_norm(features))
+        self.head.partial_fit(self._rescaled(stages))
 
     def start(self, generator: torch.Generator) -> None:
         """See `Detector.start`."""
@@ -101,9 +102,9 @@ class NormalisedDetector(Detector):
         """See `Detector.steps`."""
         return self.head.steps()
 
-    def score_steps(self, features: Tensor) -> Tensor:
+    def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
         """See `Detector.score_steps`."""
-        return self.head.score_steps(self.feature_norm(features))
+        return self.head.score_steps(self._rescaled(stages))
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """See `Detector.stopped_at`."""
@@ -126,9 +127,13 @@ class NormalisedDetector(Detector):
         """See `Detector.score`."""
         return self.head.score(self.feature_norm(features))
 
-    def geometry(self, features: Tensor, maps: Tensor) -> tuple[Tensor, Tensor] | None:
+    def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor] | None:
         """See `Detector.geometry`."""
-        return self.head.geometry(self.feature_norm(features), maps)
+        return self.head.geometry(self._rescaled(stages), maps)
+
+    def _rescaled(self, stages: Sequence[Tensor]) -> list[Tensor]:
+        """Join the stages and rescale the features, which are one stage then."""
+        return [self.feature_norm(join_stages(stages))]
 
 
 class _Rescaled:

@@ -23,10 +23,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.closed_form import CHUNK, add_gram
+from models.closed_form import CHUNK
 from models.detector import Detector, FeatureSource, Monitor
 from models.errors import ModelError
 from models.nearest import full_precision
+from models.stages import add_gram
 
 READ = 4
 """Images read at once."""

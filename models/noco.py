@@ -13,6 +13,7 @@ Source: "A Norm-Constrained Method for Semantic and Structured Anomaly Detection
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from models.detector import Detector, FeatureSource, Monitor
 from models.errors import ModelError
+from models.stages import add_outer, features_at, grid_size, parts_in_cache, project
 
 OBJECTIVES = ("randn", "rand", "ones", "mean")
 LOSSES = ("distance", "squared")
@@ -131,8 +133,8 @@ class Noco(Detector):
         )
         for epoch in tqdm(range(1, self.epochs + 1), desc="epochs", leave=False, disable=None):
             losses = []
-            for features in bank.batches(self.batch_size, generator=generator):
-                loss = self.loss(features)
+            for stages in bank.stage_batches(self.batch_size, generator=generator):
+                loss = self.loss(stages)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -145,10 +147,20 @@ class Noco(Detector):
         """A step is an epoch; see `Detector.stopped_at`."""
         return {"epochs": step}
 
-    def loss(self, features: Tensor) -> Tensor:
-        """Return the training loss, a scalar, of normal features (B, C, H, W)."""
-        excess = F.relu(self(features) - self.radius**2)
-        return excess.mean() / self.nu + self.radius_weight * self.radius
+    def loss(self, stages: Sequence[Tensor]) -> Tensor:
+        """Return the training loss, a scalar, of normal features: stages (B, C_l, H_l, W_l)."""
+        offset, squared = self.projector.bias - self.objective, self.loss_kind == "squared"
+        excess = _MeanExcess.apply(self.projector.weight, offset, self.radius**2, squared, *stages)
+        return excess / self.nu + self.radius_weight * self.radius
+
+    def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return what `score` returns, projecting each stage at its own size."""
+        offset, squared = self.projector.bias - self.objective, self.loss_kind == "squared"
+        maps = [
+            _lengths(project(part, self.projector.weight, offset), squared=squared)
+            for part in parts_in_cache(stages, len(offset))
+        ]
+        return torch.cat(maps), None
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the distance (or squared distance) of Z to G at each position, (B, H, W)."""
@@ -156,21 +168,17 @@ class Noco(Detector):
         positions = rearrange(features, "b c h w -> (b h w) c")
         # G is folded into the bias: Z - G costs no pass of its own.
         offset = F.linear(positions, self.projector.weight, self.projector.bias - self.objective)
-        if self.loss_kind == "squared":
-            distance = offset.square().sum(dim=1)  # (B*H*W,)
-        else:
-            distance = torch.linalg.vector_norm(offset, dim=1)  # (B*H*W,)
+        distance = _lengths(offset, squared=self.loss_kind == "squared")  # (B*H*W,)
         return rearrange(distance, "(b h w) -> b h w", b=B, h=H, w=W)
 
-    def geometry(self, features: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ||Z|| and the angle between Z and G, the paper's Fig. 3; see `Detector.geometry`.
 
         The angle is 2 atan2(|u - v|, |u + v|) for u, v scaled to one length: unlike the arc cosine
         it keeps its digits near 0 and pi.
         """
-        places = maps.flatten(1).argmax(dim=1)  # (B,)
-        positions = rearrange(features, "b c h w -> b (h w) c")
-        highest = positions[torch.arange(len(places), device=places.device), places]  # (B, C)
+        places = maps.flatten(1).argmax(dim=1, keepdim=True)  # (B, 1)
+        highest = features_at(stages, places).squeeze(1)  # (B, C)
         projected, objective = self.projector(highest).double(), self.objective.double()
         norms = torch.linalg.vector_norm(projected, dim=1, keepdim=True)  # (B, 1)
         u, v = projected * objective.norm(), objective * norms  # (B, D)
@@ -178,6 +186,49 @@ class Noco(Detector):
             torch.linalg.vector_norm(u - v, dim=1), torch.linalg.vector_norm(u + v, dim=1)
         )  # (B,)
         return norms.squeeze(1).float(), (2 * half).float()
+
+
+class _MeanExcess(torch.autograd.Function):
+    """Mean over positions of relu(distance - margin), with the gradient taken on the way.
+
+    Residuals (B, H, W, D) are by far the largest thing in a step. They are made for a few images at
+    a time, turned into their part of the gradient while the cache still holds them, and forgotten;
+    `backward` only scales the sums.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, offset: Tensor, margin: Tensor, squared: bool, *stages: Tensor
+    ) -> Tensor:
+        """Args: (D, C), (D,), (), whether distances are squared, (B, C_l, H_l, W_l) each."""
+        H, W = grid_size(stages)
+        positions = len(stages[0]) * H * W
+        total, num_active = torch.zeros_like(margin), torch.zeros_like(margin)
+        weight_sums, offset_sums = torch.zeros_like(weight), torch.zeros_like(offset)
+        for part in parts_in_cache(stages, len(offset)):
+            residual = project(part, weight, offset)  # (b, H, W, D)
+            distance = _lengths(residual, squared=squared)  # (b, H, W)
+            active = distance > margin
+            total += (distance - margin).clamp_min(0).sum()
+            num_active += active.sum()
+            # d distance / d residual is residual / distance, or 2 residual where it is squared.
+            slope = torch.full_like(distance, 2.0) if squared else 1 / distance
+            residual *= rearrange(torch.where(active, slope, 0.0), "b h w -> b h w 1")
+            offset_sums += residual.sum(dim=(0, 1, 2))
+            add_outer(weight_sums, part, residual)
+        ctx.save_for_backward(*(s / positions for s in (weight_sums, offset_sums, -num_active)))
+        return total / positions
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of weight, offset and margin; the features have none."""
+        scaled = [gradient * saved for saved in ctx.saved_tensors]
+        return (*scaled, *(None for _ in ctx.needs_input_grad[len(scaled) :]))
+
+
+def _lengths(residual: Tensor, *, squared: bool) -> Tensor:
+    """Return the (squared) Euclidean norm over the last dimension."""
+    return residual.square().sum(dim=-1) if squared else torch.linalg.vector_norm(residual, dim=-1)
 
 
 def mean_of_finite(losses: list[Tensor], epoch: int) -> float:

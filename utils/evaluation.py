@@ -26,11 +26,11 @@ class Scorer(Protocol):
     final_maps: bool
     """Maps are at image size and smoothed already."""
 
-    def score(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return maps (B, h, w) and the detector's own image scores (B,), if it has any."""
         ...
 
-    def geometry(self, features: Tensor, maps: Tensor) -> tuple[Tensor, Tensor] | None:
+    def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return norm (B,) and angle to the objective (B,), or None without an objective."""
         ...
 
@@ -38,7 +38,7 @@ class Scorer(Protocol):
 class StepScorer(Scorer, Protocol):
     """A scorer that knows all steps of its last fit."""
 
-    def score_steps(self, features: Tensor) -> Tensor:
+    def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
         """Return the maps after each of T steps, (T, B, h, w)."""
         ...
 
@@ -126,9 +126,9 @@ class TestSet:
             FloatingPointError: a score is not finite.
         """
         maps, images, norms, angles = [], [], [], []
-        for features in self.bank.batches(self.batch_size):
-            raw, own = detector.score(features)  # (B, h, w), (B,)
-            if geometry and (found := detector.geometry(features, raw)) is not None:
+        for stages in self.bank.stage_batches(self.batch_size):
+            raw, own = detector.score_stages(stages)  # (B, h, w), (B,)
+            if geometry and (found := detector.geometry(stages, raw)) is not None:
                 norms.append(found[0].cpu())  # (B,)
                 angles.append(found[1].cpu())  # (B,)
             if own is not None and self.map_size is None:
@@ -152,8 +152,8 @@ class TestSet:
         Raises:
             FloatingPointError: a score is not finite.
         """
-        batches = self.bank.batches(self.batch_size)
-        raw = torch.cat([detector.score_steps(features) for features in batches], dim=1)
+        batches = self.bank.stage_batches(self.batch_size)
+        raw = torch.cat([detector.score_steps(stages) for stages in batches], dim=1)
         for maps in raw:  # (N, h, w), of one step
             smooth = self._smooth(maps, detector)  # (N, S, S)
             scores = Scores(image_scores(smooth).cpu(), smooth)

@@ -39,8 +39,8 @@ def online_curve(
     detector.start(generator)
     rows, seen = [], 0
     for num_images in checkpoints(len(train)):
-        for features in train.subset(order[seen:num_images]).batches(1):
-            detector.partial_fit(features)
+        for stages in train.subset(order[seen:num_images]).stage_batches(1):
+            detector.partial_fit(stages)
         seen = num_images
         detector.solve()
         values = test.metrics(test.score(detector)).values()

@@ -2,6 +2,8 @@
 
 import torch
 
+from models.stages import join_stages
+
 
 class Bank:
     """Features (N, C, H, W) in memory, as a detector sees them."""
@@ -28,6 +30,24 @@ class Bank:
     def stage_batches(self, batch_size, *, generator=None):
         for features in self.batches(batch_size, generator=generator):
             yield [features]
+
+
+class StagedBank(Bank):
+    """The same features, given as the stages (N, C_l, H_l, W_l) they are joined from."""
+
+    def __init__(self, stages):
+        super().__init__(join_stages(stages))
+        self.stages = stages
+
+    def subset(self, rows):
+        return StagedBank([stage[rows] for stage in self.stages])
+
+    def stage_batches(self, batch_size, *, generator=None):
+        order = torch.arange(len(self))
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+        for rows in order.split(batch_size):
+            yield [stage[rows] for stage in self.stages]
 
 
 def seeded(seed=0):

@@ -161,7 +161,7 @@ def test_one_image_at_a_time_equals_one_pass():
     whole.fit(bank, generator=seeded())
     online.start(seeded())
     for row in torch.randperm(9, generator=seeded(4)):
-        online.partial_fit(bank.features[row : row + 1])
+        online.partial_fit([bank.features[row : row + 1]])
         online.solve()
         assert torch.isfinite(online(bank.features)).all()
     torch.testing.assert_close(online._sums, whole._sums, rtol=1e-10, atol=1e-10)
@@ -301,6 +301,10 @@ class Stream:
         self.passes += 1
         yield from self._features.split(batch_size)
 
+    def stage_batches(self, batch_size, *, generator=None):
+        for features in self.batches(batch_size, generator=generator):
+            yield [features]
+
 
 @pytest.mark.parametrize(("prototypes", "passes"), [(1, 1), (4, 2)])
 def test_a_stream_is_enough(prototypes, passes):
@@ -390,7 +394,7 @@ def test_all_times_at_once_score_as_one_after_the_other(prototypes, loss, featur
         one_by_one.append(detector(features))
 
     detector.fit(Bank(as_maps(correlated(300).float())), generator=seeded(0), monitor=monitor)
-    at_once = detector.score_steps(features)
+    at_once = detector.score_steps([features])
     assert detector.steps() == steps == [{"time": time} for time in times]
     assert at_once.shape == (4, 40, 1, 1)
     torch.testing.assert_close(at_once, torch.stack(one_by_one), rtol=2e-4, atol=1e-6)

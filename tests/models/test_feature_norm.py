@@ -157,7 +157,7 @@ def test_online_learning_behind_a_norm_equals_fitting():
     whole.fit(bank, generator=seeded())
     online.start(seeded())
     for image in bank.batches(1):
-        online.partial_fit(image)
+        online.partial_fit([image])
     online.solve()
     torch.testing.assert_close(online(bank.features), whole(bank.features), rtol=1e-5, atol=1e-6)
 
@@ -174,4 +174,4 @@ def test_trained_detectors_refuse_online_learning(method):
     with pytest.raises(ModelError, match=r"--method\.solver closed_form"):
         detector.start(seeded())
     with pytest.raises(ModelError, match="cannot learn online"):
-        detector.partial_fit(lopsided().features)
+        detector.partial_fit([lopsided().features])

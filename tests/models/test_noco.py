@@ -29,6 +29,10 @@ class Bank:
         for rows in order.split(batch_size):
             yield self.features[rows]
 
+    def stage_batches(self, batch_size, *, generator=None):
+        for features in self.batches(batch_size, generator=generator):
+            yield [features]
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -129,7 +133,7 @@ def test_distance_loss_by_hand(by_hand):
     detector = by_hand(loss="distance")
     assert detector(FEATURES).tolist() == [[[0.0, 5.0]]]
     # Excess over r^2 = 4: none and 1, on average 0.5; divided by nu 1, and 0.25 r = 0.5 more.
-    loss = detector.loss(FEATURES)
+    loss = detector.loss([FEATURES])
     assert loss.item() == pytest.approx(1.5)
     loss.backward()
     # One of two positions exceeds r^2: -2 r / 2 / nu + radius_weight.
@@ -140,7 +144,7 @@ def test_squared_loss_by_hand(by_hand):
     detector = by_hand(loss="squared")
     assert detector(FEATURES).tolist() == [[[0.0, 25.0]]]
     # Excess over r^2 = 4: none and 21, on average 10.5; divided by nu 21, and 0.5 more.
-    loss = detector.loss(FEATURES)
+    loss = detector.loss([FEATURES])
     assert loss.item() == pytest.approx(21.5)
     loss.backward()
     # d |Z - G|^2 / d bias = 2 (Z - G) = (6, 8) at the one position that counts.
@@ -163,7 +167,7 @@ def test_gradients_reach_projector_and_radius_only():
     detector = Noco(6)
     detector.initialise(bank, seeded())
     features = bank.features.clone().requires_grad_()
-    detector.loss(features).backward()
+    detector.loss([features]).backward()
     trained = dict(detector.named_parameters())
     assert set(trained) == {"projector.weight", "projector.bias", "radius"}
     for name, parameter in trained.items():
@@ -193,7 +197,7 @@ def test_fit_moves_projector_and_radius_and_never_the_objective(kind):
     assert not torch.equal(detector.projector.bias, start.projector.bias)
     assert detector.radius.item() != start.radius.item()
     with torch.no_grad():
-        assert detector.loss(bank.features) < start.loss(bank.features)
+        assert detector.loss([bank.features]) < start.loss([bank.features])
 
 
 def test_same_seed_gives_the_same_bits_whatever_was_drawn_before():
@@ -276,7 +280,7 @@ def test_weight_decay_and_amsgrad_reach_the_optimizer(monkeypatch):
 def test_batches_and_epochs_are_as_asked(monkeypatch):
     sizes = []
     loss = Noco.loss
-    monkeypatch.setattr(Noco, "loss", lambda self, f: (sizes.append(len(f)), loss(self, f))[1])
+    monkeypatch.setattr(Noco, "loss", lambda self, f: (sizes.append(len(f[0])), loss(self, f))[1])
     fitted(draw_bank(count=10), epochs=2, batch_size=4)
     assert sizes == [4, 4, 2] * 2
 
@@ -286,7 +290,7 @@ def test_each_epoch_sees_every_image_once_in_another_order(monkeypatch):
     seen = []
     loss = Noco.loss
     monkeypatch.setattr(
-        Noco, "loss", lambda self, f: (seen.extend(f[:, 0, 0, 0].tolist()), loss(self, f))[1]
+        Noco, "loss", lambda self, f: (seen.extend(f[0][:, 0, 0, 0].tolist()), loss(self, f))[1]
     )
     fitted(bank, epochs=2, batch_size=4, seed=1)
     first, second = seen[:10], seen[10:]
@@ -356,14 +360,14 @@ def test_geometry_is_norm_and_angle_where_the_map_is_highest():
     goal, opposite, across = [2.0, 0, 0], [-1.0, 0, 0], [0, 5.0, 0]
     slanted = [3.0, 4.0, 0]  # cosine 3 / 5
     features = torch.tensor([goal, opposite, across, slanted])[:, :, None, None]  # (4, 3, 1, 1)
-    norms, angles = detector.geometry(features, detector(features))
+    norms, angles = detector.geometry([features], detector(features))
     assert norms.tolist() == pytest.approx([2, 1, 5, 5])
     assert angles.tolist() == pytest.approx([0, math.pi, math.pi / 2, math.acos(0.6)])
     # On a grid the highest position counts: here `across`, which lies farther from G than others.
     grid = torch.tensor([goal, slanted, across, goal]).T.reshape(1, 3, 2, 2)
-    norms, angles = detector.geometry(grid, detector(grid))
+    norms, angles = detector.geometry([grid], detector(grid))
     assert (norms.item(), angles.item()) == pytest.approx((5, math.pi / 2))
-    norms, angles = detector.geometry(grid, torch.tensor([[[0.0, 1], [0, 0]]]))
+    norms, angles = detector.geometry([grid], torch.tensor([[[0.0, 1], [0, 0]]]))
     assert angles.item() == pytest.approx(math.acos(0.6))
 
 
@@ -375,7 +379,7 @@ def test_small_angles_keep_their_digits():
         detector.projector.bias.zero_()
     detector.objective.copy_(torch.tensor([1.0, 0.0]))
     features = torch.tensor([[7.0, 7e-6]])[:, :, None, None]
-    _, angles = detector.geometry(features, detector(features))
+    _, angles = detector.geometry([features], detector(features))
     assert angles.item() == pytest.approx(1e-6, rel=1e-4)
 
 
@@ -390,7 +394,7 @@ def test_distance_follows_from_norm_and_angle_of_a_fit():
         detector.fit(bank, generator=seeded())
         with torch.inference_mode():
             maps = detector(bank.features)
-            norms, angles = detector.geometry(bank.features, maps)
+            norms, angles = detector.geometry([bank.features], maps)
         assert norms.shape == angles.shape == (len(bank),)
         squared = norms**2 + 9 - 6 * norms * angles.cos()
         highest = maps.amax(dim=(1, 2))
@@ -401,4 +405,4 @@ def test_other_detectors_have_no_geometry():
     features = draw_bank().features
     detector = build_detector("noco_cf", Stages(2, 4), {"solver": "closed_form", "prototypes": 1})
     detector.fit(draw_bank(), generator=seeded())
-    assert detector.geometry(features, detector(features)) is None
+    assert detector.geometry([features], detector(features)) is None

@@ -98,9 +98,9 @@ class Counting(ClosedFormNoco):
         self.given = []
         super().start(generator)
 
-    def partial_fit(self, features):
-        self.given.append(len(features))
-        super().partial_fit(features)
+    def partial_fit(self, stages):
+        self.given.append(len(stages[0]))
+        super().partial_fit(stages)
 
 
 def test_each_image_arrives_once_and_alone(data):

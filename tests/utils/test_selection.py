@@ -236,7 +236,8 @@ class AllAtOnce(Stepper):
     def steps(self):
         return [{"loss": float(step)} for step in range(1, len(self.functions) + 1)]
 
-    def score_steps(self, features):
+    def score_steps(self, stages):
+        (features,) = stages
         return torch.stack([function(features[:, 0]) for function in self.functions])
 
 
