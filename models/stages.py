@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-CACHE_BYTES = 4 << 20
-"""Results of `project` that a CPU keeps in its cache until the next step reads them."""
+CACHE_BYTES = 3 << 20
+"""Results of `project`, for each thread, that a CPU's cache keeps until the next step."""
 BLOCK = 128
 """Columns of a second moment added at once."""
 
@@ -55,7 +55,8 @@ def parts_in_cache(stages: Sequence[Tensor], width: int) -> Iterator[list[Tensor
         yield list(stages)
         return
     H, W = grid_size(stages)
-    images = max(1, CACHE_BYTES // (H * W * width * stages[0].element_size()))
+    room = torch.get_num_threads() * CACHE_BYTES
+    images = max(1, room // (H * W * width * stages[0].element_size()))
     yield from (list(part) for part in zip(*(m.split(images) for m in stages), strict=True))
 
 
@@ -133,8 +134,8 @@ def add_second_moment(sums: Tensor, stages: Sequence[Tensor]) -> None:
         (resize_matrix(m.shape[1], H, m), resize_matrix(m.shape[2], W, m)) for m in maps
     ]  # (H, H_l), (W, W_l)
     for i, (first, (down, across)) in enumerate(zip(maps, resize, strict=True)):
-        weight = down.sum(dim=0), across.sum(dim=0)  # (H_l,), (W_l,)
-        blocks[i][-1].add_(einsum(*weight, first, "h, w, b h w c -> c")[:, None])
+        total = _mixed(first, down.sum(dim=0, keepdim=True), across.sum(dim=0, keepdim=True))
+        blocks[i][-1].add_(rearrange(total.sum(dim=0), "1 1 c -> c 1"))
         # R'R = L L', so the stage's own block is that of L'f with itself: half of it is enough.
         factors = torch.linalg.cholesky(down.T @ down).T, torch.linalg.cholesky(across.T @ across).T
         own = first if first.shape[1:3] == (H, W) else _mixed(first, *factors)
@@ -201,4 +202,7 @@ def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _mixed(maps: Tensor, down: Tensor, across: Tensor) -> Tensor:
     """Apply a matrix to each axis of maps (B, h, w, C): (B, H, W, C)."""
-    return einsum(across, einsum(down, maps, "y h, b h w c -> b y w c"), "x w, b y w c -> b y x c")
+    B, _, w, C = maps.shape
+    rows = down @ rearrange(maps, "b h w c -> b h (w c)")  # (B, H, w * C)
+    mixed = across @ rearrange(rows, "b y (w c) -> (b y) w c", w=w)  # (B * H, W, C)
+    return rearrange(mixed, "(b y) x c -> b y x c", b=B, c=C)
