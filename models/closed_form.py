@@ -200,10 +200,13 @@ class ClosedFormNoco(Detector):
             owner = self._nearest(chunk, 1)[:, 0]  # (P,)
             order = owner.argsort()
             sizes = torch.bincount(owner, minlength=len(self.centres))
-            for k, rows in enumerate(order.split(sizes.tolist())):
-                if len(rows):
-                    extended = self._extend(chunk[rows].double() - self.centres[k].double())
-                    add_gram(self._sums[k], extended)
+            P, D = chunk.shape
+            extended = torch.empty(P, D + 1, dtype=torch.float64, device=chunk.device)
+            extended[:, :-1] = chunk.index_select(0, order)
+            extended[:, -1] = 1
+            for k, rows in enumerate(extended.split(sizes.tolist())):
+                rows[:, :-1] -= self.centres[k]
+                add_gram(self._sums[k], rows)
             self._counts += sizes
 
     def solve(self) -> None:
@@ -308,11 +311,6 @@ class ClosedFormNoco(Detector):
         if count == 1:
             return distance.argmin(dim=1, keepdim=True)
         return distance.topk(count, dim=1, largest=False).indices
-
-    @staticmethod
-    def _extend(positions: Tensor) -> Tensor:
-        """Append the bias feature: (P, D) to (P, D + 1)."""
-        return torch.nn.functional.pad(positions, (0, 1), value=1.0)
 
     def _cluster(self, bank: FeatureSource, generator: torch.Generator) -> Tensor:
         """Return k-means centres (K, D) of a sample of the normal features."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 CACHE_BYTES = 3 << 20
 """Results of `project`, for each thread, that a CPU's cache keeps until the next step."""
-BLOCK = 128
+BLOCK = 64
 """Columns of a second moment added at once."""
 
 
