@@ -25,7 +25,9 @@ SCAR_ANGLE = 45.0  # degrees either way
 COLOUR_JITTER = 0.1  # of brightness, contrast and saturation
 
 Draw = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
-"""Image (S, S, 3) uint8 -> the anomaly made from it, same shape, and its mask (S, S) bool."""
+"""Image (S, S, 3) uint8 -> the anomaly made from it, same shape, and its mask (S, S) bool.
+
+The mask follows from the random numbers and the size alone, not from what the image shows."""
 
 
 class SyntheticDataset(Images):
@@ -59,16 +61,17 @@ class SyntheticDataset(Images):
     def masks(self, indices: Sequence[int]) -> Tensor:
         """Return where the anomalies at `indices` were drawn, (N, S, S) bool.
 
+        Only the first image is read, for its size.
+
         Raises:
-            DataError: the image of an anomaly cannot be read.
+            DataError: it cannot be read.
         """
-        masks = []
-        for index in indices:
-            drawn = self._drawn(index)
-            if isinstance(drawn, str):
-                raise DataError(drawn)
-            masks.append(torch.from_numpy(drawn[1]))
-        return torch.stack(masks)  # (N, S, S)
+        _, first = self._dataset[indices[0] // self._copies]
+        if isinstance(first, str):
+            raise DataError(first)
+        blank = np.zeros((*first.shape[1:], 3), np.uint8)
+        masks = [self._draw(blank, self._rng(index))[1] for index in indices]
+        return torch.from_numpy(np.stack(masks))  # (N, S, S)
 
     def source(self, index: int) -> Path | int:
         """What to call an image in a message: the normal image it was made from."""
@@ -84,7 +87,10 @@ class SyntheticDataset(Images):
         if isinstance(image, str):
             return image
         array = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (S, S, 3)
-        return self._draw(array, np.random.default_rng([self._seed, index]))
+        return self._draw(array, self._rng(index))
+
+    def _rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, index])
 
 
 class ImagesAt(Images):

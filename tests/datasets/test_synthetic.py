@@ -158,6 +158,24 @@ def test_copies_follow_their_image():
     assert all(torch.equal(a, b) for a, b in zip(images.images, Textures().images, strict=True))
 
 
+@pytest.mark.parametrize("draw", [cutpaste, rotate])
+def test_masks_read_one_image_and_are_those_of_the_drawings(draw, monkeypatch):
+    images = Textures(count=6)
+    dataset = SyntheticDataset(images, draw, copies=8)
+    drawn = [
+        draw(images.images[i // 8].permute(1, 2, 0).numpy(), np.random.default_rng([0, i]))[1]
+        for i in range(len(dataset))
+    ]
+    read = []
+    getitem = Textures.__getitem__
+    monkeypatch.setattr(
+        Textures, "__getitem__", lambda self, i: (read.append(i), getitem(self, i))[1]
+    )
+    masks = dataset.masks(range(len(dataset)))
+    np.testing.assert_array_equal(masks.numpy(), np.stack(drawn))
+    assert read == [0]
+
+
 def test_rotation_turns_the_image():
     image, turns = noise(), set()
     for seed in range(30):
@@ -174,7 +192,7 @@ def test_an_unreadable_image_passes_through():
     for index in (2, 3):
         assert dataset[index] == (index, "image 1 cannot be read")
     with pytest.raises(DataError, match="image 1 cannot be read"):
-        dataset.masks([0, 3])
+        dataset.masks([3, 0])
     loader = BatchLoader(dataset, batch_size=8, skip_unreadable=True, workers=0)
     assert [b.indices for b in loader] == [[0, 1, 4, 5, 6, 7]]
     assert [why for _, why in loader.skipped] == ["image 1 cannot be read"] * 2
