@@ -17,19 +17,26 @@ since sum_k ||x_k x_k'||_F^2 = sum_k ||x_k||^4 and sum_k <x_k x_k', S> = n ||S||
 sum of fourth powers are enough: two passes over the features, and none of them is kept.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.closed_form import CHUNK
 from models.detector import Detector, FeatureSource, Monitor
 from models.errors import ModelError
 from models.nearest import full_precision
-from models.stages import add_gram
+from models.stages import (
+    add_second_moment,
+    grid_size,
+    parts_in_cache,
+    position_sums,
+    project,
+    squared_lengths,
+)
 
-READ = 4
+READ = 16
 """Images read at once."""
 
 
@@ -74,9 +81,10 @@ class Mahalanobis(Detector):
         del generator  # nothing is random
         total = torch.zeros_like(self.mean, dtype=torch.float64)
         count = 0
-        for features in bank.batches(READ):
-            total += features.double().sum(dim=(0, 2, 3))
-            count += features.numel() // features.shape[1]
+        for stages in bank.stage_batches(READ):
+            H, W = grid_size(stages)
+            total += position_sums(stages)
+            count += len(stages[0]) * H * W
         mean = total / count
         covariance, fourth_powers = self._second_pass(bank, mean, count)
         shrinkage = self.shrinkage
@@ -104,14 +112,13 @@ class Mahalanobis(Detector):
     def _second_pass(self, bank: FeatureSource, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return S (C, C) of the centred features and the sum of their ||x||^4."""
         C = len(mean)
-        sums = torch.zeros(C, C, dtype=torch.float64, device=mean.device)
+        sums = torch.zeros(C + 1, C + 1, dtype=torch.float64, device=mean.device)
         fourth_powers = torch.zeros((), dtype=torch.float64, device=mean.device)
-        for features in bank.batches(READ):
-            positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
-            for chunk in positions.split(CHUNK):
-                centred = chunk.double() - mean
-                add_gram(sums, centred)
-                fourth_powers += centred.square().sum(dim=1).square().sum()
+        for stages in bank.stage_batches(READ):
+            centred = _minus([stage.double() for stage in stages], mean)
+            add_second_moment(sums, centred)
+            fourth_powers += squared_lengths(centred).square().sum()
+        sums = sums[:-1, :-1]  # without the feature that is always 1
         return (sums.triu() + sums.triu(1).mT) / count, fourth_powers
 
     def stopped_at(self, step: int) -> dict[str, Any]:
@@ -121,12 +128,25 @@ class Mahalanobis(Detector):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the Mahalanobis distance at each position, (B, H, W)."""
-        B, _, H, W = features.shape
-        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
-        with full_precision(positions.device):
-            whitened = (positions - self.mean) @ self.whitening.T  # (P, C)
-        distances = torch.linalg.vector_norm(whitened, dim=1)  # (P,)
-        return rearrange(distances, "(b h w) -> b h w", b=B, h=H, w=W)
+        return self.score_stages([features])[0]
+
+    def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return what `score` returns, whitening each stage at its own size."""
+        maps = []
+        with full_precision(self.mean.device):
+            for part in parts_in_cache(stages, len(self.mean)):
+                # Before the product: the mean may be far larger than what differs from it.
+                whitened = project(_minus(part, self.mean), self.whitening)  # (b, H, W, C)
+                maps.append(torch.linalg.vector_norm(whitened, dim=3))
+        return torch.cat(maps), None
+
+
+def _minus(stages: Sequence[Tensor], mean: Tensor) -> list[Tensor]:
+    """Subtract a mean (C,) of the joined features from the stages they are joined from."""
+    parts = mean.split([stage.shape[1] for stage in stages])
+    return [
+        stage - rearrange(part, "c -> c 1 1") for stage, part in zip(stages, parts, strict=True)
+    ]
 
 
 def ledoit_wolf_shrinkage(covariance: Tensor, fourth_powers: Tensor, count: int) -> float:

@@ -134,8 +134,6 @@ def add_second_moment(sums: Tensor, stages: Sequence[Tensor]) -> None:
         (resize_matrix(m.shape[1], H, m), resize_matrix(m.shape[2], W, m)) for m in maps
     ]  # (H, H_l), (W, W_l)
     for i, (first, (down, across)) in enumerate(zip(maps, resize, strict=True)):
-        total = _mixed(first, down.sum(dim=0, keepdim=True), across.sum(dim=0, keepdim=True))
-        blocks[i][-1].add_(rearrange(total.sum(dim=0), "1 1 c -> c 1"))
         # R'R = L L', so the stage's own block is that of L'f with itself: half of it is enough.
         factors = torch.linalg.cholesky(down.T @ down).T, torch.linalg.cholesky(across.T @ across).T
         own = first if first.shape[1:3] == (H, W) else _mixed(first, *factors)
@@ -149,7 +147,26 @@ def add_second_moment(sums: Tensor, stages: Sequence[Tensor]) -> None:
             blocks[i][j].addmm_(
                 rearrange(left, "b h w c -> c (b h w)"), rearrange(right, "b h w c -> (b h w) c")
             )
+    sums[:-1, -1] += position_sums(stages)
     sums[-1, -1] += B * H * W
+
+
+def position_sums(stages: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the joined features over all positions of all images, (C,) float64."""
+    H, W = grid_size(stages)
+    sums = []
+    for maps in (_channels_last(m).double() for m in stages):
+        down = resize_matrix(maps.shape[1], H, maps).sum(dim=0, keepdim=True)  # (1, H_l)
+        across = resize_matrix(maps.shape[2], W, maps).sum(dim=0, keepdim=True)  # (1, W_l)
+        sums.append(_mixed(maps, down, across).sum(dim=(0, 1, 2)))  # (C_l,)
+    return torch.cat(sums)
+
+
+def squared_lengths(stages: Sequence[Tensor]) -> Tensor:
+    """Return the squared Euclidean length of the joined features at each position, (B, H, W)."""
+    size = grid_size(stages)
+    parts = [_resized(maps, size).square().sum(dim=1) for maps in stages]  # (B, H, W)
+    return torch.stack(parts).sum(dim=0)
 
 
 def features_at(stages: Sequence[Tensor], places: Tensor) -> Tensor:

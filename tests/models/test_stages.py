@@ -5,6 +5,7 @@ from einops import rearrange
 
 from models import stages as under_test
 from models.closed_form import ClosedFormNoco
+from models.mahalanobis import Mahalanobis
 from models.noco import Noco, _MeanExcess
 from models.stages import (
     add_outer,
@@ -12,7 +13,9 @@ from models.stages import (
     features_at,
     join_stages,
     parts_in_cache,
+    position_sums,
     project,
+    squared_lengths,
 )
 from tests.models.banks import Bank, StagedBank, seeded
 
@@ -89,6 +92,15 @@ def test_second_moment_of_float32_stages_is_summed_in_float64():
 
 
 @shapes
+def test_sums_and_lengths_are_those_of_the_joined_features(shapes):
+    stages = draw(shapes)
+    features = joined(stages)
+    torch.testing.assert_close(position_sums(stages), features.sum(dim=0))
+    lengths = features.square().sum(dim=1)
+    torch.testing.assert_close(squared_lengths(stages).flatten(), lengths)
+
+
+@shapes
 def test_features_at_are_those_of_the_joined_features(shapes):
     stages = draw(shapes)
     B, _, H, W = join_stages(stages).shape
@@ -154,8 +166,9 @@ def test_a_residual_of_zero_has_no_direction():
         lambda C, loss: Noco(C, epochs=3, batch_size=2, learning_rate=1e-2, loss=loss),
         lambda C, loss: ClosedFormNoco(C, time=(1.0, 30.0), loss=loss),
         lambda C, loss: ClosedFormNoco(C, time=(1.0, 30.0), loss=loss, prototypes=2),
+        lambda C, loss: Mahalanobis(C),  # noqa: ARG005
     ],
-    ids=["trained", "closed form", "prototypes"],
+    ids=["trained", "closed form", "prototypes", "mahalanobis"],
 )
 def test_a_head_fits_and_scores_stages_as_it_does_joined_features(shapes, loss, made):
     stages = draw(shapes, dtype=torch.float32)
@@ -172,7 +185,7 @@ def test_a_head_fits_and_scores_stages_as_it_does_joined_features(shapes, loss, 
         if isinstance(detectors[0], ClosedFormNoco):
             steps = detectors[0].score_steps(stages)
             torch.testing.assert_close(steps[-1], maps, rtol=1e-4, atol=1e-5)
-        else:
+        elif isinstance(detectors[0], Noco):
             for ours, theirs in zip(
                 detectors[0].geometry(stages, maps),
                 detectors[0].geometry([plain.features], maps),
