@@ -6,7 +6,6 @@ is ranked as float32, float64 as float64, and half precision is widened, which i
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.counting import Curve, count_at_thresholds, num_threads, threaded_map
+from utils.counting import PART_SIZE, Curve, count_at_thresholds, num_threads, threaded_map
 
 # The limit of Bergmann et al., "Uninformed Students" (CVPR 2020), and of MVTec's evaluation code.
 FPR_LIMIT = 0.3
@@ -23,9 +22,6 @@ FPR_LIMIT = 0.3
 # Pixels that touch at a corner are one region, as in MVTec's official evaluation code
 # (pro_curve_util.py labels the ground truth with a 3 x 3 structure of ones).
 EIGHT_NEIGHBOURS = 8
-
-MASKS_PER_THREAD = 32
-"""Masks with defects that are worth a thread: labelling them takes about a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -193,32 +189,28 @@ def _pixel_metrics(
     reason = _missing_class(masks, "pixels in the masks")
     if reason:
         return UNDEFINED_RANKING, math.nan, reason
-    curve = count_at_thresholds(anomaly_maps, masks)
-    weights = _region_weights(masks.cpu().numpy())
+    # The labelling of the regions fills what time the sort leaves a thread.
+    with threaded_map(num_threads(masks.numel(), PART_SIZE)) as run:
+        weights_to_be = run(_region_weights, [masks.cpu().numpy()])
+        curve = count_at_thresholds(anomaly_maps, masks)
+        (weights,) = weights_to_be
     return _ranking(curve), _pro_area(curve, weights, fpr_limit), ""
 
 
 def _region_weights(masks: np.ndarray) -> np.ndarray:
     """Returns 1 / area of its region for each anomalous pixel, (P,), ordered as `masks[masks]`."""
-    defects = [mask for mask in masks if mask.any()]
-    threads = num_threads(len(defects), MASKS_PER_THREAD)
-    size = -(-len(defects) // threads)
-    parts = [defects[start : start + size] for start in range(0, len(defects), size)]
-    with threaded_map(threads) as run:
-        return np.concatenate(list(run(_weights_of, parts)))
-
-
-def _weights_of(masks: Sequence[np.ndarray]) -> np.ndarray:
     weights = []
     for mask in masks:
         rows = np.flatnonzero(mask.any(axis=1))
+        if not len(rows):
+            continue
         defect = np.ascontiguousarray(mask[rows[0] : rows[-1] + 1])  # (h, W): no empty ends
         _, regions = cv2.connectedComponents(
             defect.view(np.uint8), connectivity=EIGHT_NEIGHBOURS
         )  # (h, W), 0 = normal
         region_of_pixel = regions[defect]
-        weight = 1.0 / np.maximum(np.bincount(region_of_pixel), 1)  # no pixel is of region 0
-        weights.append(weight[region_of_pixel])
+        areas = np.maximum(np.bincount(region_of_pixel), 1)  # no pixel is of region 0
+        weights.append((1.0 / areas)[region_of_pixel])
     return np.concatenate(weights)
 
 

@@ -24,7 +24,7 @@ def many_parts(monkeypatch, num_threads):
     sizes = {"PART_SIZE": 3, "BLOCK": 4, "MANY_QUERIES": 2, "QUERIES_AT_ONCE": 5}
     for name, size in sizes.items():
         monkeypatch.setattr(counting, name, size)
-    monkeypatch.setattr(metrics, "MASKS_PER_THREAD", 1)
+    monkeypatch.setattr(metrics, "PART_SIZE", 3)
     return num_threads
 
 
