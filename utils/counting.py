@@ -37,9 +37,9 @@ class _Sorted(NamedTuple):
     block_ends: np.ndarray
 
 
-def num_threads(amount: int, worth_a_thread: int) -> int:
-    """Returns how many of PyTorch's threads to use; 1 for little work."""
-    return min(torch.get_num_threads(), 1 + amount // worth_a_thread)
+def threads_for(num_scores: int) -> int:
+    """Returns how many of PyTorch's threads so many scores are worth."""
+    return min(torch.get_num_threads(), 1 + num_scores // PART_SIZE)
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def count_at_thresholds(scores: Tensor, labels: Tensor) -> Curve:
 
 def _on_cpu(scores: Tensor, labels: Tensor) -> tuple[np.ndarray, ...]:
     flat, anomalous_at = scores.numpy().reshape(-1), labels.numpy().reshape(-1)
-    num_parts = num_threads(flat.size, PART_SIZE)
+    num_parts = threads_for(flat.size)
     parts = np.array_split(flat, num_parts), np.array_split(anomalous_at, num_parts)
     with threaded_map(num_parts) as run:
         anomalous, normal = zip(*run(_sort_normal, *parts), strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.counting import PART_SIZE, Curve, count_at_thresholds, num_threads, threaded_map
+from utils.counting import Curve, count_at_thresholds, threaded_map, threads_for
 
 # The limit of Bergmann et al., "Uninformed Students" (CVPR 2020), and of MVTec's evaluation code.
 FPR_LIMIT = 0.3
@@ -190,7 +190,7 @@ def _pixel_metrics(
     if reason:
         return UNDEFINED_RANKING, math.nan, reason
     # The labelling of the regions fills what time the sort leaves a thread.
-    with threaded_map(num_threads(masks.numel(), PART_SIZE)) as run:
+    with threaded_map(threads_for(masks.numel())) as run:
         weights_to_be = run(_region_weights, [masks.cpu().numpy()])
         curve = count_at_thresholds(anomaly_maps, masks)
         (weights,) = weights_to_be
