@@ -159,7 +159,7 @@ def train_category(
             defects=test.kinds,
             names=[Path(name).name for name in test.names],
             num_worst=experiment.overlays,
-            threshold=test.contour_threshold(outcome.scores),
+            threshold=outcome.contour_threshold,
             title=category.name,
         )
 

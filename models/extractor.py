@@ -17,7 +17,7 @@ from models import frozen
 from models.errors import ModelError
 from models.frozen import accelerated
 from models.stages import join_stages
-from models.weights import load_backbone
+from models.weights import LoadedWeights, load_backbone
 
 
 class FrozenExtractor(nn.Module):
@@ -65,7 +65,7 @@ class FrozenExtractor(nn.Module):
         _check_backbone(backbone, layers, feature_location)
         if patch_size < 1 or patch_size % 2 == 0:
             raise ModelError(f"patch size {patch_size} is not a positive odd number")
-        loaded = load_backbone(backbone, weights, tuple(sorted(layers)), feature_location)
+        loaded = _load(backbone, weights, tuple(sorted(layers)), feature_location)
         self.backbone = backbone
         self.weights = weights
         self.layers = tuple(sorted(layers))
@@ -217,15 +217,34 @@ def _check_backbone(backbone: str, layers: tuple[int, ...], feature_location: st
         raise ModelError(f"feature location {feature_location!r} is not bottleneck or expansion")
     if feature_location == "expansion" and "efficientnet" not in backbone:
         raise ModelError(f"{backbone} has no expansion features; only EfficientNets have")
+    if not layers or len(set(layers)) != len(layers):
+        raise ModelError(f"layers {layers} must name at least one stage, each once")
+    if min(layers) < 0:  # to timm, the last stages
+        _check_stages(backbone, layers)
+
+
+def _check_stages(backbone: str, layers: tuple[int, ...]) -> None:
     try:
         stages = describe_stages(backbone)
     except RuntimeError as error:  # a tag that timm does not know, or no maps to be had
         raise ModelError(f"backbone {backbone}: {error}") from error
-    if not layers or len(set(layers)) != len(layers):
-        raise ModelError(f"layers {layers} must name at least one stage, each once")
     for layer in layers:
         if not 0 <= layer < len(stages):
             raise ModelError(f"{backbone} has no stage {layer}; it has {', '.join(stages)}")
+
+
+def _load(
+    backbone: str, weights: str, layers: tuple[int, ...], feature_location: str
+) -> LoadedWeights:
+    try:
+        return load_backbone(backbone, weights, layers, feature_location)
+    except ModelError:
+        raise
+    except Exception:
+        # A stage that is not there, perhaps: timm has many errors for it, most without a word. To
+        # look at the stages beforehand would build the network once more.
+        _check_stages(backbone, layers)
+        raise
 
 
 def _per_channel(backbone: str, key: str) -> Tensor:

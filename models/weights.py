@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from models.errors import ModelError
 
@@ -47,6 +48,8 @@ def load_backbone(
     strictly into the whole classifier, so a file that lacks a tensor is refused rather than
     completed by random numbers.
 
+    What timm raises for a stage that the backbone lacks is passed on.
+
     Raises:
         ModelError: no route gave weights, or a file does not fit the backbone.
     """
@@ -59,11 +62,8 @@ def load_backbone(
         return LoadedWeights(_cut(net), "random (asked for)", digest, random=True)
 
     state, source = complete_state(backbone, weights)
-    # The state comes from a complete model: nothing the features need can be missing in it.
     with _quiet_timm():
-        net = timm.create_model(
-            backbone, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options
-        )
+        net = _create_loaded(backbone, state, **options)
     digest = state_digest(net)
     return LoadedWeights(_cut(net), source, digest, random=False)
 
@@ -130,7 +130,7 @@ def state_digest(net: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -144,6 +144,66 @@ def _quiet_timm() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+class _LoadedOver(TorchFunctionMode):
+    """Builds a network without what loading makes needless.
+
+    Random numbers are not drawn: a tensor that would get some begins with nan instead, which tells
+    whether it was loaded. And of `state`, which timm keeps in a configuration that it copies deep
+    time and again, there are no copies.
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._given = {id(tensor) for tensor in state.values()}
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _RANDOM_FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.numel():
+                _first(tensor).fill_(float("nan"))
+            return tensor
+        if func is Tensor.__deepcopy__ and id(args[0]) in self._given:
+            return args[0]
+        return func(*args, **kwargs)
+
+
+# Truncated normal numbers are uniform ones that `erfinv_` bends.
+_RANDOM_FILLS = {
+    *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_),
+    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_),
+}
+
+
+def _first(tensor: Tensor) -> Tensor:
+    return tensor.detach()[(0,) * tensor.ndim]  # ()
+
+
+def _create_loaded(
+    backbone: str, state: dict[str, Tensor], num_classes: int | None = None, **options: Any
+) -> nn.Module:
+    """Build a timm model with the weights in `state`, which timm brings into its own form.
+
+    Raises:
+        ModelError: a tensor of the model got no weights.
+    """
+    overlay: dict[str, Any] = {"state_dict": dict(state)}  # timm removes entries
+    if num_classes is not None:
+        overlay["num_classes"] = options["num_classes"] = num_classes
+    with _LoadedOver(state):
+        model: Any = timm.create_model(
+            backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options
+        )
+    del model.pretrained_cfg["state_dict"]  # it would live as long as the model
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    missing = [name for name, t in tensors if t.numel() and _first(t).isnan()]
+    if missing:
+        raise ModelError(f"the weights hold no numbers for {', '.join(missing)} of {backbone}")
+    return model
 
 
 def _is_lite0(backbone: str) -> bool:
@@ -160,7 +220,8 @@ def _packaged_lite0() -> dict[str, Tensor] | None:
 
 def _fit_lite0(backbone: str, packaged: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the package's tensors: same number, order and shapes as timm's, other names."""
-    expected = timm.create_model(backbone, pretrained=False).state_dict()
+    with torch.device("meta"):  # names and shapes are all that is asked for
+        expected = timm.create_model(backbone, pretrained=False).state_dict()
     if [t.shape for t in packaged.values()] != [t.shape for t in expected.values()]:
         raise ModelError(f"{LITE0_PACKAGE} holds other tensors than timm's {backbone}")
     return dict(zip(expected, packaged.values(), strict=True))
@@ -175,12 +236,7 @@ def _fit_checkpoint(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor
     # A head of another size, or none, is no fault of the features.
     num_classes = 0 if weight is None else weight.shape[0]
     try:
-        model = timm.create_model(
-            backbone,
-            pretrained=True,
-            num_classes=num_classes,
-            pretrained_cfg_overlay={"state_dict": dict(state), "num_classes": num_classes},
-        )
+        model = _create_loaded(backbone, state, num_classes)
     except (RuntimeError, KeyError) as error:
         raise ModelError(f"the weights file does not fit {backbone}: {error}") from error
     return model.state_dict()

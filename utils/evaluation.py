@@ -183,21 +183,14 @@ class TestSet:
             return image, math.nan
         return image, ranking_metrics(scores.maps, self.masks).auroc
 
-    def contour_threshold(self, scores: Scores) -> float | None:
-        """Return where pictures draw the contour of a map: the threshold of the best pixel F1.
-
-        None where that is undefined. It is chosen on the test set, so it is for looking only.
-        """
-        if self.masks is None or not self.masks.any():
-            return None
-        return ranking_metrics(scores.maps, self.masks).f1_threshold
-
     @property
     def empty_masks(self) -> list[int]:
         """Positions of anomalous images whose mask is empty at this size: no map can find them."""
         if self.masks is None:
             return []
-        empty = ~self.masks.flatten(1).any(dim=1) & (self.labels == 1)
+        # NumPy stops at the first True of each mask.
+        marked = torch.from_numpy(self.masks.numpy().any(axis=(1, 2)))  # (N,)
+        empty = ~marked & (self.labels == 1)
         return empty.nonzero().flatten().tolist()
 
 
@@ -220,6 +213,8 @@ class Outcome:
         states: file suffix -> state of the head.
         steps: what each number was taken at, e.g. {"step": 50, "pixel_step": 50}.
         score_seconds: what scoring the test set took, from stored features to smooth maps.
+        contour_threshold: where pictures draw the contour of a map: the threshold of the best pixel
+            F1, or None where that is undefined. Chosen on the test set, it is for looking only.
     """
 
     select: str
@@ -229,6 +224,7 @@ class Outcome:
     states: dict[str, State]
     steps: dict[str, int]
     score_seconds: float
+    contour_threshold: float | None
 
 
 @dataclass(frozen=True)
@@ -305,7 +301,10 @@ class Monitor:
         states = {"": image.state, "-pixel": pixel.state}
         steps = {"step": image.step, "pixel_step": pixel.step}
         scores, seconds = self._score()
-        outcomes.append(Outcome("best_test", metrics, undefined, scores, states, steps, seconds))
+        threshold = image.metrics.pixel_f1_threshold
+        outcomes.append(
+            Outcome("best_test", metrics, undefined, scores, states, steps, seconds, threshold)
+        )
         return outcomes
 
     @property
@@ -334,6 +333,7 @@ class Monitor:
             {suffix: state},
             {"step": self._step, "pixel_step": self._step},
             seconds,
+            metrics.pixel_f1_threshold,
         )
 
     def _score(self) -> tuple[Scores, float]:

@@ -213,3 +213,75 @@ def test_loading_a_file_needs_no_network(no_network, tmp_path, resnet18):
     torch.save(resnet18, tmp_path / "weights.pth")
     net = load(tmp_path / "weights.pth", "resnet18").net
     assert torch.equal(net.state_dict()["conv1.weight"], resnet18["conv1.weight"])
+
+
+def draw_state(backbone, seed=0):
+    """A complete state dict of positive random numbers, none of which an initialisation gives."""
+    generator = torch.Generator().manual_seed(seed)
+    state = timm.create_model(backbone, pretrained=False).state_dict()
+    return {
+        name: torch.rand(t.shape, generator=generator) + 0.1 if t.is_floating_point() else t + 7
+        for name, t in state.items()
+        if t.is_floating_point() or name.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [LITE0, "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"],
+)
+def test_a_file_gives_what_timm_alone_makes_of_it(tmp_path, backbone):
+    """Also the buffers that no state dict has: Swin's positions and masks."""
+    state = draw_state(backbone)
+    torch.save(state, tmp_path / "weights.pth")
+    torch.manual_seed(0)
+    net = load(tmp_path / "weights.pth", backbone).net
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1)), "no random number is drawn"
+    expected = weights._cut(
+        timm.create_model(
+            backbone,
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": dict(state)},
+            features_only=True,
+            out_indices=(1, 2, 3),
+        )
+    )
+    for tensors in ("named_parameters", "named_buffers"):
+        found, wanted = (dict(getattr(n, tensors)()) for n in (net, expected))
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor), name
+            assert found[name].requires_grad == tensor.requires_grad
+    pixels = torch.rand(1, 3, 224, 224)
+    with torch.inference_mode():
+        maps = zip(net.eval()(pixels), expected.eval()(pixels), strict=True)
+        assert all(torch.equal(*pair) for pair in maps)
+
+
+def test_weights_live_once(tmp_path, resnet18):
+    """timm keeps what it loads from, and copies of it, in its configuration."""
+    torch.save(resnet18, tmp_path / "weights.pth")
+    net = load(tmp_path / "weights.pth", "resnet18").net
+    assert "state_dict" not in net.pretrained_cfg
+    assert "state_dict" not in net.default_cfg
+    copy = {name: tensor.clone() for name, tensor in resnet18.items()}
+    loaded = weights._create_loaded("resnet18", resnet18, 1000)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter += 1
+    assert all(torch.equal(tensor, copy[name]) for name, tensor in resnet18.items())
+
+
+def test_a_tensor_that_nothing_is_loaded_into_is_named(monkeypatch, resnet18):
+    """timm itself would leave random numbers there, where it does not load strictly."""
+    load_state_dict = torch.nn.Module.load_state_dict
+
+    def incomplete(self, state, strict=True):
+        rest = {name: tensor for name, tensor in state.items() if "layer1.1.conv2" not in name}
+        return load_state_dict(self, rest, strict=False)
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", incomplete)
+    with pytest.raises(ModelError, match=r"no numbers for layer1\.1\.conv2\.weight of resnet18"):
+        weights._create_loaded("resnet18", resnet18, 1000)

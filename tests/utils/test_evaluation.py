@@ -8,7 +8,7 @@ from models.detector import Detector
 from utils.cli import UsageError
 from utils.evaluation import Monitor, TestSet
 from utils.feature_bank import FeatureBank
-from utils.metrics import METRIC_NAMES
+from utils.metrics import METRIC_NAMES, ranking_metrics
 
 CPU = torch.device("cpu")
 
@@ -126,12 +126,15 @@ def test_empty_masks_are_anomalies_that_no_map_can_find():
 
 def test_contour_separates_the_pixels_where_they_can_be():
     maps, masks = perfectly_ranked(SCALES["1e3 to 1e6"])
-    test = scored_images(maps, LABELS, masks=masks)
-    threshold = test.contour_threshold(test.score(FirstChannel()))
-    assert torch.equal(maps >= threshold, masks)
-    assert scored_images(maps, LABELS).contour_threshold(test.score(FirstChannel())) is None
-    empty = scored_images(maps, LABELS, masks=torch.zeros_like(masks))
-    assert empty.contour_threshold(empty.score(FirstChannel())) is None
+
+    def contour(masks):
+        test = scored_images(maps, LABELS, masks=masks)
+        (outcome,) = Monitor(FirstChannel(), test, "last", lambda **_: None).outcomes()
+        return outcome.contour_threshold
+
+    assert torch.equal(maps >= contour(masks), masks)
+    assert contour(None) is None
+    assert contour(torch.zeros_like(masks)) is None
 
 
 class Scripted(Detector):
@@ -222,6 +225,9 @@ def test_best_on_test_keeps_the_image_and_the_pixel_maximum_apart():
     assert best.metrics["pixel_auroc"] == pytest.approx(8 / 12)
     assert torch.equal(best.scores.maps, SCRIPT[1])
     assert torch.equal(last.scores.maps, SCRIPT[4])
+    for outcome in (last, best):  # each has the contour of the maps that it gives
+        threshold = ranking_metrics(outcome.scores.maps, MASKS).f1_threshold
+        assert outcome.contour_threshold == threshold
     states = {
         suffix: state["epoch"].item() for suffix, state in (last.states | best.states).items()
     }
