@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from utils.cli import UsageError
-from utils.feature_bank import FeatureBank
+from utils.features import Features
 from utils.metrics import METRIC_NAMES, Metrics, evaluate, ranking_metrics
 from utils.scoring import image_scores, upsample_and_blur
 
@@ -93,7 +93,7 @@ class TestSet:
 
     def __init__(
         self,
-        bank: FeatureBank,
+        bank: Features,
         labels: Tensor,
         *,
         names: Sequence[Path | str],
@@ -213,7 +213,8 @@ class Outcome:
         scores: of the test images, from the state whose image AUROC counts.
         states: file suffix -> state of the head.
         steps: what each number was taken at, e.g. {"step": 50, "pixel_step": 50}.
-        score_seconds: what scoring the test set took, from stored features to smooth maps.
+        score_seconds: what scoring the test set took, from features to smooth maps; the backbone's
+            time is in it where the features are not stored.
     """
 
     select: str
