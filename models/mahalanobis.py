@@ -14,9 +14,16 @@ covariance matrices") is estimated as scikit-learn does it, for centred samples 
     rho = min(beta, delta) / delta
 
 since sum_k ||x_k x_k'||_F^2 = sum_k ||x_k||^4 and sum_k <x_k x_k', S> = n ||S||_F^2. So S and the
-sum of fourth powers are enough: two passes over the features, and none of them is kept.
+sum of fourth powers are enough. One pass over the features gives both, and none of them is kept:
+with y_k = f_k - c for a point c near the mean of the features f_k, m the mean of the y_k, and
+x_k = y_k - m,
+
+    n S = G - n m m'  with  G = sum_k y_k y_k'
+    sum_k ||x_k||^4 = sum_k ||y_k||^4 + 4 m'G m - 4 m'sum_k ||y_k||^2 y_k + 2 ||m||^2 trace(G)
+                      - 3 n ||m||^4
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,7 +70,7 @@ class Mahalanobis(Detector):
         generator: torch.Generator,
         monitor: Monitor | None = None,
     ) -> None:
-        """Estimate the Gaussian in float64, reading the bank twice; see `Detector.fit`.
+        """Estimate the Gaussian in float64, reading the bank once; see `Detector.fit`.
 
         The monitor gets the shrinkage used.
 
@@ -71,16 +78,11 @@ class Mahalanobis(Detector):
             ModelError: the covariance is singular.
         """
         del generator  # nothing is random
-        total = torch.zeros_like(self.mean, dtype=torch.float64)
-        count = 0
-        for features in bank.batches(READ):
-            total += features.double().sum(dim=(0, 2, 3))
-            count += features.numel() // features.shape[1]
-        mean = total / count
-        covariance, fourth_powers = self._second_pass(bank, mean, count)
+        moments = self._moments(bank)
+        mean, covariance, count = moments.mean, moments.covariance, moments.count
         shrinkage = self.shrinkage
         if shrinkage is None:
-            shrinkage = ledoit_wolf_shrinkage(covariance, fourth_powers, count)
+            shrinkage = ledoit_wolf_shrinkage(covariance, moments.fourth_powers, count)
         scale = covariance.trace() / len(mean)
         shrunk = (1 - shrinkage) * covariance
         shrunk.diagonal().add_(shrinkage * scale)
@@ -100,18 +102,33 @@ class Mahalanobis(Detector):
         if monitor is not None:
             monitor(1, {"shrinkage": shrinkage})
 
-    def _second_pass(self, bank: FeatureSource, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return S (C, C) of the centred features and the sum of their ||x||^4."""
-        C = len(mean)
-        sums = torch.zeros(C, C, dtype=torch.float64, device=mean.device)
-        fourth_powers = torch.zeros((), dtype=torch.float64, device=mean.device)
+    def _moments(self, bank: FeatureSource) -> "_Moments":
+        """Sum what the module's docstring names, about the mean of the first images."""
+        C = len(self.mean)
+        origin = torch.zeros(C, dtype=torch.float64, device=self.mean.device)
+        total, cubes = torch.zeros_like(origin), torch.zeros_like(origin)
+        gram = torch.zeros(C, C, dtype=torch.float64, device=origin.device)
+        fourth_powers = torch.zeros((), dtype=torch.float64, device=origin.device)
+        count = 0
         for features in bank.batches(READ):
             positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
+            if not count:
+                origin = positions.double().mean(dim=0)
             for chunk in positions.split(CHUNK):
-                centred = chunk.double() - mean
-                add_gram(sums, centred)
-                fourth_powers += centred.square().sum(dim=1).square().sum()
-        return (sums.triu() + sums.triu(1).mT) / count, fourth_powers
+                shifted = chunk.double() - origin  # (P, C)
+                squares = shifted.square().sum(dim=1)  # (P,)
+                add_gram(gram, shifted)
+                total += shifted.sum(dim=0)
+                cubes += squares @ shifted
+                fourth_powers += squares.square().sum()
+            count += len(positions)
+        gram = gram.triu() + gram.triu(1).mT
+        mean = total / count
+        square = mean @ mean
+        fourth_powers += 4 * (mean @ gram @ mean - mean @ cubes)
+        fourth_powers += 2 * square * gram.trace() - 3 * count * square.square()
+        covariance = gram / count - torch.outer(mean, mean)
+        return _Moments(origin + mean, covariance, fourth_powers, count)
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """There is one step; see `Detector.stopped_at`."""
@@ -126,6 +143,16 @@ class Mahalanobis(Detector):
             whitened = (positions - self.mean) @ self.whitening.T  # (P, C)
         distances = torch.linalg.vector_norm(whitened, dim=1)  # (P,)
         return rearrange(distances, "(b h w) -> b h w", b=B, h=H, w=W)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Mean (C,) and covariance S (C, C) of features, and the sum of ||x||^4 about the mean."""
+
+    mean: Tensor
+    covariance: Tensor
+    fourth_powers: Tensor
+    count: int
 
 
 def ledoit_wolf_shrinkage(covariance: Tensor, fourth_powers: Tensor, count: int) -> float:

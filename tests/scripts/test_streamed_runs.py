@@ -93,7 +93,7 @@ def times_read(read, split):
     [
         ("noco_cf", ("--method.prototypes", "1", *ONE_TIME), 1),
         ("noco_cf", ("--method.prototypes", "2", *ONE_TIME), 2),  # first for k-means
-        ("mahalanobis", (), 2),  # first for the mean
+        ("mahalanobis", (), 1),
         ("patchcore", ("--method.coreset-ratio", "0.5"), None),
     ],
 )
