@@ -184,6 +184,7 @@ class BatchLoader:
     ) -> None:
         self._places = range(len(dataset)) if places is None else tuple(places)
         self.num_images = len(self._places)
+        self.batch_size = batch_size
         self.skipped: list[tuple[Path | int, str]] = []
         self._dataset = dataset
         self._workers = workers
@@ -214,10 +215,9 @@ class BatchLoader:
 
     def at(self, rows: Sequence[int]) -> "BatchLoader":
         """A loader of the images at `rows` of this one's `indices`, in that order."""
-        assert self._loader.batch_size is not None
         return BatchLoader(
             self._dataset,
-            batch_size=self._loader.batch_size,
+            batch_size=self.batch_size,
             workers=self._workers,
             skip_unreadable=self.skips_unreadable,
             for_gpu=self._loader.pin_memory,
@@ -231,7 +231,7 @@ class BatchLoader:
             images = digest([images, str(self._places)])
         return {
             "images": images,
-            "batch_size": self._loader.batch_size,
+            "batch_size": self.batch_size,
             "skip_unreadable": self.skips_unreadable,
         }
 
@@ -247,8 +247,7 @@ class BatchLoader:
 
     def _by_threads(self) -> Iterator[tuple[list[int], Tensor, list[tuple[int, str]]]]:
         """Iterates over the images; threads read the next batches."""
-        size = self._loader.batch_size
-        assert size is not None
+        size = self.batch_size
         starts = iter(range(0, self.num_images, size))
         ahead: deque[list[Future[Item]]] = deque()
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="images")

@@ -55,6 +55,7 @@ class ImageLoader(Protocol):
     """Batches of images in a fixed order; `num_images` counts unreadable ones too."""
 
     num_images: int
+    batch_size: int
 
     @property
     def indices(self) -> list[int]:

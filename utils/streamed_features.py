@@ -18,12 +18,12 @@ class StreamedFeatures(Features):
     """Features of N images, computed anew at each reading and dropped after it.
 
     Between two readings nothing is held; during one, no more than a batch of the loader and a batch
-    of the reader, whatever N is. Order, shuffling and rounding are those of a `FeatureBank`. The
-    backbone gets the images in batches of the loader's size, whatever size is asked for, so a
-    reading of all images in order gives a bank's features to the bit. In another order, or of some
-    of the images, the last batch of a reading is made of other images; where the backbone's
-    libraries choose their algorithm by the size of the batch, its features may be rounded
-    otherwise (measured: 1 in 10,000 half-precision values of batches below 16, on one thread).
+    of the reader, whatever N is. Order, shuffling and rounding are those of a `FeatureBank`. So are
+    the features, to the bit, though libraries choose their algorithms by the size of the batch
+    (measured on one thread: of batches below 16, 1 in 10,000 half-precision values is another): the
+    backbone gets batches of the loader's size whatever size is asked for, and where a reading ends
+    with fewer images, copies fill up. Only images that a bank reads in a last, smaller batch may
+    be rounded otherwise, when they are read in another order.
 
     Attributes:
         extract_seconds: time it took to learn which images can be read; nothing where an unreadable
@@ -165,13 +165,24 @@ class _Source:
                 stop = done + len(batch.indices)
                 if batch.indices != expected[done:stop]:
                     break
-                maps = rounded_maps(self.extractor, batch.images, self.dtype, self.description)
+                images = self._filled_up(batch.images, rows[done:stop])
+                maps = rounded_maps(self.extractor, images, self.dtype, self.description)
                 bar.update(len(batch.indices))
-                yield from map(list, zip(*maps, strict=True))
+                yield from map(list, zip(*(m[: stop - done] for m in maps), strict=True))
                 done = stop
         if done < len(rows):
             reason = loader.skipped[0][1]
             raise UsageError(f"{self.description}: {reason} (it could be read before)")
+
+    def _filled_up(self, images: Tensor, rows: Sequence[int]) -> Tensor:
+        """Add copies of the first image up to the size of the batch a bank reads these in."""
+        count, size = self.loader.num_images, self.loader.batch_size
+        if list(rows) == list(range(count - count % size, count)):  # the loader's own last batch
+            return images
+        missing = min(size, count) - len(images)
+        if missing <= 0:
+            return images
+        return torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
 
 
 def _readable(loader: ImageLoader, description: str) -> set[int]:

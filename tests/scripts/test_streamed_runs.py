@@ -61,7 +61,11 @@ def assert_equal_runs(found, expected, tolerance=0.0):
     for ours, theirs in zip(heads, others[2], strict=True):
         assert set(ours) == set(theirs)
         for name, tensor in ours.items():
-            np.testing.assert_allclose(tensor, theirs[name], rtol=tolerance, atol=tolerance)
+            expected = theirs[name]
+            if tolerance and name.endswith("filters"):
+                # Their rows are eigenvectors, which have no sign; scores are lengths of products.
+                tensor, expected = (rows.mT @ rows for rows in (tensor, expected))
+            np.testing.assert_allclose(tensor, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture
@@ -112,8 +116,7 @@ def test_readings_in_order_give_the_bits_of_a_bank(
     assert row["image_auroc"] > 0.9
 
 
-# Batches of another size than in a bank's pass may be rounded otherwise by the backbone: those of
-# the images that are held out or left, here. Epochs have whole batches only.
+# Images of a bank's last batch, where it is smaller, may be rounded otherwise in another order.
 @pytest.mark.parametrize(
     ("method", "options", "tolerance"),
     [
@@ -163,7 +166,7 @@ def test_unreadable_images(root, tmp_path, capsys, read):
     files = [path for path in read if path != "backbone"]
     assert {path: read[path] for path in files} == {p: 1 if p in lost else 2 for p in files}
     assert len(files) == NUM_TRAIN + NUM_TEST
-    assert read["backbone"] == NUM_TRAIN + NUM_TEST - 2
+    assert read["backbone"] == 5 * 4 + 5 * 4, "19 and 17 images in batches of four"
     (row,) = read_rows(streamed / "results.csv")
     assert (row["num_train"], row["num_test"], row["skipped"]) == (NUM_TRAIN - 1, NUM_TEST - 1, 2)
     stored = train(damaged, tmp_path, "host", "noco_cf", *options, "--skip-unreadable")

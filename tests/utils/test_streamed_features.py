@@ -118,6 +118,14 @@ def test_the_backbone_gets_batches_of_the_loaders_size():
         sizes.clear()
         list(streamed.batches(batch_size))
         assert sizes == [4, 4, 2]
+    # Any other last batch is filled up: those of a bank had four images.
+    for rows, expected in (([0, 1, 2, 3, 7], [4, 4]), ([9], [4]), ([8, 9], [2]), ([9, 8], [4])):
+        sizes.clear()
+        assert numbers(streamed.subset(rows).batches(2)) == rows
+        assert sizes == expected
+    sizes.clear()
+    assert numbers(stream(constant(3), Watched()).subset([2, 0]).batches(2)) == [2, 0]
+    assert sizes == [3]
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
@@ -281,7 +289,11 @@ def test_features_of_a_backbone(photos, pooled):
     assert streamed.channels == bank.channels == extractor.channels
     for batch_size in (1, 5, 8, 32):
         assert_same_bits(streamed.batches(batch_size), bank.batches(batch_size))
-    # The size of a batch may change how the backbone rounds; here 6 of 22 images have another.
+    some = torch.tensor([3, 15, 0, 8, 9, 10, 11, 12, 2, 1])  # of the bank's whole batches
+    for seed in (0, 1):
+        ours, theirs = (f.subset(some).batches(5, generator=seeded(seed)) for f in (streamed, bank))
+        assert_same_bits(ours, theirs)
+    # The size of a batch may change how the backbone rounds: 6 of 22 images have another here.
     ours, theirs = (
         torch.cat(list(features.batches(8, generator=seeded()))) for features in (streamed, bank)
     )
