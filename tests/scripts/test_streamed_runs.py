@@ -116,15 +116,15 @@ def test_readings_in_order_give_the_bits_of_a_bank(
     assert row["image_auroc"] > 0.9
 
 
-# Images of a bank's last batch, where it is smaller, may be rounded otherwise in another order.
+# Equal to the bit where measured; but no promise of the backbone's libraries.
 @pytest.mark.parametrize(
     ("method", "options", "tolerance"),
     [
         ("noco", ("--method.epochs", "2", "--method.batch-size", "3", "--select", "last"), 1e-6),
         ("noco", ("--method.epochs", "2", "--select", "best_test", "--monitor-test"), 1e-6),
         ("stpm", ("--method.epochs", "2", "--method.batch-size", "4"), 0.0),
-        ("noco_cf", ("--method.time", "10", "100", "--select", "synthetic"), 1e-4),
-        ("noco_cf", ("--method.prototypes", "1", *ONE_TIME, *CALIBRATED), 1e-4),
+        ("noco_cf", ("--method.time", "10", "100", "--select", "synthetic"), 1e-6),
+        ("noco_cf", ("--method.prototypes", "1", *ONE_TIME, *CALIBRATED), 1e-6),
     ],
 )
 def test_other_readings_give_the_numbers_of_a_bank(root, tmp_path, method, options, tolerance):
@@ -205,4 +205,4 @@ def test_tasks_of_a_data_set_read_their_own_images(tmp_path, monkeypatch):
             assert times[num_test] == {2: num_test}
         else:
             assert times == {num_train: {1: num_train}, num_test: {1: num_test}}
-    assert_equal_runs(runs["none"], runs["host"], 1e-4)
+    assert_equal_runs(runs["none"], runs["host"], 1e-6)
