@@ -10,7 +10,8 @@ Reproduces the semantic columns of Table II of the NoCo paper (published trainin
 
 The paper's numbers are mean image AUROC in percent (figures/published.csv), each the maximum over
 repeated evaluations on the test set; `--select best_test` evaluates after every epoch and says so.
-The backbone sees every image once: all one-class tasks of a data set share its stored features.
+The backbone sees every image once: all one-class tasks of a data set share its stored features
+(unless `--cache none` stores none).
 """
 
 import contextlib
@@ -40,8 +41,9 @@ from models.raw_images import RawImages
 from utils.calibration import held_out_for_calibration
 from utils.cli import UsageError, exits_cleanly, faults_named, pick_device
 from utils.evaluation import Outcome, TestSet
-from utils.feature_bank import FeatureBank
+from utils.extraction import extract_features
 from utils.feature_store import default_folder
+from utils.features import Features
 from utils.galleries import save_gallery
 from utils.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
 from utils.runs import Run, RunError
@@ -107,7 +109,7 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
             held_out = held_out_images(experiment, labelled, train)
             turned_images = ImagesAt(SyntheticDataset(train_images, rotate), held_out)
             turned = extract(experiment, extractor, turned_images, "features of rotated images")
-        features = Features(train, test, turned)
+        features = SharedFeatures(train, test, turned)
         for task in pending:
             with faults_named(task.category):
                 train_task(experiment, run, extractor, labelled, task, features)
@@ -129,21 +131,21 @@ def run_one_class_tasks(experiment: SemanticExperiment, command: Sequence[str]) 
 
 
 @dataclass(frozen=True)
-class Features:
-    """Stored features of a whole data set, which all tasks share.
+class SharedFeatures:
+    """Features of a whole data set, which all tasks share.
 
     `turned` are training images rotated, for `--select synthetic`: those that a task holds out.
     """
 
-    train: FeatureBank
-    test: FeatureBank
-    turned: FeatureBank | None
+    train: Features
+    test: Features
+    turned: Features | None
 
 
 def extract(
     experiment: SemanticExperiment, extractor: Extractor, images: Images, what: str
-) -> FeatureBank:
-    """Run the backbone once over some images."""
+) -> Features:
+    """Return the features of some images, stored where `--cache` says."""
     loader = BatchLoader(
         images,
         batch_size=experiment.extract_batch_size,
@@ -151,8 +153,8 @@ def extract(
         skip_unreadable=experiment.skip_unreadable,
         for_gpu=extractor.device.type == "cuda",
     )
-    return FeatureBank.extract(
-        extractor, loader, store=experiment.cache, description=what, folder=default_folder()
+    return extract_features(
+        extractor, loader, cache=experiment.cache, description=what, folder=default_folder()
     )
 
 
@@ -162,7 +164,7 @@ def train_task(
     extractor: Extractor,
     labelled: LabelledSet,
     task: OneClassTask,
-    features: Features,
+    features: SharedFeatures,
 ) -> None:
     """Fit and evaluate a head for each seed on the shared features of one task."""
     normals, held_bank = normals_of(experiment, task, features.train)
@@ -227,8 +229,8 @@ def train_task(
 
 
 def normals_of(
-    experiment: SemanticExperiment, task: OneClassTask, train: FeatureBank
-) -> tuple[FeatureBank, FeatureBank | None]:
+    experiment: SemanticExperiment, task: OneClassTask, train: Features
+) -> tuple[Features, Features | None]:
     """Return a task's normal features to fit and select on, and those that set thresholds."""
     normals = train.subset(np.isin(train.indices, task.train_indices).nonzero()[0])
     if not experiment.calibration_share:
@@ -238,7 +240,7 @@ def normals_of(
 
 
 def held_out_images(
-    experiment: SemanticExperiment, labelled: LabelledSet, train: FeatureBank
+    experiment: SemanticExperiment, labelled: LabelledSet, train: Features
 ) -> list[int]:
     """Return which training images some task of the data set holds out to select on.
 
@@ -264,7 +266,7 @@ def build_test_set(
     extractor: Extractor,
     labelled: LabelledSet,
     task: OneClassTask,
-    bank: FeatureBank,
+    bank: Features,
 ) -> TestSet:
     """Give the data set's test features the labels of a task."""
     return TestSet(

@@ -36,8 +36,9 @@ from models.errors import ModelError
 from utils.calibration import held_out_for_calibration
 from utils.cli import exits_cleanly, faults_named, pick_device
 from utils.evaluation import Outcome, TestSet
-from utils.feature_bank import FeatureBank
+from utils.extraction import extract_features
 from utils.feature_store import default_folder
+from utils.features import Features
 from utils.overlays import save_overlays
 from utils.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
 from utils.runs import Run, RunError
@@ -202,8 +203,8 @@ def scoring_of(experiment: StructuredExperiment) -> dict[str, Any]:
 
 def extract(
     experiment: StructuredExperiment, extractor: Extractor, images: Images, what: str
-) -> FeatureBank:
-    """Run the backbone once over some images."""
+) -> Features:
+    """Return the features of some images, stored where `--cache` says."""
     loader = BatchLoader(
         images,
         batch_size=experiment.extract_batch_size,
@@ -211,8 +212,8 @@ def extract(
         skip_unreadable=experiment.skip_unreadable,
         for_gpu=extractor.device.type == "cuda",
     )
-    return FeatureBank.extract(
-        extractor, loader, store=experiment.cache, description=what, folder=default_folder()
+    return extract_features(
+        extractor, loader, cache=experiment.cache, description=what, folder=default_folder()
     )
 
 

@@ -80,8 +80,9 @@ class Experiment:
     """auto, cpu, cuda, cuda:1."""
     workers: int = 2
     """Processes (with a GPU) or threads (without) that decode images ahead; 0 for none."""
-    cache: Literal["auto", "device", "host", "disk"] = "auto"
-    """Where extracted features are kept; what is on disk ($NOCO_CACHE) later runs read again."""
+    cache: Literal["auto", "device", "host", "disk", "none"] = "auto"
+    """Where extracted features are kept; what is on disk ($NOCO_CACHE) later runs read again. With
+    none they are not: memory holds a batch, and each epoch runs the backbone on every image."""
 
     output: Path = Path("results")
     """Run folders are made below it: <output>/<dataset>-<method>/<run>/."""

@@ -106,7 +106,7 @@ class EvaluateOptions:
     """File of the backbone's weights, where it is no longer where the run had it."""
     workers: int = 2
     """Processes that decode images."""
-    cache: Literal["auto", "device", "host", "disk"] = "auto"
+    cache: Literal["auto", "device", "host", "disk", "none"] = "auto"
     """Where extracted features are kept, as in the training scripts."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """Loads images in batches, in order, ahead of their use, and says which could not be read."""
 
 import hashlib
-import json
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datasets.fingerprints import digest, stamp
 from datasets.images import read_image, read_mask, read_size
 from datasets.samples import DataError, Sample
 
@@ -39,7 +39,7 @@ class Batch:
     """Some images of a data set.
 
     Attributes:
-        indices: Position of each image in the data set, ascending.
+        indices: Position of each image in the data set, in the order of reading.
         images: (B, 3, S, S) uint8, RGB.
     """
 
@@ -58,6 +58,10 @@ class Images(Dataset[Item]):
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def index(self, place: int) -> int:
+        """The index that comes with the item at `place`."""
+        return place
 
     def source(self, index: int) -> Path | int:
         """What to call an image in a message."""
@@ -102,7 +106,7 @@ class ImageDataset(Images):
 
     def fingerprint(self) -> str:
         """A hash of the files' paths, sizes and times of change, and of the transform."""
-        return digest([repr(self.transform), *(_stamp(sample.path) for sample in self.samples)])
+        return digest([repr(self.transform), *(stamp(sample.path) for sample in self.samples)])
 
 
 class ArrayDataset(Images):
@@ -143,7 +147,7 @@ class ArrayDataset(Images):
 
 
 class BatchLoader:
-    """Iterates over a data set in order, as `Batch`; workers read the images ahead.
+    """Iterates over a data set in a fixed order, as `Batch`; workers read the images ahead.
 
     Processes read fastest, but are forks that share the parent's memory: each page that the parent
     writes while they live is copied first. Where the network runs on the CPU those are the pages of
@@ -156,10 +160,12 @@ class BatchLoader:
         workers: processes, or threads; 0 reads when a batch is asked for.
         skip_unreadable: leave unreadable images out.
         for_gpu: the workers are processes and batches lie in pinned memory; else they are threads.
+        places: items of the data set to read, in this order; None for all.
 
     Attributes:
-        num_images: Number of images in the data set, unreadable ones included.
+        num_images: Number of images to read, unreadable ones included.
         skipped: Image and error of each unreadable image the last iteration left out.
+        skips_unreadable: Whether unreadable images are left out.
 
     Raises:
         DataError: On iteration, at the first unreadable image, unless skip_unreadable; or when a
@@ -174,16 +180,21 @@ class BatchLoader:
         workers: int,
         skip_unreadable: bool,
         for_gpu: bool = False,
+        places: Sequence[int] | None = None,
     ) -> None:
-        self.num_images = len(dataset)
+        self._places = range(len(dataset)) if places is None else tuple(places)
+        self.num_images = len(self._places)
+        self.batch_size = batch_size
         self.skipped: list[tuple[Path | int, str]] = []
         self._dataset = dataset
-        self._skip_unreadable = skip_unreadable
+        self._workers = workers
+        self.skips_unreadable = skip_unreadable
         num_batches = -(-self.num_images // batch_size)
         self._threads = 0 if for_gpu else min(workers, self.num_images)
         self._loader: DataLoader[Item] = DataLoader(
             dataset,
             batch_size=batch_size,
+            sampler=self._places,
             num_workers=min(workers, num_batches) if for_gpu else 0,
             collate_fn=_collate,
             pin_memory=for_gpu,
@@ -197,38 +208,54 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
+    @property
+    def indices(self) -> list[int]:
+        """Index of each image to be read, unreadable ones included; no image is read for it."""
+        return [self._dataset.index(place) for place in self._places]
+
+    def at(self, rows: Sequence[int]) -> "BatchLoader":
+        """A loader of the images at `rows` of this one's `indices`, in that order."""
+        return BatchLoader(
+            self._dataset,
+            batch_size=self.batch_size,
+            workers=self._workers,
+            skip_unreadable=self.skips_unreadable,
+            for_gpu=self._loader.pin_memory,
+            places=[self._places[row] for row in rows],
+        )
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells these images from any others; the size of batches moves the last bits."""
+        images = self._dataset.fingerprint()
+        if self._places != range(len(self._dataset)):
+            images = digest([images, str(self._places)])
         return {
-            "images": self._dataset.fingerprint(),
-            "batch_size": self._loader.batch_size,
-            "skip_unreadable": self._skip_unreadable,
+            "images": images,
+            "batch_size": self.batch_size,
+            "skip_unreadable": self.skips_unreadable,
         }
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []
         for indices, images, errors in self._by_threads() if self._threads else self._batches():
             for index, error in errors:
-                if not self._skip_unreadable:
+                if not self.skips_unreadable:
                     raise DataError(f"{error}; pass --skip-unreadable to leave such images out")
                 self.skipped.append((self._dataset.source(index), error))
             if indices:
                 yield Batch(indices, images)
 
     def _by_threads(self) -> Iterator[tuple[list[int], Tensor, list[tuple[int, str]]]]:
-        """Iterates over the data set; threads read the next batches."""
-        size = self._loader.batch_size
-        assert size is not None
+        """Iterates over the images; threads read the next batches."""
+        size = self.batch_size
         starts = iter(range(0, self.num_images, size))
         ahead: deque[list[Future[Item]]] = deque()
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="images")
 
         def read_one_more() -> None:
             if (start := next(starts, None)) is not None:
-                stop = min(start + size, self.num_images)
-                ahead.append(
-                    [pool.submit(self._dataset.__getitem__, i) for i in range(start, stop)]
-                )
+                places = self._places[start : start + size]
+                ahead.append([pool.submit(self._dataset.__getitem__, place) for place in places])
 
         try:
             for _ in range(BATCHES_AHEAD):
@@ -252,28 +279,14 @@ class BatchLoader:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
+                near = self._dataset.source(self.indices[min(done, self.num_images - 1)])
                 raise DataError(
                     "a process that reads images was killed, perhaps for want of memory, near "
-                    f"{self._dataset.source(min(done, self.num_images - 1))}: run the same command "
-                    "again, or with fewer processes (--workers 0 for none)"
+                    f"{near}: run the same command again, or with fewer processes (--workers 0 "
+                    "for none)"
                 ) from error
             done += len(batch[0]) + len(batch[2])
             yield batch
-
-
-def digest(parts: Sequence[str]) -> str:
-    """Hashes some words together with the code that reads and transforms images."""
-    files = [Path(__file__).with_name(f"{name}.py") for name in ("loading", "images", "transforms")]
-    text = json.dumps([*parts, *(path.read_text(encoding="utf-8") for path in files)])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _stamp(path: Path) -> str:
-    try:
-        status = path.stat()
-    except OSError:
-        return f"{path.absolute()} missing"
-    return f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
 
 
 def read_masks(samples: Sequence[Sample], transform: Transform) -> Tensor:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.loading import Images, Item, digest
+from datasets.fingerprints import digest
+from datasets.loading import Images, Item
 from datasets.samples import DataError
 
 PATCH_AREA = (0.02, 0.15)  # share of the image, CVPR 2021, section 4
@@ -110,6 +111,10 @@ class ImagesAt(Images):
 
     def __getitem__(self, index: int) -> Item:
         return self._dataset[self._positions[index]]
+
+    def index(self, place: int) -> int:
+        """The position in the other data set of the image at `place` in this one."""
+        return self._dataset.index(self._positions[place])
 
     def source(self, index: int) -> Path | int:
         """What to call an image in a message; `index` is its position in the other data set."""

@@ -14,10 +14,17 @@ covariance matrices") is estimated as scikit-learn does it, for centred samples 
     rho = min(beta, delta) / delta
 
 since sum_k ||x_k x_k'||_F^2 = sum_k ||x_k||^4 and sum_k <x_k x_k', S> = n ||S||_F^2. So S and the
-sum of fourth powers are enough: two passes over the features, and none of them is kept.
+sum of fourth powers are enough. One pass over the features gives both, and none of them is kept:
+with y_k = f_k - c for a point c near the mean of the features f_k, m the mean of the y_k, and
+x_k = y_k - m,
+
+    n S = G - n m m'  with  G = sum_k y_k y_k'
+    sum_k ||x_k||^4 = sum_k ||y_k||^4 + 4 m'G m - 4 m'sum_k ||y_k||^2 y_k + 2 ||m||^2 trace(G)
+                      - 3 n ||m||^4
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +35,7 @@ from models.detector import Detector, FeatureSource, Monitor
 from models.errors import ModelError
 from models.nearest import full_precision
 from models.stages import (
+    add_outer,
     add_second_moment,
     grid_size,
     parts_in_cache,
@@ -71,7 +79,7 @@ class Mahalanobis(Detector):
         generator: torch.Generator,
         monitor: Monitor | None = None,
     ) -> None:
-        """Estimate the Gaussian in float64, reading the bank twice; see `Detector.fit`.
+        """Estimate the Gaussian in float64, reading the bank once; see `Detector.fit`.
 
         The monitor gets the shrinkage used.
 
@@ -79,17 +87,11 @@ class Mahalanobis(Detector):
             ModelError: the covariance is singular.
         """
         del generator  # nothing is random
-        total = torch.zeros_like(self.mean, dtype=torch.float64)
-        count = 0
-        for stages in bank.stage_batches(READ):
-            H, W = grid_size(stages)
-            total += position_sums(stages)
-            count += len(stages[0]) * H * W
-        mean = total / count
-        covariance, fourth_powers = self._second_pass(bank, mean, count)
+        moments = self._moments(bank)
+        mean, covariance, count = moments.mean, moments.covariance, moments.count
         shrinkage = self.shrinkage
         if shrinkage is None:
-            shrinkage = ledoit_wolf_shrinkage(covariance, fourth_powers, count)
+            shrinkage = ledoit_wolf_shrinkage(covariance, moments.fourth_powers, count)
         scale = covariance.trace() / len(mean)
         shrunk = (1 - shrinkage) * covariance
         shrunk.diagonal().add_(shrinkage * scale)
@@ -109,17 +111,31 @@ class Mahalanobis(Detector):
         if monitor is not None:
             monitor(1, {"shrinkage": shrinkage})
 
-    def _second_pass(self, bank: FeatureSource, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return S (C, C) of the centred features and the sum of their ||x||^4."""
-        C = len(mean)
-        sums = torch.zeros(C + 1, C + 1, dtype=torch.float64, device=mean.device)
-        fourth_powers = torch.zeros((), dtype=torch.float64, device=mean.device)
+    def _moments(self, bank: FeatureSource) -> "_Moments":
+        """Sum what the module's docstring names, about the mean of the first images."""
+        C, device = len(self.mean), self.mean.device
+        origin = torch.zeros(C, dtype=torch.float64, device=device)
+        cubes = torch.zeros(1, C, dtype=torch.float64, device=device)
+        sums = torch.zeros(C + 1, C + 1, dtype=torch.float64, device=device)
+        fourth_powers = torch.zeros((), dtype=torch.float64, device=device)
+        count = 0
         for stages in bank.stage_batches(READ):
-            centred = _minus([stage.double() for stage in stages], mean)
-            add_second_moment(sums, centred)
-            fourth_powers += squared_lengths(centred).square().sum()
-        sums = sums[:-1, :-1]  # without the feature that is always 1
-        return (sums.triu() + sums.triu(1).mT) / count, fourth_powers
+            H, W = grid_size(stages)
+            if not count:
+                origin = position_sums(stages) / (len(stages[0]) * H * W)
+            shifted = _minus([stage.double() for stage in stages], origin)
+            squares = squared_lengths(shifted)  # (B, H, W)
+            add_second_moment(sums, shifted)
+            add_outer(cubes, shifted, rearrange(squares, "b h w -> b h w 1"))
+            fourth_powers += squares.square().sum()
+            count += squares.numel()
+        gram = sums[:-1, :-1].triu() + sums[:-1, :-1].triu(1).mT
+        mean = sums[:-1, -1] / count
+        square = mean @ mean
+        fourth_powers += 4 * (mean @ gram @ mean - mean @ cubes[0])
+        fourth_powers += 2 * square * gram.trace() - 3 * count * square.square()
+        covariance = gram / count - torch.outer(mean, mean)
+        return _Moments(origin + mean, covariance, fourth_powers, count)
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """There is one step; see `Detector.stopped_at`."""
@@ -147,6 +163,16 @@ def _minus(stages: Sequence[Tensor], mean: Tensor) -> list[Tensor]:
     return [
         stage - rearrange(part, "c -> c 1 1") for stage, part in zip(stages, parts, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Mean (C,) and covariance S (C, C) of features, and the sum of ||x||^4 about the mean."""
+
+    mean: Tensor
+    covariance: Tensor
+    fourth_powers: Tensor
+    count: int
 
 
 def ledoit_wolf_shrinkage(covariance: Tensor, fourth_powers: Tensor, count: int) -> float:

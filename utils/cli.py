@@ -80,7 +80,8 @@ def machine_fault(error: Exception) -> str | None:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         return (
             f"out of memory ({said}); use less (--extract-batch-size, --method.batch-size, "
-            "--image-size, --cache disk), then the same command continues after what is finished"
+            "--image-size, --cache disk or none), then the same command continues after what is "
+            "finished"
         )
     return None
 

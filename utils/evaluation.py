@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from utils.cli import UsageError
-from utils.feature_bank import FeatureBank
+from utils.features import Features
 from utils.metrics import METRIC_NAMES, Metrics, evaluate, ranking_metrics
 from utils.scoring import image_scores, upsample_and_blur
 
@@ -93,7 +93,7 @@ class TestSet:
 
     def __init__(
         self,
-        bank: FeatureBank,
+        bank: Features,
         labels: Tensor,
         *,
         names: Sequence[Path | str],
@@ -125,8 +125,10 @@ class TestSet:
         Raises:
             FloatingPointError: a score is not finite.
         """
-        images, norms, angles = [], [], []
-        maps = torch.empty(0)
+        images: list[Tensor] = []
+        norms: list[Tensor] = []
+        angles: list[Tensor] = []
+        maps, done = torch.empty(0), 0
         for stages in self.bank.stage_batches(self.batch_size):
             raw, own = detector.score_stages(stages)  # (B, h, w), (B,)
             if geometry and (found := detector.geometry(stages, raw)) is not None:
@@ -137,8 +139,8 @@ class TestSet:
             smooth = self._smooth(raw, detector)  # (B, S, S)
             if not images:
                 maps = smooth.new_empty(len(self.bank), *smooth.shape[1:])  # (N, S, S)
-            done = sum(len(batch) for batch in images)
             maps[done : done + len(smooth)] = smooth
+            done += len(smooth)
             images.append((image_scores(smooth) if own is None else own.float()).cpu())  # (B,)
         scores = Scores(
             torch.cat(images),
@@ -212,7 +214,8 @@ class Outcome:
         scores: of the test images, from the state whose image AUROC counts.
         states: file suffix -> state of the head.
         steps: what each number was taken at, e.g. {"step": 50, "pixel_step": 50}.
-        score_seconds: what scoring the test set took, from stored features to smooth maps.
+        score_seconds: what scoring the test set took, from features to smooth maps; the backbone's
+            time is in it where the features are not stored.
         contour_threshold: where pictures draw the contour of a map: the threshold of the best pixel
             F1, or None where that is undefined. Chosen on the test set, it is for looking only.
     """

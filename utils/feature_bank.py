@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from einops import rearrange
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from utils.cli import UsageError, exits_cleanly
 from utils.feature_store import Entry, EntryWriter, FeatureStore, default_folder
+from utils.features import Extractor, Features, ImageLoader, Rows, rounded_maps
 
 STORES = ("auto", "device", "host", "disk")
 DEVICE_SHARE = 0.4
@@ -30,61 +30,7 @@ HOST_SHARE = 0.4
 """Share of the available main memory that `auto` gives to one bank."""
 
 
-class Extractor(Protocol):
-    """What the bank needs of a backbone."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs, and where the heads will."""
-        ...
-
-    def assemble(self, maps: list[Tensor]) -> Tensor:
-        """Join the stages' maps into features (B, C, H, W), float32."""
-        ...
-
-    def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Run the backbone on uint8 images (B, 3, S, S); one (B, C_l, H_l, W_l) per stage."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return everything the features depend on beside the images, as JSON values."""
-        ...
-
-
-class ImageBatch(Protocol):
-    """A batch of a loader."""
-
-    @property
-    def indices(self) -> list[int]:
-        """Positions in the data set."""
-        ...
-
-    @property
-    def images(self) -> Tensor:
-        """Images (B, 3, S, S), uint8."""
-        ...
-
-
-class ImageLoader(Protocol):
-    """Batches of images in the data set's order; `num_images` counts unreadable ones too."""
-
-    num_images: int
-
-    @property
-    def skipped(self) -> Sequence[tuple[Any, str]]:
-        """Image and error of each unreadable image that the last iteration left out."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return what tells these images from any others, as JSON values."""
-        ...
-
-    def __iter__(self) -> Iterator[ImageBatch]:
-        """Yield the batches."""
-        ...
-
-
-class FeatureBank:
+class FeatureBank(Features):
     """Stored features of N images.
 
     Each stage is kept at its own resolution in half precision and the stages are joined when read.
@@ -93,13 +39,11 @@ class FeatureBank:
 
     Attributes:
         stages: one (N, H_l, W_l, C_l) tensor per stage, channels last.
-        indices: position in the data set of each image of the bank; an unreadable image that was
-            left out is missing here.
-        channels: channels of the joined features.
         extract_seconds: time the extraction took, of the whole bank where this is a subset; of
             opening the files where the features were on disk already.
         pass_seconds: time the extraction took, be it in an earlier run.
-        skipped: unreadable images that were left out, with the reason.
+
+    See `Features` for the others.
     """
 
     def __init__(
@@ -114,13 +58,15 @@ class FeatureBank:
         pass_seconds: float = 0.0,
         skipped: Sequence[str] = (),
     ) -> None:
+        super().__init__(
+            indices,
+            sum(stage.shape[-1] for stage in stages),
+            assemble,
+            extract_seconds=extract_seconds,
+            pass_seconds=pass_seconds,
+            skipped=skipped,
+        )
         self.stages = tuple(stages)
-        self.indices = list(indices)
-        self.channels = sum(s.shape[-1] for s in self.stages)
-        self.extract_seconds = extract_seconds
-        self.pass_seconds = pass_seconds
-        self.skipped = list(skipped)
-        self._assemble = assemble
         self._device = device
         self._rows = torch.arange(len(self.indices)) if rows is None else rows
 
@@ -171,15 +117,12 @@ class FeatureBank:
             skipped=found.skipped,
         )
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     @property
     def nbytes(self) -> int:
         """Memory the stored features take, in bytes."""
         return sum(s.numel() * s.element_size() for s in self.stages)
 
-    def subset(self, rows: Sequence[int] | np.ndarray | Tensor) -> "FeatureBank":
+    def subset(self, rows: Rows) -> "FeatureBank":
         """Return a view of the images at `rows` of this bank; nothing is copied."""
         wanted = torch.as_tensor(rows, dtype=torch.long)
         chosen = self._rows[wanted]
@@ -195,44 +138,17 @@ class FeatureBank:
             skipped=self.skipped,
         )
 
-    @staticmethod
-    def join(first: "FeatureBank", second: "FeatureBank") -> "FeatureBank":
+    def join(self, other: "FeatureBank") -> "FeatureBank":
         """Return a bank of the images of both, copied; `indices` counts them anew."""
         stages = [
-            torch.cat([a[first._rows.to(a.device)], b[second._rows.to(b.device)].to(a.device)])
-            for a, b in zip(first.stages, second.stages, strict=True)
+            torch.cat([a[self._rows.to(a.device)], b[other._rows.to(b.device)].to(a.device)])
+            for a, b in zip(self.stages, other.stages, strict=True)
         ]
-        count = len(first) + len(second)
-        return FeatureBank(stages, range(count), assemble=first._assemble, device=first._device)
+        count = len(self) + len(other)
+        return FeatureBank(stages, range(count), assemble=self._assemble, device=self._device)
 
-    def batches(
-        self, batch_size: int, *, generator: torch.Generator | None = None
-    ) -> Iterator[Tensor]:
-        """Yield features (B, C, H, W), float32, on the device of the heads.
-
-        Args:
-            batch_size: images per batch; the last one may be smaller.
-            generator: a CPU generator; when given the images are shuffled, else they come in order.
-        """
-        for stages in self._stored(batch_size, generator):
-            yield self._assemble(stages)
-
-    def stage_batches(
-        self, batch_size: int, *, generator: torch.Generator | None = None
-    ) -> Iterator[list[Tensor]]:
-        """Yield the same images as `batches` before their stages are joined.
-
-        Returns:
-            One (B, C_l, H_l, W_l) map per stage, float32 (images stay uint8).
-        """
-        for stages in self._stored(batch_size, generator):
-            yield [stage.float() if stage.is_floating_point() else stage for stage in stages]
-
-    def _stored(self, batch_size: int, generator: torch.Generator | None) -> Iterator[list[Tensor]]:
-        rows = self._rows
-        if generator is not None:
-            rows = rows[torch.randperm(len(rows), generator=generator)]
-        for chunk in rows.split(batch_size):
+    def _maps(self, batch_size: int, order: Tensor) -> Iterator[list[Tensor]]:
+        for chunk in self._rows[order].split(batch_size):
             yield [self._read(stage, chunk) for stage in self.stages]
 
     def _read(self, stage: Tensor, rows: Tensor) -> Tensor:
@@ -272,11 +188,7 @@ def _extract(
             tqdm(total=loader.num_images, desc=description, leave=False, disable=None)
         )
         for batch in loader:
-            maps = [
-                rearrange(m, "b c h w -> b h w c").to(dtype if m.is_floating_point() else m.dtype)
-                for m in extractor.stage_maps(batch.images)
-            ]
-            _check_finite(maps, description)
+            maps = rounded_maps(extractor, batch.images, dtype, description)
             if not indices:
                 needed = sum(m[0].numel() * m.element_size() for m in maps) * loader.num_images
                 place = _place(needed, extractor.device, store, disk is not None)
@@ -317,15 +229,6 @@ def _place(needed: int, device: torch.device, store: str, has_disk: bool) -> tor
     if has_disk and needed > HOST_SHARE * psutil.virtual_memory().available:
         return None
     return host
-
-
-def _check_finite(maps: Sequence[Tensor], description: str) -> None:
-    for stage_map in maps:
-        if not torch.isfinite(stage_map).all():
-            raise FloatingPointError(
-                f"{description}: a feature is not finite in {stage_map.dtype}; weights or "
-                "precision (--precision) do not suit this backbone"
-            )
 
 
 @exits_cleanly()

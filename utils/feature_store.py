@@ -259,7 +259,7 @@ def _is_being_written(path: Path) -> bool:
 
 _SPACE_HINT = (
     "free some (`python -m utils.feature_bank --clear` deletes stored features), name another "
-    "disk with NOCO_CACHE, or use --cache host"
+    "disk with NOCO_CACHE, or use --cache host or none"
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from utils.evaluation import TestSet
-from utils.feature_bank import FeatureBank
+from utils.features import Features
 from utils.run_files import atomic_path, write_text
 
 COLUMNS = ("num_images", "image_auroc", "image_ap", "pixel_auroc", "aupro")
@@ -22,7 +22,7 @@ def checkpoints(num_images: int) -> list[int]:
 
 
 def online_curve(
-    detector: Any, train: FeatureBank, test: TestSet, *, generator: torch.Generator
+    detector: Any, train: Features, test: TestSet, *, generator: torch.Generator
 ) -> list[dict[str, float]]:
     """Feed normal images in random order and evaluate after 1, 2, 5, 10, ... of them.
 

@@ -17,7 +17,7 @@ from utils.calibration import (
 )
 from utils.cli import UsageError
 from utils.evaluation import Head, Monitor, Outcome, State, TestSet
-from utils.feature_bank import FeatureBank
+from utils.features import Features
 from utils.metrics import METRIC_NAMES
 from utils.online import online_curve, save_online_curve
 from utils.runs import Run, file_stem
@@ -34,7 +34,7 @@ def fit_and_record(
     category: str,
     seed: int,
     build: Callable[[dict[str, Any]], Any],
-    train: FeatureBank,
+    train: Features,
     test: TestSet,
     *,
     select: str,

@@ -10,7 +10,7 @@ import torch
 
 from utils.cli import UsageError
 from utils.evaluation import Scores, TestSet
-from utils.feature_bank import FeatureBank
+from utils.features import Features
 from utils.seeding import seed_everything
 
 HELD_OUT_SHARE = 0.2
@@ -27,7 +27,7 @@ class Validation:
         test: held-out normals (label 0) and synthetic anomalies made from them (label 1).
     """
 
-    kept: FeatureBank
+    kept: Features
     test: TestSet
 
 
@@ -62,10 +62,10 @@ def num_copies(num_held: int) -> int:
 
 
 def validation_set(
-    normals: FeatureBank,
+    normals: Features,
     kept: torch.Tensor,
     held: torch.Tensor,
-    anomalies: FeatureBank,
+    anomalies: Features,
     masks: torch.Tensor | None = None,
     map_size: int | None = None,
     blur_sigma: float = 0.0,
@@ -89,7 +89,7 @@ def validation_set(
     ]
     labels = torch.tensor([0] * len(held_bank) + [1] * len(anomalies))
     kinds = ["good"] * len(held_bank) + ["synthetic"] * len(anomalies)
-    joined = FeatureBank.join(held_bank, anomalies)
+    joined = held_bank.join(anomalies)
     if masks is not None:
         clean = torch.zeros(len(held_bank), *masks.shape[1:], dtype=torch.bool)
         masks = torch.cat([clean, masks])  # (N, S, S)

@@ -11,6 +11,7 @@ from configs import semantic, structured
 from configs.cache import cache_folder
 from configs.experiment import HOW_NOT_WHAT, Experiment, from_json
 from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, NocoConfig, method_config
+from configs.prediction import EvaluateOptions
 from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
 from configs.structured import StructuredExperiment, structured_experiment
 from datasets.labelled import LABELLED_SETS
@@ -20,7 +21,7 @@ from datasets.transforms import Resize
 from datasets.visa import VisaSplit
 from models.extractor import describe_stages
 from models.noco import LOSSES, OBJECTIVES
-from utils.feature_bank import STORES
+from utils.extraction import CACHES
 from utils.run_files import SELECTS
 
 # Of NoCo's released scripts, structured: WideResNet50 stages 1 to 3, 256 then crop 224, batch,
@@ -146,7 +147,8 @@ def test_configs_and_the_code_they_configure_know_the_same_words():
     assert get_args(structured_types["resize"]) == get_args(Resize)
     assert get_args(structured_types["visa_split"]) == get_args(VisaSplit)
     assert get_args(get_type_hints(SemanticExperiment)["protocol"]) == get_args(OneClassProtocol)
-    assert set(get_args(structured_types["cache"])) <= set(STORES)
+    assert get_args(structured_types["cache"]) == CACHES
+    assert get_args(get_type_hints(EvaluateOptions)["cache"]) == CACHES
     assert set(get_args(structured_types["select"])) <= set(SELECTS)
     noco_types = get_type_hints(NocoConfig)
     assert get_args(noco_types["objective"]) == OBJECTIVES

@@ -103,6 +103,32 @@ def test_unreadable_images_are_left_out_and_listed(samples, workers, for_gpu):
     assert batches.skipped == []
 
 
+@WAYS
+def test_some_images_in_any_order(samples, workers, for_gpu):
+    truncate(samples[1].path)
+    whole = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
+    assert whole.indices == [0, 1, 2, 3, 4, 5, 6]
+    some = whole.at([5, 1, 0, 2, 5, 6])
+    assert (some.indices, some.num_images, len(some)) == ([5, 1, 0, 2, 5, 6], 6, 2)
+    found = list(some)
+    assert [batch.indices for batch in found] == [[5, 0], [2, 5, 6]]
+    assert [path for path, _ in some.skipped] == [samples[1].path]
+    images = dict(zip([0, 2, 3, 4, 5, 6], torch.cat([b.images for b in whole]), strict=True))
+    for batch in found:
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            assert torch.equal(image, images[index])
+    again = some.at([3, 0])
+    assert again.indices == [2, 5]
+    assert [batch.indices for batch in again] == [[2, 5]]
+    assert list(whole.at([])) == []
+    prints = [json.dumps(part.fingerprint()) for part in (whole, some, again)]
+    assert len(set(prints)) == 3
+    strict = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu).at([1])
+    assert whole.skips_unreadable > strict.skips_unreadable
+    with pytest.raises(DataError, match=r"cannot read the image .*1\.png.*--skip-unreadable"):
+        list(strict)
+
+
 def test_empty_data_set_gives_no_batches():
     batches = loader(ImageDataset([], TRANSFORM), workers=2)
     assert len(batches) == 0

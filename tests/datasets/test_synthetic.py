@@ -125,6 +125,10 @@ def test_some_images_keep_their_positions_and_their_drawing(workers):
     assert [batch.indices for batch in batches] == [[1], [3]]
     for batch, position in zip(batches, (1, 3), strict=True):
         assert torch.equal(batch.images[0], whole[position][1])
+    loader = BatchLoader(some, batch_size=1, workers=workers, skip_unreadable=False)
+    assert loader.indices == [1, 3]
+    (batch,) = loader.at([1])
+    assert batch.indices == [3]
     assert some.source(3) == whole.source(3)
     prints = {d.fingerprint() for d in (whole, some, ImagesAt(whole, [1, 2]))}
     assert len(prints) == 3

@@ -56,6 +56,13 @@ def test_a_line_is_the_mean_over_categories_of_each_seed(tmp_path):
     assert (line.num_seeds, line.label, line.select) == (2, "noco", "last")
 
 
+def test_a_rate_counts_the_backbone_in_either_of_its_columns(tmp_path):
+    streamed = {"pass_test_seconds": 0.0, "score_seconds": 2.0}  # of features that are not stored
+    folder = make_run(tmp_path / "a", "noco", [[0.8, 0.9]], **streamed)
+    (line,) = lines_of(folder)
+    assert line.images_per_second == 50.0
+
+
 def test_table_has_the_best_first_and_a_dash_where_nothing_is_defined(tmp_path):
     runs = [
         make_run(tmp_path / "a", "noco", [[0.8, 0.9]]),

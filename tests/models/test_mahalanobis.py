@@ -54,6 +54,29 @@ def test_equals_scikit_learns_ledoit_wolf(count, scale, offset):
     np.testing.assert_allclose(detector(probes).flatten(), np.sqrt(squares), rtol=1e-8)
 
 
+def test_first_images_that_lie_apart_cost_no_digits():
+    """Sums are about the mean of the first images, wherever the others are."""
+    features = correlated(400, channels=20)
+    features[:4] += 1e3
+    detector, shrinkage = fitted(features)
+    expected = LedoitWolf().fit(as_positions(features).numpy())
+    assert shrinkage == pytest.approx(expected.shrinkage_, rel=1e-8)
+    squares = expected.mahalanobis(as_positions(features).numpy())
+    np.testing.assert_allclose(detector(features).flatten(), np.sqrt(squares), rtol=1e-8)
+
+
+def test_bank_is_read_once():
+    readings = []
+
+    class Counted(Bank):
+        def batches(self, *arguments, **options):
+            readings.append(arguments)
+            return super().batches(*arguments, **options)
+
+    Mahalanobis(7).fit(Counted(correlated().float()), generator=seeded())
+    assert len(readings) == 1
+
+
 def test_float32_scores_keep_five_digits():
     features = correlated(channels=20, offset=10.0)
     detector, _ = fitted(features.float())

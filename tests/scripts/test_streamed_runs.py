@@ -1,0 +1,208 @@
+"""`--cache none` through the scripts: the numbers of `--cache host`, and how often it reads."""
+
+import csv
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import evaluate
+import train_mnist
+import train_mvtec
+from datasets.loading import ArrayDataset, ImageDataset
+from models.extractor import FrozenExtractor
+from tests.datasets.trees import draw_mvtec_category
+from utils.run_files import read_rows
+from utils.runs import Run
+
+IMAGES = (
+    *("--backbone", "tf_efficientnet_lite0", "--image-size", "64", "--crop-size", "none"),
+    *("--workers", "0", "--overlays", "0", "--extract-batch-size", "4"),
+)
+DIGITS = ("digits", "noco_cf", "--categories", "0", "7", "--overlays", "0", "--workers", "0")
+NUM_TRAIN, NUM_TEST = 20, 18  # two kinds of 6 defects
+CALIBRATED = ("--calibration-share", "0.3", "--false-alarm-rate", "0.3")
+ONE_TIME = ("--method.time", "300", "--select", "last")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    draw_mvtec_category(root, "cloth", num_train=NUM_TRAIN, num_good=6, num_defective=6)
+    return root
+
+
+def train(root, output, cache, method, *options):
+    arguments = ["folder", method, "--data-root", str(root), "--output", str(output / cache)]
+    return train_mvtec.main([*arguments, *IMAGES, "--cache", cache, *options])
+
+
+def numbers_of(folder):
+    """Rows without times, scores and heads of a run."""
+    run = Run.read(folder)
+    rows = [
+        {k: v for k, v in row.items() if not k.endswith("_seconds") and v == v}
+        for row in run.rows()
+    ]
+    pairs = [(row["category"], row["seed"]) for row in rows]
+    scores = [run.load_scores(*pair)["score"] for pair in pairs]
+    return rows, scores, [run.load_head(*pair)[0] for pair in pairs]
+
+
+def assert_equal_runs(found, expected, tolerance=0.0):
+    (rows, scores, heads), (*others,) = numbers_of(found), numbers_of(expected)
+    assert [set(row) for row in rows] == [set(row) for row in others[0]]
+    for ours, theirs in zip(rows, others[0], strict=True):
+        for name, value in ours.items():
+            exact = not isinstance(value, float)
+            assert value == (theirs[name] if exact else pytest.approx(theirs[name], abs=tolerance))
+    for ours, theirs in zip(scores, others[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=0)
+    for ours, theirs in zip(heads, others[2], strict=True):
+        assert set(ours) == set(theirs)
+        for name, tensor in ours.items():
+            expected = theirs[name]
+            if tolerance and name.endswith("filters"):
+                # Their rows are eigenvectors, which have no sign; scores are lengths of products.
+                tensor, expected = (rows.mT @ rows for rows in (tensor, expected))
+            np.testing.assert_allclose(tensor, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How often each file was decoded, and how many images the backbone got."""
+    counts, item, stage_maps = Counter(), ImageDataset.__getitem__, FrozenExtractor.stage_maps
+
+    def counted(self, index):
+        counts[self.samples[index].path] += 1
+        return item(self, index)
+
+    def seen(self, images):
+        counts["backbone"] += len(images)
+        return stage_maps(self, images)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", counted)
+    monkeypatch.setattr(FrozenExtractor, "stage_maps", seen)
+    return counts
+
+
+def times_read(read, split):
+    files = [path for path in read if path != "backbone" and split in path.parts]
+    assert len(files) == {"train": NUM_TRAIN, "test": NUM_TEST}[split]
+    return {read[path] for path in files}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "train_times"),
+    [
+        ("noco_cf", ("--method.prototypes", "1", *ONE_TIME), 1),
+        ("noco_cf", ("--method.prototypes", "2", *ONE_TIME), 2),  # first for k-means
+        ("mahalanobis", (), 1),
+        ("patchcore", ("--method.coreset-ratio", "0.5"), None),
+    ],
+)
+def test_readings_in_order_give_the_bits_of_a_bank(
+    root, tmp_path, read, method, options, train_times
+):
+    streamed = train(root, tmp_path, "none", method, *options)
+    if train_times is not None:
+        assert times_read(read, "train") == {train_times}
+        assert read["backbone"] == train_times * NUM_TRAIN + NUM_TEST
+    assert times_read(read, "test") == {1}
+    assert_equal_runs(streamed, train(root, tmp_path, "host", method, *options))
+    (row,) = read_rows(streamed / "results.csv")
+    assert row["pass_test_seconds"] == 0
+    assert row["extract_seconds"] < 0.1 < row["fit_seconds"] + row["score_seconds"]
+    assert row["image_auroc"] > 0.9
+
+
+# Equal to the bit where measured; but no promise of the backbone's libraries.
+@pytest.mark.parametrize(
+    ("method", "options", "tolerance"),
+    [
+        ("noco", ("--method.epochs", "2", "--method.batch-size", "3", "--select", "last"), 1e-6),
+        ("noco", ("--method.epochs", "2", "--select", "best_test", "--monitor-test"), 1e-6),
+        ("stpm", ("--method.epochs", "2", "--method.batch-size", "4"), 0.0),
+        ("noco_cf", ("--method.time", "10", "100", "--select", "synthetic"), 1e-6),
+        ("noco_cf", ("--method.prototypes", "1", *ONE_TIME, *CALIBRATED), 1e-6),
+    ],
+)
+def test_other_readings_give_the_numbers_of_a_bank(root, tmp_path, method, options, tolerance):
+    streamed, stored = (train(root, tmp_path, c, method, *options) for c in ("none", "host"))
+    assert_equal_runs(streamed, stored, tolerance)
+
+
+def test_an_online_curve_is_that_of_a_bank(root, tmp_path):
+    options = ("--method.prototypes", "1", *ONE_TIME, "--online")
+    curves = []
+    for cache in ("none", "host"):
+        (path,) = (train(root, tmp_path, cache, "noco_cf", *options) / "online").glob("*.csv")
+        with path.open(newline="") as file:
+            curves.append(list(csv.DictReader(file)))
+    assert [line["num_images"] for line in curves[0]] == ["1", "2", "5", "10", "20"]
+    for ours, theirs in zip(*curves, strict=True):
+        for name, value in ours.items():
+            assert float(value) == pytest.approx(float(theirs[name]), abs=1e-4)
+
+
+def test_unreadable_images(root, tmp_path, capsys, read):
+    damaged = tmp_path / "data"
+    draw_mvtec_category(damaged, "cloth", num_train=NUM_TRAIN, num_good=6, num_defective=6)
+    lost = [sorted((damaged / "cloth" / part).rglob("*.png"))[1] for part in ("train", "test")]
+    for path in lost:
+        path.write_bytes(path.read_bytes()[:200])
+    options = ("--method.prototypes", "1", *ONE_TIME)
+    messages = []
+    for cache in ("none", "host"):
+        with pytest.raises(SystemExit) as stop:
+            train(damaged, tmp_path, cache, "noco_cf", *options)
+        assert stop.value.code == 2
+        messages.append(capsys.readouterr().err.strip().splitlines()[-1])
+    assert messages[0] == messages[1]
+    assert str(lost[0]) in messages[0]
+    read.clear()
+    streamed = train(damaged, tmp_path, "none", "noco_cf", *options, "--skip-unreadable")
+    # The first reading only looks which images there are.
+    files = [path for path in read if path != "backbone"]
+    assert {path: read[path] for path in files} == {p: 1 if p in lost else 2 for p in files}
+    assert len(files) == NUM_TRAIN + NUM_TEST
+    assert read["backbone"] == 5 * 4 + 5 * 4, "19 and 17 images in batches of four"
+    (row,) = read_rows(streamed / "results.csv")
+    assert (row["num_train"], row["num_test"], row["skipped"]) == (NUM_TRAIN - 1, NUM_TEST - 1, 2)
+    stored = train(damaged, tmp_path, "host", "noco_cf", *options, "--skip-unreadable")
+    assert_equal_runs(streamed, stored, 1e-4)
+
+
+def test_saved_heads_give_the_same_table_again(root, tmp_path, capsys):
+    options = ("--method.prototypes", "1", *ONE_TIME)
+    folder = train(root, tmp_path, "none", "noco_cf", *options)
+    assert evaluate.main([str(folder), "--cache", "none", "--workers", "0"]) == 0
+    assert evaluate.main([str(folder), "--cache", "host", "--workers", "0"]) == 0
+    assert capsys.readouterr().out.count("seed 0  last:  equal") == 2
+
+
+def test_tasks_of_a_data_set_read_their_own_images(tmp_path, monkeypatch):
+    sizes, item = Counter(), ArrayDataset.__getitem__
+
+    def counted(self, index):
+        sizes[len(self), index] += 1
+        return item(self, index)
+
+    monkeypatch.setattr(ArrayDataset, "__getitem__", counted)
+    runs = {}
+    for cache in ("none", "host"):
+        sizes.clear()
+        output = ["--output", str(tmp_path / cache), "--method.prototypes", "1"]
+        runs[cache] = train_mnist.main([*DIGITS, *output, "--cache", cache])
+        num_train, num_test = sorted({length for length, _ in sizes}, reverse=True)
+        times = {
+            length: Counter(count for (of, _), count in sizes.items() if of == length)
+            for length in (num_train, num_test)
+        }
+        rows = read_rows(runs[cache] / "results.csv")
+        if cache == "none":
+            assert times[num_train] == {1: sum(row["num_train"] for row in rows)}
+            assert times[num_test] == {2: num_test}
+        else:
+            assert times == {num_train: {1: num_train}, num_test: {1: num_test}}
+    assert_equal_runs(runs["none"], runs["host"], 1e-6)

@@ -1,0 +1,193 @@
+"""What features of a set of images are to the code that reads them, wherever they are kept."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+Rows = Sequence[int] | np.ndarray | Tensor
+SomeFeatures = TypeVar("SomeFeatures", bound="Features")
+
+
+class Extractor(Protocol):
+    """What features need of a backbone."""
+
+    stage_channels: tuple[int, ...]
+    """Channels of each stage's map."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs, and where the heads will."""
+        ...
+
+    def assemble(self, maps: list[Tensor]) -> Tensor:
+        """Join the stages' maps into features (B, C, H, W), float32."""
+        ...
+
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """Run the backbone on uint8 images (B, 3, S, S); one (B, C_l, H_l, W_l) per stage."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything the features depend on beside the images, as JSON values."""
+        ...
+
+
+class ImageBatch(Protocol):
+    """A batch of a loader."""
+
+    @property
+    def indices(self) -> list[int]:
+        """Positions in the data set."""
+        ...
+
+    @property
+    def images(self) -> Tensor:
+        """Images (B, 3, S, S), uint8."""
+        ...
+
+
+class ImageLoader(Protocol):
+    """Batches of images in a fixed order; `num_images` counts unreadable ones too."""
+
+    num_images: int
+    batch_size: int
+
+    @property
+    def indices(self) -> list[int]:
+        """Positions in the data set of all images, unreadable ones too, in the order of reading."""
+        ...
+
+    @property
+    def skipped(self) -> Sequence[tuple[Any, str]]:
+        """Image and error of each unreadable image that the last iteration left out."""
+        ...
+
+    @property
+    def skips_unreadable(self) -> bool:
+        """Whether an unreadable image is left out; else it ends the iteration with an error."""
+        ...
+
+    def at(self, rows: Sequence[int]) -> "ImageLoader":
+        """Return a loader of the images at `rows` of `indices`, in that order."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells these images from any others, as JSON values."""
+        ...
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        """Yield the batches."""
+        ...
+
+
+class Features(ABC):
+    """Features of N images, in batches for small heads.
+
+    Attributes:
+        indices: position in the data set of each image; an unreadable image that was left out is
+            missing here.
+        channels: channels of the joined features.
+        extract_seconds: time until the features could be read, of the whole where this is a subset.
+        pass_seconds: time the backbone took for what is stored, be it in an earlier run.
+        skipped: unreadable images that were left out, with the reason.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        channels: int,
+        assemble: Callable[[list[Tensor]], Tensor],
+        *,
+        extract_seconds: float,
+        pass_seconds: float,
+        skipped: Sequence[str],
+    ) -> None:
+        self.indices = list(indices)
+        self.channels = channels
+        self.extract_seconds = extract_seconds
+        self.pass_seconds = pass_seconds
+        self.skipped = list(skipped)
+        self._assemble = assemble
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory the features take between two readings, in bytes."""
+
+    @abstractmethod
+    def subset(self: SomeFeatures, rows: Rows) -> SomeFeatures:
+        """Return a view of the images at `rows` of these; nothing is copied."""
+
+    @abstractmethod
+    def join(self: SomeFeatures, other: SomeFeatures) -> SomeFeatures:
+        """Return the images of both, first these; `indices` counts them anew."""
+
+    @abstractmethod
+    def _maps(self, batch_size: int, order: Tensor) -> Iterator[list[Tensor]]:
+        """Yield the stages (B, C_l, H_l, W_l) of the images at `order`, as they are stored."""
+
+    def batches(
+        self, batch_size: int, *, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        """Yield features (B, C, H, W), float32, on the device of the heads.
+
+        Args:
+            batch_size: images per batch; the last one may be smaller.
+            generator: a CPU generator; when given the images are shuffled, else they come in order.
+        """
+        for stages in self._maps(batch_size, self._order(generator)):
+            yield self._assemble(stages)
+
+    def stage_batches(
+        self, batch_size: int, *, generator: torch.Generator | None = None
+    ) -> Iterator[list[Tensor]]:
+        """Yield the same images as `batches` before their stages are joined.
+
+        Returns:
+            One (B, C_l, H_l, W_l) map per stage, float32 (images stay uint8).
+        """
+        for stages in self._maps(batch_size, self._order(generator)):
+            yield [stage.float() if stage.is_floating_point() else stage for stage in stages]
+
+    def _order(self, generator: torch.Generator | None) -> Tensor:
+        if generator is None:
+            return torch.arange(len(self))
+        return torch.randperm(len(self), generator=generator)
+
+
+def rounded_maps(
+    extractor: Extractor, images: Tensor, dtype: torch.dtype, description: str
+) -> list[Tensor]:
+    """Run the backbone and round its maps as banks store them.
+
+    Args:
+        extractor: the backbone.
+        images: (B, 3, S, S), uint8.
+        dtype: of the result; images in place of features stay uint8.
+        description: what a message calls the images.
+
+    Returns:
+        One (B, H_l, W_l, C_l) tensor per stage.
+
+    Raises:
+        FloatingPointError: a feature is beyond the range of `dtype`.
+    """
+    maps = [
+        rearrange(m, "b c h w -> b h w c").to(dtype if m.is_floating_point() else m.dtype)
+        for m in extractor.stage_maps(images)
+    ]
+    for stage_map in maps:
+        if not torch.isfinite(stage_map).all():
+            raise FloatingPointError(
+                f"{description}: a feature is not finite in {stage_map.dtype}; weights or "
+                "precision (--precision) do not suit this backbone"
+            )
+    return maps
