@@ -7,7 +7,8 @@ The bare passes decode every training and test image and run the backbone as tim
 them, with the same loader, and keep nothing. Beside them in one run: `noco_cf` with an empty disk
 cache and again with the one it left: choosing its time on pasted defects (its preset), at a fixed
 time, and with one centre instead of 32. All are timed after the imports, which each process pays
-once.
+once. A second table has the scoring of the test set and its metrics over the pass of the backbone
+over it, with decoding.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sklearn.cluster  # noqa: F401  closed_form imports it when it needs it: not to be timed
@@ -31,6 +32,8 @@ from datasets.structured import list_categories, read_category
 from datasets.transforms import PairTransform
 from models.extractor import FrozenExtractor
 from utils.allocator import keep_freed_memory
+from utils.evaluation import Scores, TestSet
+from utils.metrics import Metrics
 from utils.run_files import read_rows
 
 BACKBONE = "tf_efficientnet_lite0"
@@ -44,6 +47,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "fixed time, one centre": (*FIXED_TIME, "--method.prototypes", "1"),
 }
 """What is run, and its options beside the preset: 32 centres, the time chosen."""
+SHARE = ", share"
 
 
 def main() -> None:
@@ -64,11 +68,15 @@ def main() -> None:
     print(f"{dataset}, {torch.get_num_threads()} threads, median of {arguments.repeats} rounds\n")
     print("| timed after the imports | time / bare passes |\n| --- | ---: |")
     for what, seconds in middle.items():
-        print(f"| {what} | {seconds / bare:.2f} |")
+        if not what.endswith(SHARE):
+            print(f"| {what} | {seconds / bare:.2f} |")
+    print("\n| test set | scoring and metrics / its pass |\n| --- | ---: |")
+    for what in RUNS:
+        print(f"| {what} | {middle[what + SHARE]:.2f} |")
 
 
 def measure(dataset: str, root: Path, words: list[str], scratch: Path) -> dict[str, float]:
-    """Return the seconds of each thing that is compared, measured once."""
+    """Return the seconds of each thing that is compared, and the shares, measured once."""
     seconds = {"bare passes": clocked(lambda: bare_passes(dataset, root))}
     for what, options in RUNS.items():
         with tempfile.TemporaryDirectory(dir=scratch) as cache:
@@ -79,11 +87,34 @@ def measure(dataset: str, root: Path, words: list[str], scratch: Path) -> dict[s
                 def run(options: tuple[str, ...] = options, rows: list[dict] = rows) -> None:
                     rows += whole_run([*words, *options], scratch / "results")
 
-                total = clocked(run)
+                with clocked_metrics() as metrics:
+                    total = clocked(run)
                 seconds[f"{what}, {state} cache: whole run"] = total
                 fit_and_score = sum(row["fit_seconds"] + row["score_seconds"] for row in rows)
                 seconds[f"{what}, {state} cache: its fit and scoring alone"] = fit_and_score
+                scored = sum(row["score_seconds"] for row in rows) + sum(metrics)
+                # Of the warm run, whose first allocations are behind it.
+                seconds[what + SHARE] = scored / sum(row["pass_test_seconds"] for row in rows)
     return seconds
+
+
+@contextlib.contextmanager
+def clocked_metrics() -> Iterator[list[float]]:
+    """Give the seconds of each computation of all metrics within the block."""
+    seconds: list[float] = []
+    compute = TestSet.metrics
+
+    def timed(self: TestSet, scores: Scores) -> Metrics:
+        start = time.perf_counter()
+        metrics = compute(self, scores)
+        seconds.append(time.perf_counter() - start)
+        return metrics
+
+    TestSet.metrics = timed  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        TestSet.metrics = compute  # type: ignore[method-assign]
 
 
 def clocked(run: Callable[[], None]) -> float:
