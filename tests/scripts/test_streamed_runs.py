@@ -112,7 +112,8 @@ def test_readings_in_order_give_the_bits_of_a_bank(
     assert_equal_runs(streamed, train(root, tmp_path, "host", method, *options))
     (row,) = read_rows(streamed / "results.csv")
     assert row["pass_test_seconds"] == 0
-    assert row["extract_seconds"] < 0.1 < row["fit_seconds"] + row["score_seconds"]
+    # The backbone's time is where the features are read.
+    assert row["extract_seconds"] < row["fit_seconds"] + row["score_seconds"]
     assert row["image_auroc"] > 0.9
 
 
