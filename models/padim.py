@@ -90,7 +90,7 @@ class Padim(Detector):
         self.whitening = self.whitening.new_zeros(P, D, D)  # the sums, then each factor's inverse
         with full_precision(self.mean.device):
             for features in bank.batches(READ):
-                centred = self._positions(features) - self.mean.unsqueeze(1)  # (H*W, B, D)
+                centred = self._positions(features).sub_(self.mean.unsqueeze(1))  # (H*W, B, D)
                 self.whitening.baddbmm_(centred.mT, centred)
         for chunk in self.whitening.split(max(1, CHUNK // D**2)):
             self._invert(chunk, len(bank))
@@ -123,7 +123,7 @@ class Padim(Detector):
                 f"{H} x {W}: fit and score at the same image size"
             )
         with full_precision(features.device):
-            centred = self._positions(features) - self.mean.unsqueeze(1)  # (H*W, B, D)
+            centred = self._positions(features).sub_(self.mean.unsqueeze(1))  # (H*W, B, D)
             whitened = centred @ self.whitening.mT  # (H*W, B, D)
         distances = torch.linalg.vector_norm(whitened, dim=2)  # (H*W, B)
         return rearrange(distances, "(h w) b -> b h w", h=H, w=W)
