@@ -44,7 +44,7 @@ class Experiment:
     feature_location: Literal["bottleneck", "expansion"] = "bottleneck"
     """Maps after or before the projections of an EfficientNet's blocks."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast of the backbone; heads stay in fp32. bf16 moves AUROC by tenths, fp16 less."""
+    """Autocast of the backbone; heads stay in fp32. bf16 moves AUROC by 0.1 or 0.2, fp16 less."""
 
     compile: bool = False
     """Compile the backbone (torch.compile): pays on many images; on a CPU it needs g++ or clang."""
