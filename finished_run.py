@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from configs import semantic, structured
@@ -17,6 +16,7 @@ from models.detector import Detector
 from utils.cli import pick_device
 from utils.evaluation import Scores, TestSet
 from utils.feature_bank import FeatureBank
+from utils.features import rounded_maps
 from utils.finished import chosen_options, finished_pairs
 from utils.runs import Run, RunError
 
@@ -89,14 +89,9 @@ class FinishedRun:
         """Score uint8 images (B, 3, S, S) as in training: from features rounded as banks hold them.
 
         Raises:
-            FloatingPointError: a score is not finite.
+            FloatingPointError: a feature or a score is not finite.
         """
-        stages = [
-            rearrange(m, "b c h w -> b h w c").to(
-                torch.float16 if m.is_floating_point() else m.dtype
-            )
-            for m in self.extractor.stage_maps(images)
-        ]
+        stages = rounded_maps(self.extractor, images, torch.float16, "images")
         count = range(len(images))
         bank = FeatureBank(
             [stage.contiguous() for stage in stages],

@@ -48,6 +48,7 @@ from models.stages import (
     features_at,
     grid_size,
     join_stages,
+    mirrored,
     parts_in_cache,
     project,
 )
@@ -218,8 +219,7 @@ class ClosedFormNoco(Detector):
         if self._counts.sum() == 0:
             raise ModelError("no normal feature was seen; fit first")
         counts = self._counts.clamp_min(1)
-        sums = self._sums.triu() + self._sums.triu(1).mT
-        moments = sums / rearrange(counts, "k -> k 1 1")  # (K, D+1, D+1)
+        moments = mirrored(self._sums) / rearrange(counts, "k -> k 1 1")  # (K, D+1, D+1)
         traces = moments.diagonal(dim1=1, dim2=2).sum(dim=1)  # (K,)
         # One time scale for all centres, so that their scores compare.
         trace = (traces * counts).sum() / counts.sum()

@@ -38,6 +38,7 @@ from models.stages import (
     add_outer,
     add_second_moment,
     grid_size,
+    mirrored,
     parts_in_cache,
     position_sums,
     project,
@@ -129,7 +130,7 @@ class Mahalanobis(Detector):
             add_outer(cubes, shifted, rearrange(squares, "b h w -> b h w 1"))
             fourth_powers += squares.square().sum()
             count += squares.numel()
-        gram = sums[:-1, :-1].triu() + sums[:-1, :-1].triu(1).mT
+        gram = mirrored(sums[:-1, :-1])
         mean = sums[:-1, -1] / count
         square = mean @ mean
         fourth_powers += 4 * (mean @ gram @ mean - mean @ cubes[0])

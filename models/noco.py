@@ -149,16 +149,18 @@ class Noco(Detector):
 
     def loss(self, stages: Sequence[Tensor]) -> Tensor:
         """Return the training loss, a scalar, of normal features: stages (B, C_l, H_l, W_l)."""
-        offset, squared = self.projector.bias - self.objective, self.loss_kind == "squared"
-        excess = _MeanExcess.apply(self.projector.weight, offset, self.radius**2, squared, *stages)
+        squared = self.loss_kind == "squared"
+        excess = _MeanExcess.apply(
+            self.projector.weight, self._offset, self.radius**2, squared, *stages
+        )
         return excess / self.nu + self.radius_weight * self.radius
 
     def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return what `score` returns, projecting each stage at its own size."""
-        offset, squared = self.projector.bias - self.objective, self.loss_kind == "squared"
+        squared = self.loss_kind == "squared"
         maps = [
-            _lengths(project(part, self.projector.weight, offset), squared=squared)
-            for part in parts_in_cache(stages, len(offset))
+            _lengths(project(part, self.projector.weight, self._offset), squared=squared)
+            for part in parts_in_cache(stages, len(self.objective))
         ]
         return torch.cat(maps), None
 
@@ -166,10 +168,14 @@ class Noco(Detector):
         """Return the distance (or squared distance) of Z to G at each position, (B, H, W)."""
         B, _, H, W = features.shape
         positions = rearrange(features, "b c h w -> (b h w) c")
-        # G is folded into the bias: Z - G costs no pass of its own.
-        offset = F.linear(positions, self.projector.weight, self.projector.bias - self.objective)
-        distance = _lengths(offset, squared=self.loss_kind == "squared")  # (B*H*W,)
+        residual = F.linear(positions, self.projector.weight, self._offset)  # (B*H*W, D)
+        distance = _lengths(residual, squared=self.loss_kind == "squared")  # (B*H*W,)
         return rearrange(distance, "(b h w) -> b h w", b=B, h=H, w=W)
+
+    @property
+    def _offset(self) -> Tensor:
+        """The bias with G folded into it: Z - G costs no pass of its own."""
+        return self.projector.bias - self.objective
 
     def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ||Z|| and the angle between Z and G, the paper's Fig. 3; see `Detector.geometry`.

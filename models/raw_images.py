@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.extractor import FrozenExtractor
+from models.stages import join_stages
 
 
 class RawImages(nn.Module):
@@ -52,5 +53,4 @@ class RawImages(nn.Module):
     @staticmethod
     def assemble(maps: list[Tensor]) -> Tensor:
         """Return the images (B, 3, S, S) that `stage_maps` returned, still uint8."""
-        (images,) = maps
-        return images
+        return join_stages(maps)

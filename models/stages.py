@@ -31,11 +31,8 @@ def join_stages(stages: Sequence[Tensor]) -> Tensor:
     if len(stages) == 1 and not stages[0].is_floating_point():
         return stages[0]
     size = grid_size(stages)
-    resized = [
-        m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear")
-        for m in (m.float() for m in stages)
-    ]
-    joined = torch.cat(resized, dim=1)  # (B, C, H, W)
+    resized = [_resized(maps.float(), size) for maps in stages]
+    joined = resized[0] if len(resized) == 1 else torch.cat(resized, dim=1)  # (B, C, H, W)
     return joined.contiguous(memory_format=torch.channels_last)
 
 
@@ -127,16 +124,19 @@ def add_second_moment(sums: Tensor, stages: Sequence[Tensor]) -> None:
         stages: B images.
     """
     B, (H, W) = len(stages[0]), grid_size(stages)
+    stages = [m.double() for m in stages]
     widths = [m.shape[1] for m in stages]
     blocks = [row.split([*widths, 1], dim=1) for row in sums.split([*widths, 1], dim=0)]
-    maps = [_channels_last(m).double() for m in stages]  # (B, H_l, W_l, C_l)
+    maps = [_channels_last(m) for m in stages]  # (B, H_l, W_l, C_l)
     resize = [
         (resize_matrix(m.shape[1], H, m), resize_matrix(m.shape[2], W, m)) for m in maps
     ]  # (H, H_l), (W, W_l)
     for i, (first, (down, across)) in enumerate(zip(maps, resize, strict=True)):
-        # R'R = L L', so the stage's own block is that of L'f with itself: half of it is enough.
-        factors = torch.linalg.cholesky(down.T @ down).T, torch.linalg.cholesky(across.T @ across).T
-        own = first if first.shape[1:3] == (H, W) else _mixed(first, *factors)
+        own = first
+        if first.shape[1:3] != (H, W):
+            # R'R = L L', so the stage's own block is that of L'f with itself: half of it is enough.
+            factors = [torch.linalg.cholesky(resized.T @ resized) for resized in (down, across)]
+            own = _mixed(first, factors[0].T, factors[1].T)
         add_gram(blocks[i][i], rearrange(own, "b h w c -> (b h w) c"))
         for j in range(i + 1, len(maps)):
             second, (down_2, across_2) = maps[j], resize[j]
@@ -207,6 +207,11 @@ def add_gram(sums: Tensor, rows: Tensor) -> None:
     for top in range(0, rows.shape[1], BLOCK):
         bottom = top + BLOCK
         sums[top:bottom, top:].addmm_(rows[:, top:bottom].T, rows[:, top:])
+
+
+def mirrored(sums: Tensor) -> Tensor:
+    """Return symmetric matrices (..., D, D) of which `sums` holds the upper triangles."""
+    return sums.triu() + sums.triu(1).mT
 
 
 def _channels_last(maps: Tensor) -> Tensor:

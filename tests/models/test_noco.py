@@ -1,41 +1,13 @@
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from models import DETECTORS, build_detector
 from models.errors import ModelError
 from models.noco import Noco, mean_of_finite
-from tests.models.banks import Stages
-
-
-class Bank:
-    """Features (N, C, H, W) in memory, as a detector sees them."""
-
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
-        self.channels = features.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def batches(self, batch_size, *, generator=None) -> Iterator[Tensor]:
-        order = torch.arange(len(self))
-        if generator is not None:
-            order = torch.randperm(len(self), generator=generator)
-        for rows in order.split(batch_size):
-            yield self.features[rows]
-
-    def stage_batches(self, batch_size, *, generator=None):
-        for features in self.batches(batch_size, generator=generator):
-            yield [features]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.models.banks import Bank, Stages, seeded
 
 
 def draw_bank(count=10, channels=6, side=3, seed=1):
