@@ -146,12 +146,26 @@ def _death(code: int) -> str:
 
 
 def _end_tree(process: "subprocess.Popen[str]") -> None:
+    """Kill a process and those it started; return once they have ended, not once they are told."""
+    children: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-    process.kill()
+        children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # first, or it would see its children die and could start others
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     process.wait()
+    deadline = time.monotonic() + 10  # one stuck in the kernel, say on a lost file server
+    while any(map(_runs, children)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Tell whether a process still runs; one that waits to be collected by its parent does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class RayTasks:
