@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.errors import ModelError
 from models.initial_weights import check_init, draw_linear
+from models.products import Linear
 
 ADAPTORS = ("linear", "none", "mlp")
 SLOPE = 0.2
@@ -38,10 +39,10 @@ class Adaptor(nn.Module):
         self.init = init
         self.layers = nn.Sequential()
         if kind != "none":
-            self.layers.append(nn.Linear(channels, channels, bias=bias))
+            self.layers.append(Linear(channels, channels, bias=bias))
         if kind == "mlp":
             self.layers.append(nn.LeakyReLU(SLOPE))
-            self.layers.append(nn.Linear(channels, channels, bias=bias))
+            self.layers.append(Linear(channels, channels, bias=bias))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draw all weights anew from a CPU generator."""

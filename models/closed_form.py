@@ -36,12 +36,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from models.detector import ONLINE_HINT, Detector, FeatureSource, Monitor
 from models.errors import ModelError
 from models.noco import LOSSES
+from models.products import linear
 from models.stages import (
     add_gram,
     add_second_moment,
@@ -53,8 +55,10 @@ from models.stages import (
     project,
 )
 
-CHUNK = 16384
+CHUNK = 32768
 """Positions per float64 product: bounds memory beside the sums."""
+ROUND = 256
+"""Positions of a centre are filled up to multiples of it: `linear` likes few different numbers."""
 BATCH_CHANNELS = 4096
 """Channels of the images accumulated at once, in all."""
 
@@ -245,7 +249,7 @@ class ClosedFormNoco(Detector):
         positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
         if len(self.centres) == 1:  # it is zero
             weight, bias = self.filters[0, :, :-1], self.filters[0, :, -1]
-            scores = _energy(torch.nn.functional.linear(positions, weight, bias))  # (P, 1)
+            scores = _energy(F.linear(positions, weight, bias))  # (P, 1)
         else:
             scores = self._smallest(positions, self.filters, _energy)  # (P, 1)
         if self.loss_kind == "distance":
@@ -296,9 +300,10 @@ class ClosedFormNoco(Detector):
         sizes = torch.bincount(centre, minlength=len(self.centres)).tolist()
         parts = []
         for k, rows in enumerate(order.split(sizes)):
-            offsets = positions.index_select(0, rows % P).sub_(self.centres[k])
-            product = torch.addmm(matrices[k, :, -1], offsets, matrices[k, :, :-1].T)  # (M, R)
-            parts.append(energies(product, k))
+            padded = F.pad(rows % P, (0, -len(rows) % ROUND))
+            offsets = positions.index_select(0, padded).sub_(self.centres[k])
+            product = linear(offsets, matrices[k, :, :-1], matrices[k, :, -1])
+            parts.append(energies(product[: len(rows)], k))
         found = torch.cat(parts)  # (N*P, T), by centre
         by_position = torch.empty_like(found).index_copy_(0, order, found)
         return rearrange(by_position, "(n p) t -> n p t", p=P).amin(dim=0)  # (P, T)
@@ -307,7 +312,7 @@ class ClosedFormNoco(Detector):
         """Return the indices of the nearest centres, (P, count)."""
         # |f - c|^2 without |f|^2, which orders the same and needs one product.
         lengths = self.centres.square().sum(dim=1)  # (K,)
-        distance = torch.addmm(lengths, positions, self.centres.T, alpha=-2)  # (P, K)
+        distance = linear(positions, -2 * self.centres, lengths)  # (P, K)
         if count == 1:
             return distance.argmin(dim=1, keepdim=True)
         return distance.topk(count, dim=1, largest=False).indices

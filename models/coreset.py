@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from models.detector import FeatureSource
 from models.nearest import direct_distances, full_precision, rounding_share
+from models.products import linear
 
 READ = 4
 """Images read at once."""
@@ -73,7 +74,7 @@ def read_projected(bank: FeatureSource, projection: Tensor | None) -> Tensor:
         positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
         with full_precision(positions.device):
             if projection is not None:
-                positions = positions @ projection.to(positions)  # (P, dim)
+                positions = linear(positions, projection.to(positions).T)  # (P, dim)
         if points is None:
             points = positions.new_empty(count_positions(bank), positions.shape[1])
         points[start : start + len(positions)] = positions
@@ -186,8 +187,8 @@ class _LazyGreedy:
             stop = min(start + CENTRES, self.taken)
             centre_norms = self.centre_norms[start:stop]
             # Squared distances less their possible error, without the point's norm.
-            squares = torch.addmm(
-                (1 - self.share) * centre_norms, block, self.centres[start:stop].T, alpha=-2
+            squares = linear(
+                block, -2 * self.centres[start:stop], (1 - self.share) * centre_norms
             )  # (R, K)
             limits = bounds.square() - (1 - self.share) * norms  # (R,)
             slack = 2 * self.share * (norms + centre_norms.max())

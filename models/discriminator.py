@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from models.adaptor import SLOPE
 from models.initial_weights import check_init, draw_linear
+from models.products import Linear
 
 
 class Discriminator(nn.Module):
@@ -36,7 +37,7 @@ class Discriminator(nn.Module):
         check_init(init)
         self.init = init
         width = channels if hidden is None else hidden
-        self.first = nn.Linear(channels, width)
+        self.first = Linear(channels, width)
         self.normalisation = nn.BatchNorm1d(width)
         self.last = nn.Linear(width, 1, bias=last_bias)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError
+from models.products import linear
 
 SEARCHES = ("exact", "faiss")
 SPARE = 8
@@ -38,14 +39,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(allowed)
             return
         # Not the older calls: they raise where the user has set these.
-        cuda = torch.backends.cuda.matmul
-        onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        chosen = cuda.fp32_precision, onednn.fp32_precision
-        cuda.fp32_precision = onednn.fp32_precision = "ieee"
+        onednn = torch.backends.mkldnn  # its convolutions: see models/products.py
+        settings = [torch.backends.cuda.matmul, onednn.matmul, onednn.conv]  # type: ignore[attr-defined]
+        chosen = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         try:
             yield
         finally:
-            cuda.fp32_precision, onednn.fp32_precision = chosen
+            for setting, precision in zip(settings, chosen, strict=True):
+                setting.fp32_precision = precision
 
 
 def check_search(search: str) -> None:
@@ -160,7 +163,7 @@ def _propose(
     best: tuple[Tensor, Tensor] | None = None
     for start, block in _blocks(memory, PRODUCT // len(queries)):
         block = block - shift
-        squares = torch.addmm(block.square().sum(dim=1), queries, block.T, alpha=-2)  # (Q, R)
+        squares = linear(queries, -2 * block, block.square().sum(dim=1))  # (Q, R)
         best = _keep_best(best, squares, start, proposed)
     assert best is not None
     return best[0] + norms, best[1]

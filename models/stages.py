@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from models.products import add_product, linear
+
 CACHE_BYTES = 3 << 20
 """Results of `project`, for each thread, that a CPU's cache keeps until the next step."""
 BLOCK = 64
@@ -74,10 +76,10 @@ def project(stages: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None
     # resized.
     largest = next(i for i, m in enumerate(stages) if m.shape[2:] == size)
     parts = weight.split(widths, dim=1)
-    total = F.linear(_channels_last(stages[largest]), parts[largest], bias)  # (B, H, W, R)
+    total = _linear(stages[largest], parts[largest], bias)  # (B, H, W, R)
     for i, (maps, part) in enumerate(zip(stages, parts, strict=True)):
         if i != largest:
-            product = F.linear(_channels_last(maps), part)  # (B, H_l, W_l, R)
+            product = _linear(maps, part, None)  # (B, H_l, W_l, R)
             total += _channels_last(_resized(rearrange(product, "b h w r -> b r h w"), size))
     return total
 
@@ -109,7 +111,7 @@ def add_outer(sums: Tensor, stages: Sequence[Tensor], rows: Tensor) -> None:
                 )
             )  # (B, H_l, W_l, R)
         features = rearrange(maps, "b c h w -> (b h w) c")
-        part.addmm_(rearrange(gathered, "b h w r -> r (b h w)"), features)
+        add_product(part, rearrange(gathered, "b h w r -> (b h w) r"), features)
 
 
 def add_second_moment(sums: Tensor, stages: Sequence[Tensor]) -> None:
@@ -216,6 +218,12 @@ def mirrored(sums: Tensor) -> Tensor:
 
 def _channels_last(maps: Tensor) -> Tensor:
     return rearrange(maps, "b c h w -> b h w c")
+
+
+def _linear(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    B, _, H, W = maps.shape
+    product = linear(rearrange(maps, "b c h w -> (b h w) c"), weight, bias)
+    return rearrange(product, "(b h w) r -> b h w r", b=B, h=H, w=W)
 
 
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -115,7 +115,9 @@ def test_autocast_does_not_reach_the_search():
 def precisions():
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return (torch.get_float32_matmul_precision(),)
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    onednn = torch.backends.mkldnn
+    settings = torch.backends.cuda.matmul, onednn.matmul, onednn.conv
+    return tuple(setting.fp32_precision for setting in settings)
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
@@ -130,6 +132,21 @@ def test_reduced_precision_is_off_inside_and_back_outside(setting):
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_convolutions_may_not_take_bfloat16_either():
+    """Products of many rows are convolutions."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has no such setting")
+    setting = torch.backends.mkldnn.conv
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "bf16"
+        with full_precision(torch.device("cpu")):
+            assert setting.fp32_precision == "ieee"
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = before
 
 
 def test_more_neighbours_than_features_is_an_error():
