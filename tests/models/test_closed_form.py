@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import closed_form, products
 from models.closed_form import ClosedFormNoco
 from models.errors import ModelError
 from models.feature_norm import FeatureNorm, NormalisedDetector
@@ -270,6 +271,21 @@ def test_prototypes_score_by_the_smallest_over_the_nearest(nearest):
     assert detector._counts.sum() == 8 * 25
     owner = torch.cdist(bank.features.movedim(1, -1).flatten(0, 2), detector.centres).argmin(dim=1)
     assert torch.bincount(owner, minlength=5).tolist() == detector._counts.tolist()
+
+
+@pytest.mark.parametrize("prototypes", [1, 5])
+def test_neither_parts_nor_the_way_products_are_made_change_scores(prototypes, monkeypatch):
+    probes = [draw_bank(count=3, seed=6).features]
+
+    def scores():
+        detector = made(prototypes=prototypes)
+        detector.fit(draw_bank(), generator=seeded())
+        return detector.score_stages(probes)[0]
+
+    expected = scores()
+    monkeypatch.setattr(closed_form, "CHUNK", 7)
+    monkeypatch.setattr(products, "FEW_ROWS", 1)
+    torch.testing.assert_close(scores(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_prototypes_find_what_lies_between_the_groups():

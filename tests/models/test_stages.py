@@ -3,10 +3,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from models import products
 from models import stages as under_test
 from models.closed_form import ClosedFormNoco
 from models.mahalanobis import Mahalanobis
 from models.noco import Noco, _MeanExcess
+from models.products import FEW_ROWS
 from models.stages import (
     add_outer,
     add_second_moment,
@@ -170,7 +172,11 @@ def test_a_residual_of_zero_has_no_direction():
     ],
     ids=["trained", "closed form", "prototypes", "mahalanobis"],
 )
-def test_a_head_fits_and_scores_stages_as_it_does_joined_features(shapes, loss, made):
+@pytest.mark.parametrize("few_rows", [1, FEW_ROWS])
+def test_a_head_fits_and_scores_stages_as_it_does_joined_features(
+    monkeypatch, shapes, loss, made, few_rows
+):
+    monkeypatch.setattr(products, "FEW_ROWS", few_rows)  # whether products are convolutions
     stages = draw(shapes, dtype=torch.float32)
     staged, plain = StagedBank(stages), Bank(join_stages(stages))
     detectors = [made(plain.channels, loss) for _ in range(2)]
