@@ -42,10 +42,10 @@ from torch import Tensor
 
 from models.detector import ONLINE_HINT, Detector, FeatureSource, Monitor
 from models.errors import ModelError
+from models.nearest import full_precision
 from models.noco import LOSSES
-from models.products import linear
+from models.products import add_product, linear
 from models.stages import (
-    add_gram,
     add_second_moment,
     features_at,
     grid_size,
@@ -55,12 +55,12 @@ from models.stages import (
     project,
 )
 
-CHUNK = 32768
-"""Positions per float64 product: bounds memory beside the sums."""
 ROUND = 256
 """Positions of a centre are filled up to multiples of it: `linear` likes few different numbers."""
-BATCH_CHANNELS = 4096
-"""Channels of the images accumulated at once, in all."""
+FEW_CHANNELS = 4096
+"""Channels of the images whose second moment is added at once, in all: few stay in the cache."""
+MANY_CHANNELS = 16384
+"""The same where the positions are shared out among centres: each should get many."""
 
 
 class ClosedFormNoco(Detector):
@@ -134,8 +134,8 @@ class ClosedFormNoco(Detector):
         self._forget(generator)
         if len(self.centres) > 1:
             self.centres.copy_(self._cluster(bank, generator))
-        # Many images where features are narrow, for products worth their call; few where wide.
-        for stages in bank.stage_batches(max(1, min(32, BATCH_CHANNELS // bank.channels))):
+        channels = FEW_CHANNELS if len(self.centres) == 1 else MANY_CHANNELS
+        for stages in bank.stage_batches(max(1, channels // bank.channels)):
             self.partial_fit(stages)
         self._spectrum = values, vectors = self.decompose()
         for step, time in enumerate(self.times, start=1):
@@ -193,7 +193,9 @@ class ClosedFormNoco(Detector):
     def partial_fit(self, stages: Sequence[Tensor]) -> None:
         """Add normal features, stages (B, C_l, H_l, W_l), to the sums; the next `solve` knows them.
 
-        Adding images one at a time or all at once gives the same sums up to rounding (float64).
+        Adding images one at a time or all at once gives the same sums up to rounding: float64, but
+        for the products of one call about more than one centre. Those are float32 as the features
+        are, off by about 1e-8 of the trace; that the features were stored as halves, by 1e-6.
         """
         if len(self.centres) == 1:  # it is zero
             H, W = grid_size(stages)
@@ -201,18 +203,17 @@ class ClosedFormNoco(Detector):
             self._counts += len(stages[0]) * H * W
             return
         positions = rearrange(join_stages(stages), "b c h w -> (b h w) c")  # (P, D)
-        for chunk in positions.split(CHUNK):
-            owner = self._nearest(chunk, 1)[:, 0]  # (P,)
-            order = owner.argsort()
-            sizes = torch.bincount(owner, minlength=len(self.centres))
-            P, D = chunk.shape
-            extended = torch.empty(P, D + 1, dtype=torch.float64, device=chunk.device)
-            extended[:, :-1] = chunk.index_select(0, order)
-            extended[:, -1] = 1
-            for k, rows in enumerate(extended.split(sizes.tolist())):
-                rows[:, :-1] -= self.centres[k]
-                add_gram(self._sums[k], rows)
-            self._counts += sizes
+        owner = self._nearest(positions, 1)[:, 0]  # (P,)
+        sizes = torch.bincount(owner, minlength=len(self.centres))
+        product = torch.empty_like(self._sums[0, :-1, :-1], dtype=positions.dtype)
+        with full_precision(positions.device):
+            for k, rows in enumerate(owner.argsort().split(sizes.tolist())):
+                offsets = self._offsets(positions, rows, k)  # (M, D)
+                add_product(product.zero_(), offsets, offsets)
+                self._sums[k, :-1, :-1] += product
+                self._sums[k, :-1, -1] += offsets.sum(dim=0, dtype=torch.float64)
+                self._sums[k, -1, -1] += len(rows)
+        self._counts += sizes
 
     def solve(self) -> None:
         """Set the filters from the sums at the last of the times."""
@@ -300,13 +301,19 @@ class ClosedFormNoco(Detector):
         sizes = torch.bincount(centre, minlength=len(self.centres)).tolist()
         parts = []
         for k, rows in enumerate(order.split(sizes)):
-            padded = F.pad(rows % P, (0, -len(rows) % ROUND))
-            offsets = positions.index_select(0, padded).sub_(self.centres[k])
+            offsets = self._offsets(positions, rows % P, k)
             product = linear(offsets, matrices[k, :, :-1], matrices[k, :, -1])
             parts.append(energies(product[: len(rows)], k))
         found = torch.cat(parts)  # (N*P, T), by centre
         by_position = torch.empty_like(found).index_copy_(0, order, found)
         return rearrange(by_position, "(n p) t -> n p t", p=P).amin(dim=0)  # (P, T)
+
+    def _offsets(self, positions: Tensor, rows: Tensor, k: int) -> Tensor:
+        """Return the rows' positions relative to the k-th centre, filled up with zeros, (M, D)."""
+        filled = F.pad(rows, (0, -len(rows) % ROUND))
+        offsets = positions.index_select(0, filled).sub_(self.centres[k])
+        offsets[len(rows) :] = 0
+        return offsets
 
     def _nearest(self, positions: Tensor, count: int) -> Tensor:
         """Return the indices of the nearest centres, (P, count)."""

@@ -283,9 +283,34 @@ def test_neither_parts_nor_the_way_products_are_made_change_scores(prototypes, m
         return detector.score_stages(probes)[0]
 
     expected = scores()
-    monkeypatch.setattr(closed_form, "CHUNK", 7)
+    monkeypatch.setattr(closed_form, "FEW_CHANNELS", 1)
+    monkeypatch.setattr(closed_form, "MANY_CHANNELS", 1)
     monkeypatch.setattr(products, "FEW_ROWS", 1)
     torch.testing.assert_close(scores(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_second_moments_about_centres_lose_less_than_stored_halves_do():
+    """On as many positions as a batch has, of directions from 1 down to 1e-10 of the variance."""
+    generator = seeded(8)
+    mixing = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
+    mixing *= torch.logspace(0, -5, 32)
+    features = torch.randn(30, 32, 28, 28, generator=generator).movedim(1, 3) @ mixing.T
+    detector = ClosedFormNoco(32, time=(1e4,), prototypes=3)
+    detector.fit(Bank(features.movedim(3, 1)), generator=seeded())
+
+    positions, centres = features.flatten(0, 2), detector.centres
+    owner = torch.cdist(positions, centres).argmin(dim=1)
+    for k, centre in enumerate(centres.double()):
+        rows = extended(positions[owner == k].double() - centre)
+        halves = extended(positions[owner == k].half().double() - centre)
+        moment = (rows.T @ rows).triu()
+        lost, by_halves = (
+            (found.triu() - moment).abs().max() / moment.trace()
+            for found in (detector._sums[k], halves.T @ halves)
+        )
+        assert lost < 1e-7
+        assert lost < by_halves / 10
+        assert detector._counts[k] == len(rows)
 
 
 def test_prototypes_find_what_lies_between_the_groups():
