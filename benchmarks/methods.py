@@ -7,13 +7,15 @@ Each method runs with its preset, on one category, in one process. The unit is w
 one pass of the backbone over the training images take for the stages that method uses: a fit of 0.5
 adds half of that, and a scoring of 0.05 adds 5 % to the pass over the test images. Methods that
 train for many epochs are timed for `--measured` of them and projected, which the table says;
-methods that train a network take images, so their own passes are in their fit and scoring.
+methods that train a network take images, so their own passes are in their fit and scoring. All
+ratios are medians of `--repeats`, each beside its own passes.
 """
 
 import argparse
 import time
 import warnings
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import sklearn.cluster  # noqa: F401  noco_cf imports it when it needs it: not to be timed
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--category", default="brick")
     parser.add_argument("--methods", nargs="+", default=list(STRUCTURED_METHODS))
     parser.add_argument("--measured", type=int, default=2, help="epochs that are timed")
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     keep_freed_memory()
     warnings.simplefilter("ignore")  # two epochs teach nothing, and some methods say so
@@ -53,12 +56,13 @@ def main() -> None:
         if method.endswith(":NAME"):
             continue  # a library's models are named one by one: --methods anomalib:padim
         try:
-            print(_row(category, structured_experiment("demo", method), arguments.measured))
+            experiment = structured_experiment("demo", method)
+            print(_row(category, experiment, arguments.measured, arguments.repeats))
         except ModelError as error:
             print(f"| {method} | | | | {error} |")
 
 
-def _row(category: Category, experiment: StructuredExperiment, measured: int) -> str:
+def _row(category: Category, experiment: StructuredExperiment, measured: int, repeats: int) -> str:
     """Time one method; return its line of the table."""
     device = pick_device("auto")
     transform = PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
@@ -83,11 +87,14 @@ def _row(category: Category, experiment: StructuredExperiment, measured: int) ->
         bank = FeatureBank.extract(source, loader)
         return bank, time.perf_counter() - start
 
-    read(category.test[:8], passing)  # warm
-    _, train_pass = read(category.train, passing)
-    _, test_pass = read(category.test, passing)
     train, _ = read(category.train, extractor)
     bank, _ = read(category.test, extractor)
+    labels = torch.tensor([sample.label for sample in category.test])
+    names = [""] * len(bank)
+    test = TestSet(
+        bank, labels, names=names, kinds=names, map_size=experiment.map_size,
+        blur_sigma=experiment.blur_sigma,
+    )  # fmt: skip
 
     method: dict[str, Any] = experiment.method_options()
     projected = {
@@ -95,27 +102,24 @@ def _row(category: Category, experiment: StructuredExperiment, measured: int) ->
         for name in ("epochs", "pretrain_epochs")
         if (method.get(name) or 0) > measured and method.get("solver") != "closed_form"
     }
-    head = build_detector(
-        experiment.method_name, extractor, method | dict.fromkeys(projected, measured)
-    ).to(device)
-    start = time.perf_counter()
-    head.fit(train, generator=torch.Generator().manual_seed(0))
-    _wait(device)
-    fit = time.perf_counter() - start
-    fit *= sum(projected.values()) / (measured * len(projected)) if projected else 1
-
-    labels = torch.tensor([sample.label for sample in category.test])
-    names = [""] * len(bank)
-    test = TestSet(
-        bank, labels, names=names, kinds=names, map_size=experiment.map_size,
-        blur_sigma=experiment.blur_sigma,
-    )  # fmt: skip
-    start = time.perf_counter()
-    test.score(head)
-    scoring = time.perf_counter() - start
+    share = sum(projected.values()) / (measured * len(projected)) if projected else 1
+    fits, scorings = [], []
+    for _ in range(repeats):
+        _, train_pass = read(category.train, passing)
+        _, test_pass = read(category.test, passing)
+        head = build_detector(
+            experiment.method_name, extractor, method | dict.fromkeys(projected, measured)
+        ).to(device)
+        start = time.perf_counter()
+        head.fit(train, generator=torch.Generator().manual_seed(0))
+        _wait(device)
+        fits.append(share * (time.perf_counter() - start) / train_pass)
+        start = time.perf_counter()
+        test.score(head)
+        scorings.append((time.perf_counter() - start) / test_pass)
     megabytes = sum(t.numel() * t.element_size() for t in head.state_dict().values()) / 1e6
     note = f"projected from {measured} of {sum(projected.values())} epochs" if projected else ""
-    cells = [experiment.method_name, f"{fit / train_pass:.2f}", f"{scoring / test_pass:.2f}"]
+    cells = [experiment.method_name, f"{median(fits):.2f}", f"{median(scorings):.2f}"]
     return f"| {' | '.join([*cells, f'{megabytes:.1f}', note])} |"
 
 
