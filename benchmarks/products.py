@@ -7,14 +7,13 @@ matrices of heads: the product, and the products of its gradient with respect to
 """
 
 import argparse
-import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.stages import compared
 from models.products import add_product, linear
 from utils.allocator import keep_freed_memory
 
@@ -41,7 +40,10 @@ def main() -> None:
         cells = []
         for count in (threads, 1):
             torch.set_num_threads(count)
-            cells += [compared(*ways, repeats=arguments.repeats) for ways in both_ways(*shape)]
+            cells += [
+                compared(*ways, repeats=arguments.repeats, device=torch.device("cpu"))
+                for ways in both_ways(*shape)
+            ]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -65,21 +67,6 @@ def both_ways(
         (lambda: F.linear(rows, weight, bias), lambda: linear(rows, weight, bias)),
         (own, ours),
     ]
-
-
-def compared(own: Callable[[], object], ours: Callable[[], object], *, repeats: int) -> str:
-    """Return the median ratio of both times, and its range."""
-    for way in (own, ours):  # warm
-        way()
-    ratios = [seconds(own) / seconds(ours) for _ in range(repeats)]
-    return f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-
-
-def seconds(way: Callable[[], object]) -> float:
-    """Return how long a call takes."""
-    start = time.perf_counter()
-    way()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -94,16 +94,16 @@ def both_ways(stages: list[Tensor]) -> list[tuple[Callable[[], object], Callable
 
 
 def compared(
-    joined: Callable[[], object],
+    other: Callable[[], object],
     ours: Callable[[], object],
     *,
     repeats: int,
     device: torch.device,
 ) -> str:
-    """Return the median ratio of both times, and its range."""
-    for way in (joined, ours):  # warm
+    """Return the median ratio of the other time to ours, and its range."""
+    for way in (other, ours):  # warm
         seconds(way, device)
-    ratios = [seconds(joined, device) / seconds(ours, device) for _ in range(repeats)]
+    ratios = [seconds(other, device) / seconds(ours, device) for _ in range(repeats)]
     return f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
 
 

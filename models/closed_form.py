@@ -58,7 +58,7 @@ from models.stages import (
 ROUND = 256
 """Positions of a centre are filled up to multiples of it: `linear` likes few different numbers."""
 FEW_CHANNELS = 4096
-"""Channels of the images whose second moment is added at once, in all: few stay in the cache."""
+"""Channels of the images whose second moment is added at once, in all: as few as fit the cache."""
 MANY_CHANNELS = 16384
 """The same where the positions are shared out among centres: each should get many."""
 

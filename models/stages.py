@@ -139,7 +139,7 @@ def add_second_moment(sums: Tensor, stages: Sequence[Tensor]) -> None:
             # R'R = L L', so the stage's own block is that of L'f with itself: half of it is enough.
             factors = [torch.linalg.cholesky(resized.T @ resized) for resized in (down, across)]
             own = _mixed(first, factors[0].T, factors[1].T)
-        add_gram(blocks[i][i], rearrange(own, "b h w c -> (b h w) c"))
+        _add_gram(blocks[i][i], rearrange(own, "b h w c -> (b h w) c"))
         for j in range(i + 1, len(maps)):
             second, (down_2, across_2) = maps[j], resize[j]
             if first[0, ..., 0].numel() >= second[0, ..., 0].numel():
@@ -200,7 +200,12 @@ def resize_matrix(length: int, target: int, like: Tensor) -> Tensor:
     return F.interpolate(rearrange(identity, "i j -> 1 i j"), target, mode="linear")[0].T
 
 
-def add_gram(sums: Tensor, rows: Tensor) -> None:
+def mirrored(sums: Tensor) -> Tensor:
+    """Return symmetric matrices (..., D, D) of which `sums` holds the upper triangles."""
+    return sums.triu() + sums.triu(1).mT
+
+
+def _add_gram(sums: Tensor, rows: Tensor) -> None:
     """Add rows' rows, (P, D) to (D, D), to the upper triangle of `sums`.
 
     In blocks of `BLOCK` columns; those below the diagonal are left out, which saves up to half of
@@ -209,11 +214,6 @@ def add_gram(sums: Tensor, rows: Tensor) -> None:
     for top in range(0, rows.shape[1], BLOCK):
         bottom = top + BLOCK
         sums[top:bottom, top:].addmm_(rows[:, top:bottom].T, rows[:, top:])
-
-
-def mirrored(sums: Tensor) -> Tensor:
-    """Return symmetric matrices (..., D, D) of which `sums` holds the upper triangles."""
-    return sums.triu() + sums.triu(1).mT
 
 
 def _channels_last(maps: Tensor) -> Tensor:
