@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import sklearn.cluster  # noqa: F401  noco_cf imports it when it needs it: not to be timed
+import sklearn.cluster  # noqa: F401  models.prototypes imports it late: not to be timed
 import torch
 
 from configs.cache import cache_folder

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import sklearn.cluster  # noqa: F401  closed_form imports it when it needs it: not to be timed
+import sklearn.cluster  # noqa: F401  models.prototypes imports it late: not to be timed
 import torch
 
 import train_mvtec
