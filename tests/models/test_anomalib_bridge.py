@@ -59,7 +59,9 @@ def fitted(backbone, name, bank, *, seed=0, **options):
 
 
 def test_says_how_to_install_anomalib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "anomalib", None)
+    loaded = [name for name in sys.modules if name.startswith("anomalib.")]
+    for name in ("anomalib", *loaded):
+        monkeypatch.setitem(sys.modules, name, None)
     for part in ("library", "training"):
         monkeypatch.delitem(sys.modules, f"models.anomalib_{part}", raising=False)
     with pytest.raises(ModelError, match=r"pip install -r requirements-anomalib\.txt"):

@@ -8,14 +8,13 @@ from torch import nn
 from models import products
 from models.products import FEW_ROWS, Linear, add_product, linear
 from tests.models.banks import seeded
+from tests.threads import torch_threads
 
 
 @pytest.fixture(params=[1, 2], autouse=True)
 def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.threads import torch_threads
 from tests.utils.test_metrics import evaluate_pixels, random_maps, sklearn_ranking, slow_aupro
 from utils import counting
 from utils.counting import count_at_thresholds
@@ -12,10 +13,8 @@ from utils.metrics import ranking_metrics
 
 @pytest.fixture(params=[1, 2, 4])
 def num_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 @pytest.fixture
