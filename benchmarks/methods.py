@@ -87,6 +87,7 @@ def _row(category: Category, experiment: StructuredExperiment, measured: int, re
         bank = FeatureBank.extract(source, loader)
         return bank, time.perf_counter() - start
 
+    read(category.test[:8], passing)  # warm
     train, _ = read(category.train, extractor)
     bank, _ = read(category.test, extractor)
     labels = torch.tensor([sample.label for sample in category.test])

@@ -42,9 +42,8 @@ from torch import Tensor
 
 from models.detector import ONLINE_HINT, Detector, FeatureSource, Monitor
 from models.errors import ModelError
-from models.nearest import full_precision
 from models.noco import LOSSES
-from models.products import add_product, linear
+from models.products import add_product, full_precision, linear
 from models.prototypes import kmeans_centres
 from models.stages import (
     add_second_moment,

@@ -32,8 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.detector import FeatureSource
-from models.nearest import direct_distances, full_precision, rounding_share
-from models.products import linear
+from models.nearest import direct_distances, rounding_share
+from models.products import full_precision, linear
 
 READ = 4
 """Images read at once."""
@@ -182,14 +182,13 @@ class _LazyGreedy:
         """Lower the bounds of points (R,) to their distances to the choices from `first` on."""
         block = self.points[rows] - self.shift  # (R, C)
         bounds = self.bounds[rows]
-        norms = block.square().sum(dim=1)
+        norms, doubled = block.square().sum(dim=1), -2 * block
         for start in range(first, self.taken, CENTRES):
             stop = min(start + CENTRES, self.taken)
             centre_norms = self.centre_norms[start:stop]
             # Squared distances less their possible error, without the point's norm.
-            squares = linear(
-                block, -2 * self.centres[start:stop], (1 - self.share) * centre_norms
-            )  # (R, K)
+            centres = self.centres[start:stop]
+            squares = linear(doubled, centres, (1 - self.share) * centre_norms)  # (R, K)
             limits = bounds.square() - (1 - self.share) * norms  # (R,)
             slack = 2 * self.share * (norms + centre_norms.max())
             limits = torch.minimum(limits, squares.amin(dim=1) + slack)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from models.detector import Detector, FeatureSource, Monitor
 from models.errors import ModelError
-from models.nearest import full_precision
+from models.products import full_precision
 from models.stages import (
     add_outer,
     add_second_moment,

@@ -7,7 +7,6 @@ could hide a nearer feature, so are those of `SPARE` more, and where it still co
 compared with all features by subtraction.
 """
 
-import contextlib
 import importlib.util
 from collections.abc import Iterator
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError
-from models.products import linear
+from models.products import full_precision, linear
 
 SEARCHES = ("exact", "faiss")
 SPARE = 8
@@ -24,31 +23,6 @@ PRODUCT = 2**22
 """Entries of one product: bounds its memory, and keeps it in a processor's cache."""
 GATHER = 2**23
 """Entries of the features gathered, or compared by subtraction, at once."""
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute float32 products in float32, whatever TF32, bfloat16 or autocast allow outside."""
-    with torch.autocast(device.type, enabled=False):
-        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before PyTorch 2.9
-            allowed = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(allowed)
-            return
-        # Not the older calls: they raise where the user has set these.
-        onednn = torch.backends.mkldnn  # its convolutions: see models/products.py
-        settings = [torch.backends.cuda.matmul, onednn.matmul, onednn.conv]  # type: ignore[attr-defined]
-        chosen = [setting.fp32_precision for setting in settings]
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for setting, precision in zip(settings, chosen, strict=True):
-                setting.fp32_precision = precision
 
 
 def check_search(search: str) -> None:
@@ -160,10 +134,11 @@ def _propose(
     # Distances do not see the shift; smaller norms mean smaller errors.
     queries = queries - shift
     norms = queries.square().sum(dim=1, keepdim=True)  # (Q, 1)
+    doubled = -2 * queries
     best: tuple[Tensor, Tensor] | None = None
     for start, block in _blocks(memory, PRODUCT // len(queries)):
         block = block - shift
-        squares = linear(queries, -2 * block, block.square().sum(dim=1))  # (Q, R)
+        squares = linear(doubled, block, block.square().sum(dim=1))  # (Q, R)
         best = _keep_best(best, squares, start, proposed)
     assert best is not None
     return best[0] + norms, best[1]

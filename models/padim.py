@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.detector import Detector, FeatureSource, Monitor
 from models.errors import ModelError
-from models.nearest import full_precision
+from models.products import full_precision
 
 READ = 16
 """Images read at once: each batch touches all covariances, so the more the better."""

@@ -2,8 +2,11 @@
 
 PyTorch gives products to MKL, which uses half of the vector width of processors that are not
 Intel's, and convolutions to oneDNN, which uses all of it. A product is a convolution of 1 x 1
-pixels. On an AMD EPYC (Zen 5) that is more than twice as fast, with the same rounding errors.
+pixels. On an AMD EPYC (Zen 5) that is about twice as fast, with the same rounding errors.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +21,7 @@ FEW_ROWS = 512
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `F.linear(rows, weight, bias)`.
 
-    The first call with a new number of rows takes half a millisecond more: callers keep to few.
+    The first call with new sizes takes half a millisecond more: callers keep to few.
 
     Args:
         rows: (P, C); copied unless contiguous.
@@ -50,6 +53,31 @@ def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     shape = (*sums.shape, 1, 1)
     product = conv2d_weight(_image(right), shape, _image(left))  # (R, C, 1, 1)
     sums += rearrange(product, "r c 1 1 -> r c")
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute float32 products in float32, whatever TF32, bfloat16 or autocast allow outside."""
+    with torch.autocast(device.type, enabled=False):
+        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before PyTorch 2.9
+            allowed = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(allowed)
+            return
+        # Not the older calls: they raise where the user has set these.
+        onednn = torch.backends.mkldnn
+        settings = [torch.backends.cuda.matmul, onednn.matmul, onednn.conv]  # type: ignore[attr-defined]
+        chosen = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for setting, precision in zip(settings, chosen, strict=True):
+                setting.fp32_precision = precision
 
 
 def _convolves(rows: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from models import nearest as module
 from models.errors import ModelError
-from models.nearest import check_search, direct_distances, full_precision, nearest
+from models.nearest import check_search, direct_distances, nearest
 from tests.models.banks import seeded
 
 NO_FAISS = importlib.util.find_spec("faiss") is None
@@ -110,43 +110,6 @@ def test_autocast_does_not_reach_the_search():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (queries @ memory.T).dtype == torch.bfloat16
         check(queries, memory, 3)
-
-
-def precisions():
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        return (torch.get_float32_matmul_precision(),)
-    onednn = torch.backends.mkldnn
-    settings = torch.backends.cuda.matmul, onednn.matmul, onednn.conv
-    return tuple(setting.fp32_precision for setting in settings)
-
-
-@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
-def test_reduced_precision_is_off_inside_and_back_outside(setting):
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(setting)
-        outside = precisions()
-        with full_precision(torch.device("cpu")):
-            assert set(precisions()) <= {"ieee", "highest"}
-        assert precisions() == outside
-        assert torch.get_float32_matmul_precision() == setting
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def test_convolutions_may_not_take_bfloat16_either():
-    """Products of many rows are convolutions."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("this PyTorch has no such setting")
-    setting = torch.backends.mkldnn.conv
-    before = setting.fp32_precision
-    try:
-        setting.fp32_precision = "bf16"
-        with full_precision(torch.device("cpu")):
-            assert setting.fp32_precision == "ieee"
-        assert setting.fp32_precision == "bf16"
-    finally:
-        setting.fp32_precision = before
 
 
 def test_more_neighbours_than_features_is_an_error():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import products
-from models.products import FEW_ROWS, Linear, add_product, linear
+from models.products import FEW_ROWS, Linear, add_product, full_precision, linear
 from tests.models.banks import seeded
 from tests.threads import torch_threads
 
@@ -104,3 +104,40 @@ def test_exported_graphs_do_not_depend_on_the_number_of_rows(convolutions):
     assert convolutions == []
     few = drawn(5, 8)
     torch.testing.assert_close(program(few), layer(few))
+
+
+def precisions():
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return (torch.get_float32_matmul_precision(),)
+    onednn = torch.backends.mkldnn
+    settings = torch.backends.cuda.matmul, onednn.matmul, onednn.conv
+    return tuple(setting.fp32_precision for setting in settings)
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_reduced_precision_is_off_inside_and_back_outside(setting):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        outside = precisions()
+        with full_precision(torch.device("cpu")):
+            assert set(precisions()) <= {"ieee", "highest"}
+        assert precisions() == outside
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_convolutions_may_not_take_bfloat16_either():
+    """Products of many rows are convolutions."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has no such setting")
+    setting = torch.backends.mkldnn.conv
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "bf16"
+        with full_precision(torch.device("cpu")):
+            assert setting.fp32_precision == "ieee"
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = before
