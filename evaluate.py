@@ -22,20 +22,20 @@ import train_cifar10
 import train_mvtec
 from configs.prediction import EvaluateOptions
 from configs.structured import StructuredExperiment
-from datasets.demo import build_demo
-from datasets.labelled import read_labelled_set
-from datasets.one_class import one_class_tasks
+from datasets.sets.demo.demo import build_demo
+from datasets.tasks.labelled import read_labelled_set
+from datasets.tasks.one_class import one_class_tasks
 from datasets.samples import DataError
-from datasets.structured import read_category
-from finished_run import FinishedRun, load_run
+from datasets.tasks.structured import read_category
+from pipeline.finished import FinishedRun, load_run
 from models.errors import ModelError
 from utils.cli import exits_cleanly
-from utils.evaluation import TestSet
-from utils.finished import finished_pairs
-from utils.metrics import METRIC_NAMES
-from utils.run_files import write_rows
-from utils.runs import RunError
-from utils.tables import build_table
+from utils.evaluation.test_set import TestSet
+from utils.runs.finished import finished_pairs
+from utils.metrics.metrics import METRIC_NAMES
+from utils.runs.files import write_rows
+from utils.runs.run import RunError
+from utils.tables.results import build_table
 
 
 @exits_cleanly(

@@ -40,18 +40,18 @@ from torch import Tensor
 
 from configs.prediction import ExportOptions
 from configs.structured import StructuredExperiment
-from datasets.finding import find_images
-from datasets.labelled import read_labelled_set
-from datasets.loading import ArrayDataset, ImageDataset
+from datasets.reading.finding import find_images
+from datasets.tasks.labelled import read_labelled_set
+from datasets.reading.loading import ArrayDataset, ImageDataset
 from datasets.samples import DataError, Sample
-from finished_run import FinishedRun, load_run
-from models.deployed import Deployed
+from pipeline.finished import FinishedRun, load_run
+from models.deployment.network import Deployed
 from models.detector import Detector
 from models.errors import ModelError
-from models.extractor import FrozenExtractor
-from utils.calibration import calibration_file, load_calibration
+from models.backbone.extractor import FrozenExtractor
+from utils.evaluation.calibration import calibration_file, load_calibration
 from utils.cli import UsageError, exits_cleanly
-from utils.exported import (
+from models.deployment.formats import (
     Exported,
     differences,
     example_program,
@@ -59,10 +59,10 @@ from utils.exported import (
     to_onnx,
     to_torchscript,
 )
-from utils.finished import choose_pair
-from utils.run_files import atomic_path, write_text
-from utils.runs import RunError
-from utils.scoring import smoothing_matrix
+from utils.runs.finished import choose_pair
+from utils.runs.files import atomic_path, write_text
+from utils.runs.run import RunError
+from utils.evaluation.smoothing import smoothing_matrix
 
 CHECKED = 16
 """Test images of the run that the file is checked on, evenly spread over the test set."""

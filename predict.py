@@ -26,23 +26,23 @@ from tqdm import tqdm
 
 from configs.prediction import PredictOptions
 from configs.structured import StructuredExperiment
-from datasets.demo import build_demo
-from datasets.finding import find_copies, find_images
-from datasets.images import read_image
-from datasets.labelled import read_labelled_set
-from datasets.loading import BatchLoader, ImageDataset
-from datasets.one_class import one_class_tasks
-from datasets.restoring import restore_map
+from datasets.sets.demo.demo import build_demo
+from datasets.reading.finding import find_copies, find_images
+from datasets.reading.images import read_image
+from datasets.tasks.labelled import read_labelled_set
+from datasets.reading.loading import BatchLoader, ImageDataset
+from datasets.tasks.one_class import one_class_tasks
+from datasets.reading.restoring import restore_map
 from datasets.samples import DataError, Sample
-from datasets.structured import read_category
-from finished_run import FinishedRun, load_run
+from datasets.tasks.structured import read_category
+from pipeline.finished import FinishedRun, load_run
 from models.detector import Detector
 from models.errors import ModelError
-from utils.calibration import calibration_file, decision_rule, load_calibration, save_calibration
+from utils.evaluation.calibration import calibration_file, decision_rule, load_calibration, save_calibration
 from utils.cli import UsageError, exits_cleanly
-from utils.finished import choose_pair
-from utils.prediction_files import Pictures, Prediction, PredictionFiles
-from utils.runs import RunError
+from utils.runs.finished import choose_pair
+from utils.runs.predictions import Pictures, Prediction, PredictionFiles
+from utils.runs.run import RunError
 
 
 @exits_cleanly(

@@ -25,19 +25,19 @@ from configs.experiment import Experiment
 from configs.semantic import SemanticExperiment
 from configs.structured import StructuredExperiment
 from configs.sweep import Combination, PlanError, SweepOptions, combinations, sweep_options
-from datasets.demo import build_demo
-from datasets.labelled import read_labelled_set
-from datasets.one_class import one_class_tasks
+from datasets.sets.demo.demo import build_demo
+from datasets.tasks.labelled import read_labelled_set
+from datasets.tasks.one_class import one_class_tasks
 from datasets.samples import DataError
-from datasets.structured import list_categories
+from datasets.tasks.structured import list_categories
 from utils.cli import UsageError, exits_cleanly
-from utils.merging import Pair, merge
-from utils.run_files import RunError
-from utils.runs import Run
-from utils.sweep_engines import Engine, InProcess, RayTasks, Workers, cuda_devices
-from utils.sweep_jobs import Job, Started, run_job
-from utils.sweep_manifest import DONE, PENDING, RUNNING, JobRecord, Manifest
-from utils.sweep_report import Progress, report, show
+from utils.runs.merging import Pair, merge
+from utils.runs.files import RunError
+from utils.runs.run import Run
+from utils.sweep.engines import Engine, InProcess, RayTasks, Workers, cuda_devices
+from utils.sweep.jobs import Job, Started, run_job
+from utils.sweep.manifest import DONE, PENDING, RUNNING, JobRecord, Manifest
+from utils.sweep.report import Progress, report, show
 
 
 @dataclass(frozen=True)

@@ -27,27 +27,29 @@ import torch
 from configs.command_line import parse
 from configs.methods import SEMANTIC_METHODS
 from configs.semantic import COLOUR, SemanticExperiment, semantic_experiment
-from datasets.images import read_image
-from datasets.labelled import LabelledSet, LabelledSplit, read_labelled_set
-from datasets.loading import BatchLoader, Images
-from datasets.one_class import OneClassTask, one_class_tasks
+from datasets.reading.images import read_image
+from datasets.tasks.labelled import LabelledSet, LabelledSplit, read_labelled_set
+from datasets.reading.loading import BatchLoader, Images
+from datasets.tasks.one_class import OneClassTask, one_class_tasks
 from datasets.samples import DataError
 from datasets.synthetic import ImagesAt, SyntheticDataset, rotate
-from datasets.transforms import PairTransform
-from models import Extractor, build_detector, build_extractor
+from datasets.reading.transforms import PairTransform
+from models import Extractor
+from models import build_detector
+from models import build_extractor
 from models.detector import Detector
 from models.errors import ModelError
-from models.raw_images import RawImages
-from utils.calibration import held_out_for_calibration
+from models.backbone.raw_images import RawImages
+from utils.evaluation.calibration import held_out_for_calibration
 from utils.cli import UsageError, exits_cleanly, faults_named, pick_device
-from utils.evaluation import Outcome, TestSet
-from utils.extraction import extract_features
-from utils.feature_store import default_folder
-from utils.features import Features
-from utils.galleries import save_gallery
-from utils.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
-from utils.runs import Run, RunError
-from utils.selection import hold_out, validation_set
+from utils.evaluation.test_set import Outcome, TestSet
+from utils.features.extraction import extract_features
+from utils.features.store import default_folder
+from utils.features.features import Features
+from utils.pictures.galleries import save_gallery
+from utils.runs.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
+from utils.runs.run import Run, RunError
+from utils.evaluation.selection import hold_out, validation_set
 
 METRICS = ("image_auroc", "image_ap", "image_f1_max")
 

@@ -21,7 +21,7 @@ from datasets.samples import DataError
 from models.errors import ModelError
 from train_cifar10 import run_one_class_tasks
 from utils.cli import exits_cleanly
-from utils.runs import RunError
+from utils.runs.run import RunError
 
 
 @exits_cleanly(DataError, ModelError, RunError, FloatingPointError)

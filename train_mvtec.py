@@ -23,26 +23,28 @@ import torch
 from configs.command_line import parse
 from configs.methods import STRUCTURED_METHODS
 from configs.structured import DATASETS, StructuredExperiment, structured_experiment
-from datasets.demo import build_demo
-from datasets.images import read_image
-from datasets.loading import BatchLoader, ImageDataset, Images, read_masks
+from datasets.sets.demo.demo import build_demo
+from datasets.reading.images import read_image
+from datasets.reading.loading import BatchLoader, ImageDataset, Images, read_masks
 from datasets.samples import Category, DataError
-from datasets.structured import MVTEC_OBJECTS, MVTEC_TEXTURES, list_categories, read_category
+from datasets.tasks.structured import MVTEC_OBJECTS, MVTEC_TEXTURES, list_categories, read_category
 from datasets.synthetic import SyntheticDataset, cutpaste
-from datasets.transforms import PairTransform
-from models import Extractor, build_detector, build_extractor
+from datasets.reading.transforms import PairTransform
+from models import Extractor
+from models import build_detector
+from models import build_extractor
 from models.detector import Detector
 from models.errors import ModelError
-from utils.calibration import held_out_for_calibration
+from utils.evaluation.calibration import held_out_for_calibration
 from utils.cli import exits_cleanly, faults_named, pick_device
-from utils.evaluation import Outcome, TestSet
-from utils.extraction import extract_features
-from utils.feature_store import default_folder
-from utils.features import Features
-from utils.overlays import save_overlays
-from utils.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
-from utils.runs import Run, RunError
-from utils.selection import hold_out, num_copies, validation_set
+from utils.evaluation.test_set import Outcome, TestSet
+from utils.features.extraction import extract_features
+from utils.features.store import default_folder
+from utils.features.features import Features
+from utils.pictures.overlays import save_overlays
+from utils.runs.recording import RANDOM_WEIGHTS, finish_tables, fit_and_record
+from utils.runs.run import Run, RunError
+from utils.evaluation.selection import hold_out, num_copies, validation_set
 
 METRICS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
 GROUPS = {"mvtec": {"mean_textures": MVTEC_TEXTURES, "mean_objects": MVTEC_OBJECTS}}

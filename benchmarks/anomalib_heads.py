@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from configs.cache import cache_folder
-from datasets.demo import build_demo
-from datasets.loading import BatchLoader, ImageDataset
+from datasets.sets.demo.demo import build_demo
+from datasets.reading.loading import BatchLoader, ImageDataset
 from datasets.samples import Sample
-from datasets.structured import read_category
-from datasets.transforms import PairTransform
-from models.extractor import FrozenExtractor
-from models.padim import Padim
-from models.patchcore import PatchCore
+from datasets.tasks.structured import read_category
+from datasets.reading.transforms import PairTransform
+from models.backbone.extractor import FrozenExtractor
+from models.methods.padim import Padim
+from models.methods.patchcore import PatchCore
 from utils.allocator import keep_freed_memory
-from utils.feature_bank import FeatureBank
+from utils.features.bank import FeatureBank
 
 
 def main() -> None:

@@ -19,16 +19,16 @@ import torch
 import tyro
 from torch import Tensor
 
-from datasets.demo import DEMO_CATEGORIES, build_demo
-from datasets.loading import BatchLoader, ImageDataset
-from datasets.structured import read_category
-from datasets.transforms import PairTransform
-from models.coreset import draw_projection, greedy_k_centre, read_projected
-from models.extractor import FrozenExtractor
-from models.nearest import direct_distances
+from datasets.sets.demo.demo import DEMO_CATEGORIES, build_demo
+from datasets.reading.loading import BatchLoader, ImageDataset
+from datasets.tasks.structured import read_category
+from datasets.reading.transforms import PairTransform
+from models.features.coreset import draw_projection, greedy_k_centre, read_projected
+from models.backbone.extractor import FrozenExtractor
+from models.features.nearest import direct_distances
 from utils.allocator import keep_freed_memory
 from utils.cli import pick_device
-from utils.feature_bank import FeatureBank
+from utils.features.bank import FeatureBank
 
 DIM = 128
 NUM_STARTS = 10

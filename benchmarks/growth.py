@@ -21,7 +21,7 @@ from models import build_detector
 from models.detector import FeatureSource
 from utils.allocator import keep_freed_memory
 from utils.cli import pick_device
-from utils.feature_bank import FeatureBank
+from utils.features.bank import FeatureBank
 
 METHODS = ("noco", "noco_cf", "simplenet", "patchcore", "padim", "mahalanobis")
 AXES = {

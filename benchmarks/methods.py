@@ -18,23 +18,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import sklearn.cluster  # noqa: F401  models.prototypes imports it late: not to be timed
+import sklearn.cluster  # noqa: F401  models.features.kmeans imports it late: not to be timed
 import torch
 
 from configs.cache import cache_folder
 from configs.methods import STRUCTURED_METHODS
 from configs.structured import StructuredExperiment, structured_experiment
-from datasets.demo import build_demo
-from datasets.loading import BatchLoader, ImageDataset
+from datasets.sets.demo.demo import build_demo
+from datasets.reading.loading import BatchLoader, ImageDataset
 from datasets.samples import Category, Sample
-from datasets.structured import read_category
-from datasets.transforms import PairTransform
-from models import build_detector, build_extractor
+from datasets.tasks.structured import read_category
+from datasets.reading.transforms import PairTransform
+from models import build_detector
+from models import build_extractor
 from models.errors import ModelError
 from utils.allocator import keep_freed_memory
 from utils.cli import pick_device
-from utils.evaluation import TestSet
-from utils.feature_bank import FeatureBank
+from utils.evaluation.test_set import TestSet
+from utils.features.bank import FeatureBank
 
 
 def main() -> None:

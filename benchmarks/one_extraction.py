@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets.labelled import LabelledSet, read_labelled_set
-from datasets.loading import BatchLoader
-from datasets.one_class import one_class_tasks
-from datasets.transforms import PairTransform
-from models.extractor import FrozenExtractor
-from models.noco import Noco
+from datasets.tasks.labelled import LabelledSet, read_labelled_set
+from datasets.reading.loading import BatchLoader
+from datasets.tasks.one_class import one_class_tasks
+from datasets.reading.transforms import PairTransform
+from models.backbone.extractor import FrozenExtractor
+from models.methods.noco import Noco
 from utils.cli import pick_device
-from utils.evaluation import TestSet
-from utils.feature_bank import FeatureBank
+from utils.evaluation.test_set import TestSet
+from utils.features.bank import FeatureBank
 
 EPOCHS = 10  # of the released CIFAR script
 OPTIONS: dict[str, Any] = {"loss": "squared", "nu": 1.0, "learning_rate": 1e-3, "batch_size": 64}

@@ -22,19 +22,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import sklearn.cluster  # noqa: F401  models.prototypes imports it late: not to be timed
+import sklearn.cluster  # noqa: F401  models.features.kmeans imports it late: not to be timed
 import torch
 
 import train_mvtec
-from datasets.demo import build_demo
-from datasets.loading import BatchLoader, ImageDataset
-from datasets.structured import list_categories, read_category
-from datasets.transforms import PairTransform
-from models.extractor import FrozenExtractor
+from datasets.sets.demo.demo import build_demo
+from datasets.reading.loading import BatchLoader, ImageDataset
+from datasets.tasks.structured import list_categories, read_category
+from datasets.reading.transforms import PairTransform
+from models.backbone.extractor import FrozenExtractor
 from utils.allocator import keep_freed_memory
-from utils.evaluation import Scores, TestSet
-from utils.metrics import Metrics
-from utils.run_files import read_rows
+from utils.evaluation.test_set import Scores, TestSet
+from utils.metrics.metrics import Metrics
+from utils.runs.files import read_rows
 
 BACKBONE = "tf_efficientnet_lite0"
 LAYERS = (2, 3)  # the preset of noco_cf

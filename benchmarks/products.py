@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.stages import compared
-from models.products import add_product, linear
+from models.features.matmul import add_product, linear
 from utils.allocator import keep_freed_memory
 
 SHAPES = {

@@ -10,7 +10,7 @@ timed side by side in one run: ours in full, the released scheme for `--measured
 its evaluation, and projected (it is linear in them). Both take the same head steps, images and
 backbone; "ours, evaluated in every epoch" also looks at the test set as often as the other. The
 released scheme runs the backbone as timm builds it and reads images in worker processes; ours runs
-what `models.frozen` makes of it and reads as our scripts do, in threads without a GPU. With
+what `models.backbone.rewriting` makes of it and reads as our scripts do, in threads without a GPU. With
 `--threads` both read that way.
 """
 
@@ -30,17 +30,17 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from configs.cache import cache_folder
-from datasets.demo import build_demo
-from datasets.loading import BatchLoader, ImageDataset, read_masks
+from datasets.sets.demo.demo import build_demo
+from datasets.reading.loading import BatchLoader, ImageDataset, read_masks
 from datasets.samples import Category, Sample
-from datasets.structured import read_category
-from datasets.transforms import PairTransform
-from models.extractor import FrozenExtractor
-from models.noco import Noco
+from datasets.tasks.structured import read_category
+from datasets.reading.transforms import PairTransform
+from models.backbone.extractor import FrozenExtractor
+from models.methods.noco import Noco
 from utils.allocator import keep_freed_memory
 from utils.cli import pick_device
-from utils.evaluation import TestSet
-from utils.feature_bank import FeatureBank
+from utils.evaluation.test_set import TestSet
+from utils.features.bank import FeatureBank
 
 EPOCHS = 50
 LEARNING_RATE = 1e-4

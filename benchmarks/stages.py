@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from models.closed_form import ClosedFormNoco
-from models.noco import Noco
-from models.stages import join_stages
+from models.methods.noco_cf import ClosedFormNoco
+from models.methods.noco import Noco
+from models.features.multiscale import join_stages
 from utils.allocator import keep_freed_memory
 from utils.cli import pick_device
 

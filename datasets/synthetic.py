@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.fingerprints import digest
-from datasets.loading import Images, Item
+from datasets.reading.fingerprints import digest
+from datasets.reading.loading import Images, Item
 from datasets.samples import DataError
 
 PATCH_AREA = (0.02, 0.15)  # share of the image, CVPR 2021, section 4

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from figures.drawing import COLOURS, grid_rows, parser, save_figure
-from figures.run_log import LoggedRun, Pair, read_runs
+from figures.shared.drawing import COLOURS, grid_rows, parser, save_figure
+from figures.shared.run_log import LoggedRun, Pair, read_runs
 from utils.cli import exits_cleanly
-from utils.run_files import RunError
+from utils.runs.files import RunError
 
 SIDES = {"feature_std": "before the adaptor", "adapted_std": "after the adaptor"}
 _NUM_BINS = 60

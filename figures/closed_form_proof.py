@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.drawing import COLOURS, save_figure
+from figures.shared.drawing import COLOURS, save_figure
 
 NORMS = (0.5, 1.0, 4.0)
 CHANNELS = 6

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.drawing import COLOURS, parser, save_with_tables
-from figures.run_log import LoggedRun, images_of, read_named_run, read_runs
+from figures.shared.drawing import COLOURS, parser, save_with_tables
+from figures.shared.run_log import LoggedRun, images_of, read_named_run, read_runs
 from utils.cli import exits_cleanly
-from utils.run_files import RunError, corrupt
-from utils.runs import Run
-from utils.tables import SELECT_LABELS
+from utils.runs.files import RunError, corrupt
+from utils.runs.run import Run
+from utils.tables.results import SELECT_LABELS
 
 SAME_BUT = (
     *("dataset", "data_root", "categories", "seeds", "select", "grid", "monitor_test", "online"),

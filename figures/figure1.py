@@ -20,9 +20,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.drawing import COLOURS, parser, save_figure
-from figures.label_places import Box, place_labels
-from figures.own_results import (
+from figures.shared.drawing import COLOURS, parser, save_figure
+from figures.shared.label_places import Box, place_labels
+from figures.shared.own_results import (
     SEMANTIC,
     STRUCTURED,
     Series,
@@ -32,11 +32,11 @@ from figures.own_results import (
     trainable,
     unfinished_notes,
 )
-from figures.paper_table import stem_of
+from figures.shared.paper_table import stem_of
 from utils.cli import exits_cleanly
-from utils.published import published_table
-from utils.run_files import RunError, write_text
-from utils.tables import SELECT_LABELS
+from utils.tables.published import published_table
+from utils.runs.files import RunError, write_text
+from utils.tables.results import SELECT_LABELS
 
 SIZE_PER_MILLION = 14.0
 """Square of a circle's diameter, in points, for each million of trainable parameters."""

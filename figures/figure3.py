@@ -29,13 +29,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Arc
 from matplotlib.ticker import MaxNLocator
 
-from figures.drawing import COLOURS, parser, save_with_tables
-from figures.own_results import data_of
+from figures.shared.drawing import COLOURS, parser, save_with_tables
+from figures.shared.own_results import data_of
 from utils.cli import exits_cleanly
-from utils.metrics import ranking_metrics
-from utils.run_files import RunError
-from utils.runs import Run
-from utils.tables import SELECT_LABELS
+from utils.metrics.metrics import ranking_metrics
+from utils.runs.files import RunError
+from utils.runs.run import Run
+from utils.tables.results import SELECT_LABELS
 
 MAX_POINTS = 400
 """Images of each kind that are drawn; of more, evenly spaced ones in the order of the file."""

@@ -26,13 +26,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, ImageOps
 
 from figures.compare import SAME_BUT
-from figures.drawing import parser, save_figure
-from figures.own_results import data_of, is_structured
-from figures.run_log import LoggedRun, read_runs
+from figures.shared.drawing import parser, save_figure
+from figures.shared.own_results import data_of, is_structured
+from figures.shared.run_log import LoggedRun, read_runs
 from utils.cli import exits_cleanly
-from utils.overlays import colour_limits
-from utils.run_files import RunError, write_text
-from utils.runs import Run
+from utils.pictures.overlays import colour_limits
+from utils.runs.files import RunError, write_text
+from utils.runs.run import Run
 
 MAX_COLUMNS = 8
 """Of pictures; more categories go on in further blocks of rows."""

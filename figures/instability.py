@@ -21,10 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from figures.drawing import grid_rows, parser, save_figure, style
-from figures.run_log import Curve, LoggedRun, Pair, read_runs
+from figures.shared.drawing import grid_rows, parser, save_figure, style
+from figures.shared.run_log import Curve, LoggedRun, Pair, read_runs
 from utils.cli import exits_cleanly
-from utils.run_files import RunError
+from utils.runs.files import RunError
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC"}
 MARKS = {"last": "o", "synthetic": "s", "best on test (optimistic)": "*"}

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.drawing import parser, save_figure, style
-from figures.run_log import Curve, LoggedRun, read_runs
+from figures.shared.drawing import parser, save_figure, style
+from figures.shared.run_log import Curve, LoggedRun, read_runs
 from utils.cli import exits_cleanly
-from utils.run_files import RunError
+from utils.runs.files import RunError
 
 
 @exits_cleanly(RunError)

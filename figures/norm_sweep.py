@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from figures.option_curves import Sweep
-from figures.option_plots import make
+from figures.shared.option_curves import Sweep
+from figures.shared.option_plots import make
 from utils.cli import exits_cleanly
-from utils.run_files import RunError
+from utils.runs.files import RunError
 
 
 def solver_of(config: dict[str, Any]) -> str:

@@ -10,10 +10,10 @@ standard deviation over seeds. Writes FILE.png, FILE.pdf, FILE.csv and FILE.md.
 from collections.abc import Sequence
 from pathlib import Path
 
-from figures.option_curves import Sweep
-from figures.option_plots import make
+from figures.shared.option_curves import Sweep
+from figures.shared.option_plots import make
 from utils.cli import exits_cleanly
-from utils.run_files import RunError
+from utils.runs.files import RunError
 
 
 @exits_cleanly(RunError)

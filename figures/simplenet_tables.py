@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from figures.category_tables import category_tables
-from figures.drawing import parser
-from figures.own_results import (
+from figures.shared.category_tables import category_tables
+from figures.shared.drawing import parser
+from figures.shared.own_results import (
     Cell,
     describe,
     is_structured,
@@ -23,7 +23,7 @@ from figures.own_results import (
     summarise,
     unfinished_notes,
 )
-from figures.paper_table import Column, PaperTable, Row, stem_of
+from figures.shared.paper_table import Column, PaperTable, Row, stem_of
 from figures.table2 import (
     OUR_PROTOCOL,
     RANKED,
@@ -34,8 +34,8 @@ from figures.table2 import (
 )
 from figures.table3 import write_by_data
 from utils.cli import exits_cleanly
-from utils.published import published_table
-from utils.run_files import RunError
+from utils.tables.published import published_table
+from utils.runs.files import RunError
 
 FAMILY = ("simplenet", "simplenet_released", "nc_disc")
 """Methods with an adaptor and a discriminator."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from figures.drawing import parser
-from figures.own_results import (
+from figures.shared.drawing import parser
+from figures.shared.own_results import (
     NUM_OWN,
     SEMANTIC,
     STRUCTURED,
@@ -27,10 +27,10 @@ from figures.own_results import (
     trainable,
     unfinished_notes,
 )
-from figures.paper_table import Column, PaperTable, Row
+from figures.shared.paper_table import Column, PaperTable, Row
 from utils.cli import exits_cleanly
-from utils.published import published_table
-from utils.run_files import RunError
+from utils.tables.published import published_table
+from utils.runs.files import RunError
 
 RANKED = {
     "all": "Best in bold, second underlined, by the printed values of published methods and of "

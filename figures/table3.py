@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from figures.category_tables import category_tables
-from figures.drawing import parser
-from figures.own_results import pool, unfinished_notes
-from figures.paper_table import PaperTable, stem_of
+from figures.shared.category_tables import category_tables
+from figures.shared.drawing import parser
+from figures.shared.own_results import pool, unfinished_notes
+from figures.shared.paper_table import PaperTable, stem_of
 from utils.cli import exits_cleanly
-from utils.run_files import RunError
+from utils.runs.files import RunError
 
 
 @exits_cleanly(RunError)

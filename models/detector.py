@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ModelError
-from models.stages import join_stages
+from models.features.multiscale import join_stages
 
 ONLINE_HINT = "use --method.solver closed_form with --method.prototypes 1"
 Monitor = Callable[[int, dict[str, float]], None]

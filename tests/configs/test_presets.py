@@ -14,15 +14,15 @@ from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, NocoC
 from configs.prediction import EvaluateOptions
 from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
 from configs.structured import StructuredExperiment, structured_experiment
-from datasets.labelled import LABELLED_SETS
-from datasets.one_class import OneClassProtocol
-from datasets.structured import StructuredDataset
-from datasets.transforms import Resize
-from datasets.visa import VisaSplit
-from models.extractor import describe_stages
-from models.noco import LOSSES, OBJECTIVES
-from utils.extraction import CACHES
-from utils.run_files import SELECTS
+from datasets.tasks.labelled import LABELLED_SETS
+from datasets.tasks.one_class import OneClassProtocol
+from datasets.tasks.structured import StructuredDataset
+from datasets.reading.transforms import Resize
+from datasets.sets.visa import VisaSplit
+from models.backbone.extractor import describe_stages
+from models.methods.noco import LOSSES, OBJECTIVES
+from utils.features.extraction import CACHES
+from utils.runs.files import SELECTS
 
 # Of NoCo's released scripts, structured: WideResNet50 stages 1 to 3, 256 then crop 224, batch,
 # epochs. MVTec is resized by OpenCV (albumentations), the other two with Lanczos.

@@ -9,8 +9,9 @@ from configs.methods import METHODS
 from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
 from configs.simplenet import SIMPLENET, SimpleNetConfig
 from configs.structured import DATASETS, StructuredExperiment, structured_experiment
-from models import DETECTORS, build_detector
-from models.simplenet import SimpleNet
+from models import DETECTORS
+from models import build_detector
+from models.methods.simplenet.simplenet import SimpleNet
 from tests.models.banks import Stages
 
 NAMES = ("simplenet", "simplenet_released", "nc_disc")

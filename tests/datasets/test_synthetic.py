@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.loading import BatchLoader, Images
+from datasets.reading.loading import BatchLoader, Images
 from datasets.samples import DataError
 from datasets.synthetic import PATCH_AREA, ImagesAt, SyntheticDataset, cutpaste, rotate
 from tests.datasets.trees import texture

@@ -2,7 +2,7 @@
 
 import math
 
-from utils.runs import Run
+from utils.runs.run import Run
 
 MVTEC = (
     *("bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush"),

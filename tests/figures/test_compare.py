@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from figures import compare
-from utils.run_files import RunError
-from utils.runs import Run
+from utils.runs.files import RunError
+from utils.runs.run import Run
 
 FACTS = {
     "num_test": 100,

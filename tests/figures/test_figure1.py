@@ -7,12 +7,12 @@ import math
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from datasets.demo import DEMO_CATEGORIES
+from datasets.sets.demo.demo import DEMO_CATEGORIES
 from figures import figure1
-from figures.label_places import Box, place_labels
-from figures.own_results import SEMANTIC, STRUCTURED, pool
+from figures.shared.label_places import Box, place_labels
+from figures.shared.own_results import SEMANTIC, STRUCTURED, pool
 from tests.figures.paper_runs import MVTEC, constant, semantic, structured, write_run
-from utils.published import NUM_CATEGORIES
+from utils.tables.published import NUM_CATEGORIES
 
 DIGITS = [str(digit) for digit in range(10)]
 LITE = {"backbone": "tf_efficientnet_lite0"}

@@ -9,8 +9,8 @@ from matplotlib.patches import Arc
 from PIL import Image
 
 from figures import figure3
-from utils.run_files import RunError
-from utils.runs import Run
+from utils.runs.files import RunError
+from utils.runs.run import Run
 
 LABELS = np.array([0, 0, 1, 1])
 NORMS = np.array([1.0, 1.2, 2.0, 4.0], dtype=np.float32)

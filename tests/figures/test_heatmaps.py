@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from figures import heatmaps
-from utils.run_files import RunError
-from utils.runs import Run
+from utils.runs.files import RunError
+from utils.runs.run import Run
 
 SIZE = 16
 GOOD, HOLE, SCRATCH = "good", "hole", "scratch"

@@ -7,10 +7,12 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from figures import closed_form_proof, selection_curve
-from figures.run_log import read_runs
-from utils.run_files import RunError
-from utils.runs import Run
+from figures import closed_form_proof
+
+from figures import selection_curve
+from figures.shared.run_log import read_runs
+from utils.runs.files import RunError
+from utils.runs.run import Run
 
 TIMES = (10.0, 100.0, 1000.0)
 AUROCS = {1: (0.6, 0.7, 0.5), 8: (0.65, 0.9, 0.8)}  # by prototypes

@@ -8,11 +8,17 @@ import pytest
 from matplotlib.collections import PolyCollection
 from PIL import Image
 
-from figures import norm_sweep, option_plots, patch_size, sigma_sweep
-from figures.option_curves import Curve, Point, Sweep, read_curves
-from figures.option_tables import near_best, shared_lines, to_csv, to_markdown
-from utils.run_files import RunError
-from utils.runs import Run
+from figures import norm_sweep
+
+from figures.shared import option_plots
+
+from figures import patch_size
+
+from figures import sigma_sweep
+from figures.shared.option_curves import Curve, Point, Sweep, read_curves
+from figures.shared.option_tables import near_best, shared_lines, to_csv, to_markdown
+from utils.runs.files import RunError
+from utils.runs.run import Run
 
 SWEEP = Sweep(
     module="figures.test",

@@ -18,11 +18,12 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 
 import train_mnist
-from figures import report, report_pictures
-from figures.report_scores import auroc, roc, wrongness
+from figures.report.page import page as report
+from figures.report.page import pictures as report_pictures
+from figures.report.scores import auroc, roc, wrongness
 from tests.scripts.test_train_mvtec import draw_turned_category, train
-from utils.run_files import read_rows
-from utils.runs import Run
+from utils.runs.files import read_rows
+from utils.runs.run import Run
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 HOSTILE = "<script>alert(1)</script>\"'&amp;"

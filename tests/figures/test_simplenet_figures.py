@@ -6,11 +6,15 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from figures import adaptor_std, instability, loss_curve
-from figures.drawing import grid_rows, save_figure, style
-from figures.run_log import read_runs
-from utils.run_files import RunError
-from utils.runs import Run
+from figures import adaptor_std
+
+from figures import instability
+
+from figures import loss_curve
+from figures.shared.drawing import grid_rows, save_figure, style
+from figures.shared.run_log import read_runs
+from utils.runs.files import RunError
+from utils.runs.run import Run
 
 AUROCS = {0: [0.6, 0.9, 0.7], 1: [0.5, 0.4, 0.8]}
 """Of each seed, after each epoch."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.stages import join_stages
+from models.features.multiscale import join_stages
 
 
 class Bank:

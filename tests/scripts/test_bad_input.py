@@ -16,9 +16,9 @@ import torch
 import train_cifar10
 import train_mnist
 import train_mvtec
-from models.noco import Noco
+from models.methods.noco import Noco
 from tests.datasets.trees import draw_mvtec_category, save, texture
-from utils.run_files import read_rows
+from utils.runs.files import read_rows
 
 ROOT = Path(__file__).parents[2]
 QUICK = (

@@ -8,11 +8,12 @@ import torch
 
 import train_mnist
 import train_mvtec
-from models import build_detector, build_extractor
-from models.extractor import FrozenExtractor
+from models import build_detector
+from models import build_extractor
+from models.backbone.extractor import FrozenExtractor
 from tests.datasets.trees import draw_mvtec_category
-from utils.feature_store import FeatureStore, default_folder
-from utils.run_files import read_rows
+from utils.features.store import FeatureStore, default_folder
+from utils.runs.files import read_rows
 
 IMAGES = (
     *("--backbone", "tf_efficientnet_lite0", "--image-size", "64", "--crop-size", "none"),
@@ -117,7 +118,7 @@ def test_features_on_disk_give_the_same_table_without_the_backbone(
     def forbidden(*_):
         raise AssertionError("the images were taken again")
 
-    monkeypatch.setattr("datasets.loading.BatchLoader.__iter__", forbidden)
+    monkeypatch.setattr("datasets.reading.loading.BatchLoader.__iter__", forbidden)
     warm = train(root, tmp_path / "c", method, *options, "--cache", "disk", "--device", "cpu")
     assert measured(in_memory) == measured(cold) == measured(warm)
     assert len(FeatureStore(default_folder()).entries()) == len(entries)
@@ -132,9 +133,9 @@ def test_a_method_that_cannot_be_built_says_so_before_an_image_is_read(
     found = importlib.util.find_spec
     without = {"faiss": None}
     monkeypatch.setattr(
-        "models.nearest.importlib.util.find_spec", lambda name: without.get(name, found(name))
+        "models.features.nearest.importlib.util.find_spec", lambda name: without.get(name, found(name))
     )
-    monkeypatch.setattr("datasets.loading.BatchLoader.__iter__", forbidden)
+    monkeypatch.setattr("datasets.reading.loading.BatchLoader.__iter__", forbidden)
     with pytest.raises(SystemExit) as exit_:
         train(root, tmp_path, "patchcore", "--method.search", "faiss")
     assert exit_.value.code == 2

@@ -11,9 +11,9 @@ import evaluate
 import train_mnist
 import train_mvtec
 from tests.datasets.trees import draw_mvtec_category
-from utils.metrics import METRIC_NAMES
-from utils.run_files import read_rows
-from utils.runs import Run
+from utils.metrics.metrics import METRIC_NAMES
+from utils.runs.files import read_rows
+from utils.runs.run import Run
 
 IMAGES = (
     *("--backbone", "tf_efficientnet_lite0", "--image-size", "48", "--crop-size", "none"),

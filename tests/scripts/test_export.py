@@ -18,13 +18,13 @@ import export
 import train_mnist
 import train_mvtec
 from configs.prediction import ExportOptions
-from datasets.images import read_image
-from datasets.transforms import PairTransform
-from finished_run import load_run
+from datasets.reading.images import read_image
+from datasets.reading.transforms import PairTransform
+from pipeline.finished import load_run
 from tests.datasets.trees import draw_mvtec_category
-from utils import exported
+from models.deployment import formats as exported
 from utils.cli import UsageError
-from utils.exported import ONNX_PACKAGES, example_program
+from models.deployment.formats import ONNX_PACKAGES, example_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 HAS_ONNX = all(importlib.util.find_spec(name) is not None for name in ONNX_PACKAGES)

@@ -20,15 +20,15 @@ from safetensors import SafetensorError
 
 import train_mnist
 import train_mvtec
-import utils.run_files
-import utils.runs
-from datasets.loading import BatchLoader, ImageDataset
-from models.extractor import FrozenExtractor
-from models.noco import Noco
+import utils.runs.files
+import utils.runs.run
+from datasets.reading.loading import BatchLoader, ImageDataset
+from models.backbone.extractor import FrozenExtractor
+from models.methods.noco import Noco
 from tests.datasets.trees import draw_mvtec_category
 from utils.cli import machine_fault
-from utils.run_files import read_rows
-from utils.runs import Run
+from utils.runs.files import read_rows
+from utils.runs.run import Run
 
 CATEGORIES = ("cloth", "tile", "wood")
 QUICK = (
@@ -206,7 +206,7 @@ def test_all_images_gone_with_skip_unreadable(images, tmp_path, monkeypatch, sto
     assert message == "error: tile: train features: not one image could be read"
 
 
-def full_disk(monkeypatch, fails, module=utils.run_files):
+def full_disk(monkeypatch, fails, module=utils.runs.files):
     """Let `fails(path)` decide which files find the disk full as they are put in place."""
     replace = Path.replace
 
@@ -233,17 +233,17 @@ def test_disk_full(name, images, undisturbed, tmp_path, monkeypatch, stopped):
     """Whichever file it hits, also in the middle of a write."""
     with monkeypatch.context() as patch:
         if name == "metrics.jsonl":
-            append = utils.run_files.append_text
+            append = utils.runs.files.append_text
 
             def append_half(path, text):
                 if '"tile"' in text:
                     append(path, text[:20])
-                    raise utils.run_files.unwritable(path, OSError(28, "No space left on device"))
+                    raise utils.runs.files.unwritable(path, OSError(28, "No space left on device"))
                 append(path, text)
 
-            patch.setattr(utils.runs, "append_text", append_half)
+            patch.setattr(utils.runs.run, "append_text", append_half)
         elif name.endswith("safetensors"):
-            save = utils.runs.save_file
+            save = utils.runs.run.save_file
 
             def save_half(tensors, path, metadata):
                 if "tile" in path.name:
@@ -251,7 +251,7 @@ def test_disk_full(name, images, undisturbed, tmp_path, monkeypatch, stopped):
                     raise SafetensorError("I/O error: No space left on device (os error 28)")
                 save(tensors, path, metadata=metadata)
 
-            patch.setattr(utils.runs, "save_file", save_half)
+            patch.setattr(utils.runs.run, "save_file", save_half)
         else:
             rows = run_folder(tmp_path) / "results.csv"
             full_disk(patch, lambda path: path.name.endswith(name) and (

@@ -10,7 +10,7 @@ from PIL import Image
 import train_mnist
 from tests.datasets.trees import draw_mvtec_category
 from train_mvtec import main
-from utils.run_files import read_rows
+from utils.runs.files import read_rows
 
 IMAGES = (
     *("--backbone", "tf_efficientnet_lite0", "--image-size", "64", "--crop-size", "none"),

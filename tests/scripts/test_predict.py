@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 import predict
 import train_mnist
 import train_mvtec
-from datasets.images import read_image
+from datasets.reading.images import read_image
 from tests.datasets.trees import draw_mvtec_category, texture
 from tests.datasets.trees import save as save_image
-from utils.prediction_files import MapScale
-from utils.run_files import read_rows
+from utils.runs.predictions import MapScale
+from utils.runs.files import read_rows
 
 NUM_TRAIN = 25
 QUICK = (

@@ -9,11 +9,11 @@ import pytest
 import evaluate
 import train_mnist
 import train_mvtec
-from datasets.loading import ArrayDataset, ImageDataset
-from models.extractor import FrozenExtractor
+from datasets.reading.loading import ArrayDataset, ImageDataset
+from models.backbone.extractor import FrozenExtractor
 from tests.datasets.trees import draw_mvtec_category
-from utils.run_files import read_rows
-from utils.runs import Run
+from utils.runs.files import read_rows
+from utils.runs.run import Run
 
 IMAGES = (
     *("--backbone", "tf_efficientnet_lite0", "--image-size", "64", "--crop-size", "none"),

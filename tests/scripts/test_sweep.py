@@ -13,11 +13,11 @@ import train_cifar10
 import train_mnist
 import train_mvtec
 from configs.sweep import combinations, sweep_options
-from models.extractor import FrozenExtractor
+from models.backbone.extractor import FrozenExtractor
 from tests.datasets.trees import draw_mvtec_category, save, texture
 from tests.rays import require_ray
-from utils.run_files import read_rows
-from utils.sweep_engines import Workers
+from utils.runs.files import read_rows
+from utils.sweep.engines import Workers
 
 EXTRA = ("--image-size", "32", "--method.epochs", "2", "--workers", "0", "--overlays", "2")
 DIGITS = ("--datasets", "digits", "--categories", "0", "1", "--seeds", "0", "1")

@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from datasets.images import read_image, read_mask
-from models.extractor import FrozenExtractor
-from models.noco import Noco
+from datasets.reading.images import read_image, read_mask
+from models.backbone.extractor import FrozenExtractor
+from models.methods.noco import Noco
 from tests.datasets.trees import draw_mvtec_category, draw_visa_category, texture, write_visa_csv
 from tests.datasets.trees import save as save_image
 from train_mvtec import main
-from utils.metrics import METRIC_NAMES
-from utils.run_files import read_rows
-from utils.runs import Run
-from utils.scoring import upsample_and_blur
+from utils.metrics.metrics import METRIC_NAMES
+from utils.runs.files import read_rows
+from utils.runs.run import Run
+from utils.evaluation.smoothing import upsample_and_blur
 
 SIZE = 64
 SIDE = 24  # of a defect

@@ -10,11 +10,11 @@ from sklearn.metrics import roc_auc_score
 
 import train_cifar10
 import train_mnist
-from models.extractor import FrozenExtractor
-from models.noco import Noco
+from models.backbone.extractor import FrozenExtractor
+from models.methods.noco import Noco
 from tests.datasets.trees import save as save_image
-from utils.run_files import read_rows
-from utils.runs import Run
+from utils.runs.files import read_rows
+from utils.runs.run import Run
 
 CLASSES = ("0", "1", "6")
 NUM_DIGITS = 1797

@@ -1,0 +1,141 @@
+"""Labelled images on disk: a folder per class, or CatsVsDogs with the class in the file's name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.reading.images import IMAGE_SUFFIXES, is_image_file
+from datasets.samples import DataError
+
+_SUFFIXES = " ".join(sorted(IMAGE_SUFFIXES))
+_CATS_AND_DOGS = ("cat", "dog")
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """The image files of one split, class after class, each class in the order of file names.
+
+    Attributes:
+        paths: The image files.
+        labels: (N,) int64, number of each file's class.
+    """
+
+    paths: tuple[Path, ...]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The image files of both splits; a label is a position in class_names."""
+
+    class_names: tuple[str, ...]
+    train: LabelledFiles
+    test: LabelledFiles
+
+
+def read_class_folders(root: Path) -> ClassFolders:
+    """Lists `train/<class>/` and `test/<class>/`; classes are sorted by name.
+
+    Classes that only `test/` has come last: they have nothing to train on and can only be
+    anomalies. Where root holds one sub-folder and the splits are in it (an unpacked archive), that
+    sub-folder is read.
+
+    Raises:
+        DataError: Root or a split is missing, or a folder of `train/` holds no image.
+    """
+    root = _root_of_splits(root)
+    train_names = _subfolders(root / "train")
+    test_names = _subfolders(root / "test")
+    for name in train_names:
+        if not _images(root / "train" / name):
+            raise DataError(
+                f"{root / 'train' / name} holds no image ({_SUFFIXES}); "
+                "remove the folder if its class shall only occur as an anomaly"
+            )
+    class_names = (*train_names, *(name for name in test_names if name not in train_names))
+    return ClassFolders(
+        class_names=class_names,
+        train=_list_split(root / "train", class_names),
+        test=_list_split(root / "test", class_names),
+    )
+
+
+def read_cats_and_dogs(root: Path) -> ClassFolders:
+    """Lists CatsVsDogs: each split as `{cat,dog}/` folders, or flat with `cat.*` and `dog.*` files.
+
+    Raises:
+        DataError: Root or a split is missing, a class is missing in a split, or a file of a flat
+            split is neither a cat nor a dog by its name.
+    """
+    root = _root_of_splits(root)
+    splits = []
+    for folder in (root / "train", root / "test"):
+        if any(name in _CATS_AND_DOGS for name in _subfolders(folder)):
+            split = _list_split(folder, _CATS_AND_DOGS)
+        else:
+            split = _list_named_files(folder)
+        for number, name in enumerate(_CATS_AND_DOGS):
+            if number not in split.labels:
+                raise DataError(
+                    f"{folder} holds no {name}: expected images ({_SUFFIXES}) in {folder / name} "
+                    f"or files {folder / name}.*"
+                )
+        splits.append(split)
+    return ClassFolders(_CATS_AND_DOGS, train=splits[0], test=splits[1])
+
+
+def _root_of_splits(root: Path) -> Path:
+    if not root.is_dir():
+        raise DataError(f"the data folder {root} does not exist; name it with --data-root")
+    candidates = [root]
+    inner = _subfolders(root)
+    if len(inner) == 1:
+        candidates.append(root / inner[0])
+    for candidate in candidates:
+        if (candidate / "train").is_dir() and (candidate / "test").is_dir():
+            return candidate
+    raise DataError(
+        f"{root} has no train/ and test/ folders side by side (it has: "
+        f"{', '.join(inner) or 'no folders'}); name the folder that holds both with --data-root"
+    )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        # Unpacking a macOS archive elsewhere leaves a second tree of resource forks.
+        if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"
+    )
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if is_image_file(path))
+
+
+def _list_split(folder: Path, class_names: Sequence[str]) -> LabelledFiles:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for number, name in enumerate(class_names):
+        if (folder / name).is_dir():
+            images = _images(folder / name)
+            paths += images
+            labels += [number] * len(images)
+    if not paths:
+        raise DataError(f"{folder} holds no folder of images: expected {folder}/<class>/<image>")
+    return LabelledFiles(tuple(paths), np.array(labels, dtype=np.int64))
+
+
+def _list_named_files(folder: Path) -> LabelledFiles:
+    files: dict[str, list[Path]] = {name: [] for name in _CATS_AND_DOGS}
+    for path in _images(folder):
+        name = path.name.lower().split(".")[0]
+        if name not in files:
+            raise DataError(f"{path}: neither a cat nor a dog by its name (cat.* or dog.*)")
+        files[name].append(path)
+    labels = np.repeat(np.arange(2), [len(files[name]) for name in _CATS_AND_DOGS])  # (N,)
+    return LabelledFiles(
+        tuple(path for name in _CATS_AND_DOGS for path in files[name]), labels.astype(np.int64)
+    )

@@ -1,0 +1,107 @@
+"""Resizing and cropping of an image and its mask as a pair, as each paper's preset states it."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from datasets.reading.images import MAX_PIXELS
+from datasets.samples import DataError
+
+Resize = Literal["opencv_square", "lanczos_shorter", "bilinear_shorter"]
+
+
+@dataclass(frozen=True)
+class PairTransform:
+    """Resizes and centre-crops an image and its mask alike; normalisation is the backbone's part.
+
+    Attributes:
+        image_size: Side length in pixels that the resize aims at.
+        crop_size: Side length in pixels of the centre crop that follows. None keeps the whole
+            image: it is squeezed to image_size x image_size by the same filter, so that images
+            of any shape batch and no defect is cut away.
+        resize: "opencv_square" squeezes to image_size x image_size with cv2.INTER_LINEAR (NoCo's
+            MVTec pipeline); "lanczos_shorter" and "bilinear_shorter" bring
+            the shorter side to image_size with Pillow's antialiased filter, as torchvision's
+            Resize does.
+
+    Raises:
+        ValueError: A size is below 1, crop_size exceeds image_size, or resize is unknown.
+        DataError: In use, where resizing would blow a narrow image up beyond `MAX_PIXELS`.
+    """
+
+    image_size: int
+    crop_size: int | None
+    resize: Resize
+
+    def __post_init__(self) -> None:
+        if self.resize not in get_args(Resize):
+            raise ValueError(f"resize {self.resize!r} is none of {', '.join(get_args(Resize))}")
+        if self.image_size < 1 or (self.crop_size is not None and self.crop_size < 1):
+            raise ValueError(
+                f"image_size {self.image_size} and crop_size {self.crop_size} must be 1 or more"
+            )
+        if self.crop_size is not None and self.crop_size > self.image_size:
+            raise ValueError(
+                f"crop_size {self.crop_size} exceeds image_size {self.image_size}: "
+                "there is nothing to crop from"
+            )
+
+    @property
+    def output_size(self) -> int:
+        """Side length S of what the transform returns, in pixels."""
+        return self.image_size if self.crop_size is None else self.crop_size
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """Transforms an RGB image: (H, W, 3) uint8 to (S, S, 3) uint8."""
+        width, height = self._resized(image)
+        if self.resize == "opencv_square":
+            resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        else:
+            lanczos = self.resize == "lanczos_shorter"
+            resample = Image.Resampling.LANCZOS if lanczos else Image.Resampling.BILINEAR
+            resized = np.array(Image.fromarray(image).resize((width, height), resample))
+        return self._crop(resized)  # (S, S, 3)
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """Transforms a mask by the nearest pixel: (H, W) bool to (S, S) bool."""
+        # INTER_NEAREST takes the top left pixel of each block, which shifts the mask against the
+        # image by up to half an output pixel; the exact variant takes the centre, as Pillow does.
+        resized = cv2.resize(
+            mask.astype(np.uint8), self._resized(mask), interpolation=cv2.INTER_NEAREST_EXACT
+        )
+        return self._crop(resized).astype(bool)  # (S, S)
+
+    def _resized(self, image: np.ndarray) -> tuple[int, int]:
+        """Width and height after the resize, before the crop."""
+        height, width = image.shape[:2]
+        size = self.image_size
+        if self.resize == "opencv_square" or self.crop_size is None:
+            return size, size
+        # torchvision truncates the longer side.
+        if width <= height:
+            resized = size, int(size * height / width)
+        else:
+            resized = int(size * width / height), size
+        if resized[0] * resized[1] > MAX_PIXELS:
+            raise DataError(
+                f"{width} x {height} pixels would become {resized[0]} x {resized[1]} pixels, too "
+                "large to be handled safely: use --crop-size none or images nearer to a square"
+            )
+        return resized
+
+    def _crop(self, image: np.ndarray) -> np.ndarray:
+        if self.crop_size is None:
+            return image
+        height, width = image.shape[:2]
+        top, left = self._offset(height), self._offset(width)
+        cropped = image[top : top + self.crop_size, left : left + self.crop_size]
+        return np.ascontiguousarray(cropped)  # (S, S) or (S, S, 3)
+
+    def _offset(self, length: int) -> int:
+        margin = length - self.output_size
+        # Odd margins: albumentations, which the OpenCV pipeline comes from, rounds down;
+        # torchvision rounds half to even.
+        return margin // 2 if self.resize == "opencv_square" else round(margin / 2)

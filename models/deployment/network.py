@@ -1,0 +1,164 @@
+"""A finished detector as one network: uint8 images in, scores and maps out, for export."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.methods.noco_cf import ClosedFormNoco
+from models.methods.deep_svdd.deep_svdd import DeepSvdd
+from models.deployment.heads import (
+    DeployedAsWritten,
+    DeployedFineTuned,
+    DeployedKnn,
+    DeployedMahalanobis,
+    DeployedNormalised,
+    DeployedPadim,
+    DeployedPatchCore,
+    DeployedPrototypes,
+    DeployedStpm,
+    normalised_pixels,
+)
+from models.detector import Detector
+from models.errors import ModelError
+from models.backbone.extractor import FrozenExtractor, channels_first
+from models.features.feature_norm import NormalisedDetector
+from models.training.fine_tuning import FineTunedDetector
+from models.backbone.rewriting import accelerated
+from models.methods.knn import Knn
+from models.methods.mahalanobis import Mahalanobis
+from models.methods.noco import Noco
+from models.methods.padim import Padim
+from models.methods.patchcore import PatchCore
+from models.backbone.raw_images import RawImages
+from models.methods.simplenet.simplenet import SimpleNet
+from models.methods.stpm import Stpm
+
+AS_WRITTEN = (Noco, SimpleNet, DeepSvdd)
+"""Detectors whose own forward pass a graph can hold."""
+
+
+class Deployed(nn.Module):
+    """Normalisation, backbone, patch averaging, head, upsampling and blur in one network.
+
+    Stages' maps are rounded to float16 and back, as stored features are, so that scores are those
+    of the run. Everything else is float32, the two products of upsampling and blur included
+    (float64 in training): not every runtime has float64.
+
+    Args:
+        extractor: of the run; its `precision` is not applied.
+        detector: fitted, for this extractor.
+        method: its name, for messages.
+        image_size: side S of the images.
+        smoothing: returns the (S, h) matrix that upsamples and blurs an axis of h positions; None
+            where there are no maps to return.
+
+    Raises:
+        ModelError: the method cannot be exported.
+    """
+
+    smoothing: Tensor | None
+
+    def __init__(
+        self,
+        extractor: FrozenExtractor | RawImages,
+        detector: Detector,
+        *,
+        method: str,
+        image_size: int,
+        smoothing: Callable[[int], Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.has_maps = smoothing is not None
+        example = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+        self.head = _head(detector, method, extractor, example)
+        self.features: nn.Module = nn.Identity()
+        if isinstance(extractor, FrozenExtractor):
+            self.features = _Features(extractor, example)
+        self.eval()
+        matrix = None
+        if smoothing is not None and not detector.final_maps:
+            with torch.no_grad():
+                maps, _ = self.head(self.features(example))
+            matrix = smoothing(maps.shape[-1]).float()  # (S, h)
+            if torch.equal(matrix, torch.eye(image_size)):
+                matrix = None
+        self.register_buffer("smoothing", matrix)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what `forward` returns, in order."""
+        return ("scores", "maps") if self.has_maps else ("scores",)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Score RGB images.
+
+        Args:
+            images: (B, 3, S, S) uint8, as the run's transform makes them.
+
+        Returns:
+            Scores (B,) float32, higher = more anomalous, and for structured runs the anomaly maps
+            (B, S, S) float32.
+        """
+        maps, scores = self.head(self.features(images))
+        if self.smoothing is not None:
+            maps = self.smoothing @ (maps @ self.smoothing.T)  # (B, S, S)
+        if scores is None:
+            scores = maps.amax(dim=(1, 2))  # (B,)
+        return (scores, maps) if self.has_maps else (scores,)
+
+
+class _Features(nn.Module):
+    """What `FrozenExtractor` and the feature bank make of images, in one graph."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, extractor: FrozenExtractor, example: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", extractor.mean)
+        self.register_buffer("std", extractor.std)
+        self.net = accelerated(extractor.net, extractor.pixels(example))
+        self.pooled = extractor.pooled
+        self.patch_size = extractor.patch_size
+        self.assemble = extractor.assemble
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features (B, C, H, W), float32, of uint8 images (B, 3, S, S)."""
+        maps = channels_first(self.net, self.net(normalised_pixels(images, self.mean, self.std)))
+        if self.pooled:
+            maps = [m.mean(dim=(2, 3), keepdim=True) for m in maps]  # (B, C_l, 1, 1)
+        else:
+            maps = [F.avg_pool2d(m, self.patch_size, 1, self.patch_size // 2) for m in maps]
+        return self.assemble([m.half() for m in maps])  # (B, C, H, W)
+
+
+def _head(
+    detector: Detector, method: str, extractor: FrozenExtractor | RawImages, example: Tensor
+) -> nn.Module:
+    if isinstance(detector, NormalisedDetector):
+        inner = _head(detector.head, method, extractor, example)
+        return DeployedNormalised(detector.feature_norm, inner)
+    if isinstance(detector, ClosedFormNoco) and len(detector.centres) > 1:
+        return DeployedPrototypes(detector)
+    if isinstance(detector, (*AS_WRITTEN, ClosedFormNoco)):
+        return DeployedAsWritten(detector)
+    if isinstance(detector, FineTunedDetector):
+        return DeployedFineTuned(detector)
+    if isinstance(detector, Stpm):
+        assert isinstance(extractor, RawImages)
+        assert extractor.network is not None
+        return DeployedStpm(detector, extractor.network, example)
+    if isinstance(detector, Padim):
+        return DeployedPadim(detector)
+    if isinstance(detector, Mahalanobis):
+        return DeployedMahalanobis(detector)
+    if isinstance(detector, Knn):
+        return DeployedKnn(detector)
+    if isinstance(detector, PatchCore):
+        return DeployedPatchCore(detector)
+    raise ModelError(
+        f"{method} cannot be exported: its network is another library's, which exports it itself; "
+        "every other method can be"
+    )

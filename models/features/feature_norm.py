@@ -1,0 +1,163 @@
+"""Rescaling of extracted features before a head sees them, for every detector."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.detector import Detector, FeatureSource, Monitor
+from models.errors import ModelError
+from models.features.multiscale import join_stages
+
+FEATURE_NORMS = ("none", "l2", "l2_per_layer", "std")
+
+
+class FeatureNorm(nn.Module):
+    """Rescales features (B, C, H, W) at each position.
+
+    Args:
+        kind: "none"; "l2", unit length of the whole vector; "l2_per_layer", unit length of each
+            stage's part; "std", each channel divided by its standard deviation over the normal
+            training positions.
+        stage_channels: channels of each stage, in order.
+    """
+
+    scale: Tensor
+
+    def __init__(self, kind: str, stage_channels: Sequence[int]) -> None:
+        super().__init__()
+        if kind not in FEATURE_NORMS:
+            raise ModelError(f"feature norm {kind!r} is not one of {', '.join(FEATURE_NORMS)}")
+        self.kind = kind
+        self.stage_channels = tuple(stage_channels)
+        self.register_buffer("scale", torch.ones(sum(stage_channels)))
+
+    def fit(self, bank: FeatureSource) -> None:
+        """Measure the channels' standard deviations if the kind needs them."""
+        if self.kind != "std":
+            return
+        total = torch.zeros(2, len(self.scale), dtype=torch.float64, device=self.scale.device)
+        count = 0
+        for features in bank.batches(16):
+            positions = rearrange(features, "b c h w -> (b h w) c").double()
+            total += torch.stack([positions.sum(dim=0), positions.square().sum(dim=0)])
+            count += len(positions)
+        mean, square = total / count
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        # A constant channel says nothing of normality and keeps its scale: any change shows.
+        self.scale.copy_(torch.where(std > 1e-6 * square.sqrt().clamp_min(1e-30), 1 / std, 1.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return rescaled features (B, C, H, W)."""
+        if self.kind == "std":
+            return features * rearrange(self.scale, "c -> 1 c 1 1")
+        if self.kind == "l2":
+            return nn.functional.normalize(features, dim=1)
+        if self.kind == "l2_per_layer":
+            parts = features.split(self.stage_channels, dim=1)
+            return torch.cat([nn.functional.normalize(part, dim=1) for part in parts], dim=1)
+        return features
+
+
+class NormalisedDetector(Detector):
+    """A detector behind a `FeatureNorm`."""
+
+    def __init__(self, head: Detector, feature_norm: FeatureNorm) -> None:
+        super().__init__()
+        self.head = head
+        self.feature_norm = feature_norm
+
+    def fit(
+        self,
+        bank: FeatureSource,
+        *,
+        generator: torch.Generator,
+        monitor: Monitor | None = None,
+    ) -> None:
+        """Measure the norm, then fit the head on rescaled features; see `Detector.fit`."""
+        self.feature_norm.fit(bank)
+        self.head.fit(_Rescaled(bank, self.feature_norm), generator=generator, monitor=monitor)
+
+    def partial_fit(self, stages: Sequence[Tensor]) -> None:
+        """Add normal features to an online head; see `Detector.partial_fit`."""
+        self._require_online()
+        self.head.partial_fit(self._rescaled(stages))
+
+    def start(self, generator: torch.Generator) -> None:
+        """See `Detector.start`."""
+        self._require_online()
+        self.head.start(generator)
+
+    def _require_online(self) -> None:
+        if self.feature_norm.kind == "std":
+            raise ModelError("feature norm std is measured over all images: no online learning")
+
+    def solve(self) -> None:
+        """See `Detector.solve`."""
+        self.head.solve()
+
+    def steps(self) -> list[dict[str, float]]:
+        """See `Detector.steps`."""
+        return self.head.steps()
+
+    def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
+        """See `Detector.score_steps`."""
+        return self.head.score_steps(self._rescaled(stages))
+
+    def stopped_at(self, step: int) -> dict[str, Any]:
+        """See `Detector.stopped_at`."""
+        return self.head.stopped_at(step)
+
+    def diagnostics(self) -> dict[str, list[float]]:
+        """See `Detector.diagnostics`."""
+        return self.head.diagnostics()
+
+    @property
+    def remarks(self) -> list[str]:  # type: ignore[override]
+        """What the head remarks."""
+        return self.head.remarks
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return anomaly maps (B, H, W)."""
+        return self.head(self.feature_norm(features))
+
+    def score(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Detector.score`."""
+        return self.head.score(self.feature_norm(features))
+
+    def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `Detector.geometry`."""
+        return self.head.geometry(self._rescaled(stages), maps)
+
+    def _rescaled(self, stages: Sequence[Tensor]) -> list[Tensor]:
+        """Join the stages and rescale the features, which are one stage then."""
+        return [self.feature_norm(join_stages(stages))]
+
+
+class _Rescaled:
+    """A feature source seen through a `FeatureNorm`."""
+
+    def __init__(self, bank: FeatureSource, feature_norm: FeatureNorm) -> None:
+        self.channels = bank.channels
+        self._bank = bank
+        self._feature_norm = feature_norm
+
+    def __len__(self) -> int:
+        return len(self._bank)
+
+    def subset(self, rows: Tensor) -> "_Rescaled":
+        return _Rescaled(self._bank.subset(rows), self._feature_norm)
+
+    def batches(
+        self, batch_size: int, *, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        for features in self._bank.batches(batch_size, generator=generator):
+            yield self._feature_norm(features)
+
+    def stage_batches(
+        self, batch_size: int, *, generator: torch.Generator | None = None
+    ) -> Iterator[list[Tensor]]:
+        for features in self.batches(batch_size, generator=generator):
+            yield [features]

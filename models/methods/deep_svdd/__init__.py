@@ -1,0 +1,1 @@
+"""Deep SVDD and the LeNets it trains."""

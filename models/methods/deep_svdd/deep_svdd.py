@@ -1,0 +1,298 @@
+"""Deep SVDD: a small network trained from scratch to map normal images near one fixed center.
+
+Source: "Deep One-Class Classification" (Ruff et al., ICML 2018) and its released code
+(lukasruff/Deep-SVDD-PyTorch). Defaults are the paper's (section 4.1): Adam, batches of 200, weight
+decay 1e-6, learning rate 1e-4 for 150 epochs and 1e-5 for 100 more, before that an autoencoder for
+250 + 100 epochs, leakiness 0.1, nu 0.1 (the paper tries 0.01 too). The released code differs: 150
+epochs of which the last 100 at 1e-5, weight decay 0.5e-6, leakiness 0.01; its autoencoder for MNIST
+trains 50 + 100 epochs with weight decay 0.5e-3.
+
+| paper | here | meaning |
+| --- | --- | --- |
+| phi(x; W) | encoder | the network, without biases |
+| c | center | mean code of the normal images before training, fixed |
+| R | radius | of the soft boundary |
+| nu | nu | share of normal images allowed outside it |
+| s(x) | forward | squared distance to c, less R^2 with the soft boundary |
+
+Equation 4 is the objective "one_class", equation 3 "soft_boundary"; their weight term is Adam's
+weight decay. R is not found by the paper's line search every 5 epochs: as in the released code it
+is 0 for the first 10 epochs and then, after each step, the 1 - nu quantile of the batch's
+distances, which minimises equation 3 for fixed weights. Entries of c nearer to 0 than 0.1 are moved
+to 0.1 or -0.1, because a zero is matched by zero weights (released code; exact zeros are moved
+here too).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.detector import Detector, FeatureSource, Monitor
+from models.errors import ModelError
+from models.backbone.extractor import FrozenExtractor
+from models.methods.deep_svdd.lenet import (
+    NETWORKS,
+    build_decoder,
+    build_encoder,
+    draw_weights,
+    global_contrast_normalise,
+)
+from models.methods.noco import mean_of_finite
+
+OBJECTIVES = ("one_class", "soft_boundary")
+CENTER_MARGIN = 0.1
+
+
+class DeepSvdd(Detector):
+    """A LeNet without biases, pretrained as an autoencoder, then drawn to a center.
+
+    Images are normalised to global contrast (L1) and scaled by the least and largest value of the
+    normal training images. Both trainings use batch statistics and skip a last batch of a single
+    image, which has none; center and scores use running ones.
+
+    Args:
+        backbone: not used; this method brings its own network.
+        network: "cifar", for 32 x 32 images in colour, or "mnist", for 28 x 28 images in grey
+            (coloured ones are averaged over their channels).
+        objective: "one_class" or "soft_boundary".
+        nu: share of normal images allowed outside the soft boundary.
+        warmup_epochs: epochs before its radius leaves 0.
+        leakiness: slope of the leaky ReLU below 0.
+        learning_rate: of Adam, in both trainings, up to their milestones; a tenth of it after.
+        milestone: epochs before the learning rate drops.
+        weight_decay: of Adam.
+        batch_size: images per step.
+        epochs: passes over the training images.
+        pretrain_epochs: passes of the autoencoder before; 0 for none.
+        pretrain_milestone: epochs before its learning rate drops.
+        pretrain_weight_decay: of its Adam.
+
+    Raises:
+        ModelError: an unknown network or objective, nu not between 0 and 1, or batches of one.
+    """
+
+    takes: ClassVar[Literal["features", "images"]] = "images"
+    center: Tensor
+    radius: Tensor
+    least: Tensor
+    largest: Tensor
+
+    def __init__(
+        self,
+        backbone: FrozenExtractor | None = None,
+        *,
+        network: str = "cifar",
+        objective: str = "one_class",
+        nu: float = 0.1,
+        warmup_epochs: int = 10,
+        leakiness: float = 0.1,
+        learning_rate: float = 1e-4,
+        milestone: int = 150,
+        weight_decay: float = 1e-6,
+        batch_size: int = 200,
+        epochs: int = 250,
+        pretrain_epochs: int = 350,
+        pretrain_milestone: int = 250,
+        pretrain_weight_decay: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        del backbone
+        if network not in NETWORKS:
+            raise ModelError(f"network {network!r} is not one of {', '.join(NETWORKS)}")
+        if objective not in OBJECTIVES:
+            raise ModelError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
+        if not 0 < nu < 1:
+            raise ModelError(f"nu {nu} must lie between 0 and 1")
+        if batch_size < 2:
+            raise ModelError(f"batch size {batch_size} leaves no batch statistics: 2 at least")
+        self.network = network
+        self.objective = objective
+        self.nu = nu
+        self.warmup_epochs = warmup_epochs
+        self.leakiness = leakiness
+        self.learning_rate = learning_rate
+        self.milestone = milestone
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.pretrain_epochs = pretrain_epochs
+        self.pretrain_milestone = pretrain_milestone
+        self.pretrain_weight_decay = pretrain_weight_decay
+        self.encoder = build_encoder(NETWORKS[network], leakiness)
+        self.register_buffer("center", torch.zeros(NETWORKS[network].code_dim))
+        self.register_buffer("radius", torch.zeros(()))
+        self.register_buffer("least", torch.zeros(()))
+        self.register_buffer("largest", torch.ones(()))
+        self._diagnostics: dict[str, list[float]] = {}
+        self.eval()  # a loaded head scores; only `fit` trains
+
+    def fit(
+        self,
+        bank: FeatureSource,
+        *,
+        generator: torch.Generator,
+        monitor: Monitor | None = None,
+    ) -> None:
+        """Pretrain, place the center, train; see `Detector.fit`.
+
+        The monitor sees the epochs of the last part only.
+
+        Raises:
+            FloatingPointError: a loss left the finite numbers.
+            ModelError: images of another size than the network's, all blank, or fewer than two.
+        """
+        if len(bank) < 2:
+            raise ModelError("Deep SVDD needs at least two training images for batch statistics")
+        draw_weights(self.encoder, self.leakiness, generator)
+        self._measure_range(bank)
+        self.radius.zero_()
+        self._diagnostics = {"pretrain_loss": self._pretrain(bank, generator)}
+        self.center.copy_(self._mean_code(bank))
+        for epoch, loss in self._train(
+            self.encoder,
+            self._loss,
+            bank,
+            generator,
+            epochs=self.epochs,
+            milestone=self.milestone,
+            weight_decay=self.weight_decay,
+            description="epochs",
+        ):
+            if monitor is not None:
+                values = {"loss": loss}
+                if self.objective == "soft_boundary":
+                    values["radius"] = self.radius.item()
+                monitor(epoch, values)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return what the network takes, (B, C, size, size), of uint8 images (B, 3, S, S).
+
+        Raises:
+            ModelError: S is not the size of the network.
+        """
+        return (self._contrast(images) - self.least) / (self.largest - self.least)
+
+    def squared_distances(self, images: Tensor) -> Tensor:
+        """Return ||phi(x) - c||^2, (B,), of uint8 images (B, 3, S, S)."""
+        return (self.encoder(self.normalise(images)) - self.center).square().sum(dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores as maps (B, 1, 1); with the soft boundary, above 0 is outside of it."""
+        scores = self.squared_distances(images)  # (B,)
+        if self.objective == "soft_boundary":
+            scores = scores - self.radius.square()
+        return rearrange(scores, "b -> b 1 1")
+
+    def stopped_at(self, step: int) -> dict[str, Any]:
+        """A step is an epoch after pretraining; see `Detector.stopped_at`."""
+        return {"epochs": step}
+
+    def diagnostics(self) -> dict[str, list[float]]:
+        """Return the loss of each epoch of pretraining, as "pretrain_loss". Empty before `fit`."""
+        return self._diagnostics
+
+    def _contrast(self, images: Tensor) -> Tensor:
+        net = NETWORKS[self.network]
+        height, width = images.shape[2:]
+        if (height, width) != (net.size, net.size):
+            raise ModelError(
+                f"Deep SVDD's network {self.network} takes {net.size} x {net.size} images, not "
+                f"{height} x {width}: pass --image-size {net.size} --crop-size none"
+            )
+        pixels = images.float() / 255
+        if net.channels == 1:
+            pixels = pixels.mean(dim=1, keepdim=True)  # (B, 1, S, S)
+        return global_contrast_normalise(pixels)
+
+    @torch.no_grad()
+    def _measure_range(self, bank: FeatureSource) -> None:
+        """Find the least and largest value of the normal images after contrast normalisation."""
+        ranges = [torch.aminmax(self._contrast(b)) for b in bank.batches(self.batch_size)]
+        self.least.copy_(torch.stack([r.min for r in ranges]).min())
+        self.largest.copy_(torch.stack([r.max for r in ranges]).max())
+        if not self.largest > self.least:
+            raise ModelError("every training image is of a single colour; there is nothing to fit")
+
+    def _pretrain(self, bank: FeatureSource, generator: torch.Generator) -> list[float]:
+        """Train encoder and a decoder, then dropped, to reconstruct; return each epoch's loss."""
+        decoder = build_decoder(NETWORKS[self.network], self.leakiness)
+        draw_weights(decoder, self.leakiness, generator)
+        autoencoder = nn.Sequential(self.encoder, decoder.to(self.center.device))
+
+        def reconstruction_loss(images: Tensor, epoch: int) -> Tensor:
+            del epoch
+            inputs = self.normalise(images)
+            return F.mse_loss(autoencoder(inputs), inputs)
+
+        passes = self._train(
+            autoencoder,
+            reconstruction_loss,
+            bank,
+            generator,
+            epochs=self.pretrain_epochs,
+            milestone=self.pretrain_milestone,
+            weight_decay=self.pretrain_weight_decay,
+            description="pretraining",
+        )
+        return [loss for _, loss in passes]
+
+    @torch.no_grad()
+    def _mean_code(self, bank: FeatureSource) -> Tensor:
+        batches = bank.batches(self.batch_size)
+        totals = [self.encoder(self.normalise(b)).double().sum(dim=0) for b in batches]
+        mean = torch.stack(totals).sum(dim=0) / len(bank)  # (D,)
+        sign = torch.where(mean < 0, -1.0, 1.0)
+        return torch.where(mean.abs() < CENTER_MARGIN, CENTER_MARGIN * sign, mean)
+
+    def _loss(self, images: Tensor, epoch: int) -> Tensor:
+        """Return the objective; with the soft boundary and after its warm-up, move the radius."""
+        distances = self.squared_distances(images)  # (B,)
+        if self.objective == "one_class":
+            return distances.mean()
+        loss = soft_boundary_loss(distances, self.radius, self.nu)
+        if epoch > self.warmup_epochs:
+            self.radius.copy_(torch.quantile(distances.detach().sqrt(), 1 - self.nu))
+        return loss
+
+    def _train(
+        self,
+        module: nn.Module,
+        loss_of: Callable[[Tensor, int], Tensor],
+        bank: FeatureSource,
+        generator: torch.Generator,
+        *,
+        epochs: int,
+        milestone: int,
+        weight_decay: float,
+        description: str,
+    ) -> Iterator[tuple[int, float]]:
+        """Take Adam steps on `module`; yield each epoch and its mean loss, in eval mode."""
+        optimizer = torch.optim.Adam(
+            module.parameters(), lr=self.learning_rate, weight_decay=weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [milestone], gamma=0.1)
+        for epoch in tqdm(range(1, epochs + 1), desc=description, leave=False, disable=None):
+            module.train()
+            losses = []
+            for images in bank.batches(self.batch_size, generator=generator):
+                if len(images) == 1:
+                    continue
+                loss = loss_of(images, epoch)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+            schedule.step()
+            module.eval()
+            yield epoch, mean_of_finite(losses, epoch)
+
+
+def soft_boundary_loss(distances: Tensor, radius: Tensor, nu: float) -> Tensor:
+    """Return R^2 + mean(relu(distance - R^2)) / nu, equation 3, of squared distances (B,)."""
+    squared_radius = radius.square()
+    return squared_radius + F.relu(distances - squared_radius).mean() / nu

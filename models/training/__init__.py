@@ -1,0 +1,1 @@
+"""What methods that train share: epochs, initial weights, mixed precision, fine-tuning, augmentations."""

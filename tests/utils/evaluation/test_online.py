@@ -1,0 +1,134 @@
+"""Learning from one image at a time ends where fitting all of them does."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.methods.noco_cf import ClosedFormNoco
+from models.errors import ModelError
+from models.methods.noco import Noco
+from utils.evaluation.test_set import TestSet
+from utils.features.bank import FeatureBank
+from utils.evaluation.online import COLUMNS, checkpoints, online_curve, save_online_curve
+
+
+@pytest.mark.parametrize(
+    ("count", "steps"),
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (3, [1, 2, 3]),
+        (10, [1, 2, 5, 10]),
+        (60, [1, 2, 5, 10, 20, 50, 60]),
+        (100, [1, 2, 5, 10, 20, 50, 100]),
+        (101, [1, 2, 5, 10, 20, 50, 100, 101]),
+    ],
+)
+def test_checkpoints(count, steps):
+    assert checkpoints(count) == steps
+
+
+def bank_of(features):
+    """A bank of features (N, C, H, W)."""
+    return FeatureBank(
+        [features.permute(0, 2, 3, 1)],
+        range(len(features)),
+        assemble=lambda stages: stages[0].float(),
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    """12 normal images to learn from, and a test set whose anomalies leave their subspace."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(24, 6, 4, 4, generator=generator)
+    flat[:, 4:] *= 0.05
+    test = flat[12:]
+    masks = torch.zeros(12, 4, 4, dtype=torch.bool)
+    masks[6:, :2, :2] = True
+    test[6:, 4:, :2, :2] += 0.15 * torch.randn(6, 2, 2, 2, generator=generator)
+    labels = torch.tensor([0] * 6 + [1] * 6)
+    kinds = ["good"] * 6 + ["hole"] * 6
+    names = [str(i) for i in range(12)]
+    return bank_of(flat[:12]), TestSet(bank_of(test), labels, names=names, kinds=kinds, masks=masks)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_curve_ends_at_the_ordinary_fit(data):
+    train, test = data
+    rows = online_curve(ClosedFormNoco(6, time=(100.0,)), train, test, generator=seeded())
+    fitted = ClosedFormNoco(6, time=(100.0,))
+    fitted.fit(train, generator=seeded(1))
+    metrics = test.metrics(test.score(fitted)).values()
+    assert [row["num_images"] for row in rows] == [1, 2, 5, 10, 12]
+    assert all(tuple(row) == COLUMNS for row in rows)
+    for name in COLUMNS[1:]:
+        assert rows[-1][name] == pytest.approx(metrics[name], abs=1e-6)
+    assert 0.5 < rows[-1]["pixel_auroc"] < 1
+    assert len({row["pixel_auroc"] for row in rows}) > 1, "the curve must move"
+
+
+def test_the_first_point_knows_one_image_of_a_random_order(data):
+    train, test = data
+    first = {}
+    for seed in range(3):
+        detector = ClosedFormNoco(6, time=(100.0,))
+        rows = online_curve(detector, train, test, generator=seeded(seed))
+        row = int(torch.randperm(12, generator=seeded(seed))[0])
+        alone = ClosedFormNoco(6, time=(100.0,))
+        alone.fit(train.subset([row]), generator=seeded())
+        expected = test.metrics(test.score(alone)).pixel_auroc
+        assert rows[0]["pixel_auroc"] == pytest.approx(expected, abs=1e-6)
+        first[row] = rows[0]["pixel_auroc"]
+    assert len(set(first.values())) == len(first) > 1
+
+
+class Counting(ClosedFormNoco):
+    """Notes how many images it is given at a time, and when it is started."""
+
+    def start(self, generator):
+        self.given = []
+        super().start(generator)
+
+    def partial_fit(self, stages):
+        self.given.append(len(stages[0]))
+        super().partial_fit(stages)
+
+
+def test_each_image_arrives_once_and_alone(data):
+    train, test = data
+    detector = Counting(6)
+    online_curve(detector, train, test, generator=seeded())
+    assert detector.given == [1] * 12
+
+
+@pytest.mark.parametrize("detector", [Noco(6), ClosedFormNoco(6, prototypes=2)])
+def test_what_cannot_learn_online_says_so(data, detector):
+    with pytest.raises(ModelError, match=r"--method\.prototypes 1"):
+        online_curve(detector, *data, generator=seeded())
+
+
+def test_curve_is_written_as_csv_and_picture(tmp_path):
+    rows = [
+        dict(zip(COLUMNS, (n, 0.5 + n / 20, 0.6, math.nan, math.nan), strict=True))
+        for n in (1, 2, 5)
+    ]
+    path = tmp_path / "online/tile.csv"
+    save_online_curve(path, rows, title="tile, seed 0")
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["num_images"] for line in lines] == ["1", "2", "5"]
+    assert [float(line["image_auroc"]) for line in lines] == [0.55, 0.6, 0.75]
+    assert lines[0]["aupro"] == "nan"
+    assert b"\r" not in path.read_bytes()
+    picture = np.array(Image.open(path.with_suffix(".png")).convert("L"))
+    assert picture.min() < 100
+    assert sorted(p.name for p in path.parent.iterdir()) == ["tile.csv", "tile.png"]

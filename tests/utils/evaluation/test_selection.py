@@ -1,0 +1,348 @@
+"""Choosing on synthetic anomalies: what is held out, what wins, and what is never looked at."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from configs.experiment import parse_grid
+from configs.methods import METHODS
+from models.detector import Detector
+from utils.cli import UsageError
+from utils.evaluation.test_set import TestSet
+from utils.features.bank import FeatureBank
+from utils.runs.recording import fit_and_record
+from utils.runs.files import read_rows
+from utils.runs.run import Run
+from utils.evaluation.selection import choose, hold_out, num_copies, validation_set
+
+SIDE = 4
+
+
+def bank_of(values):
+    """N images of one channel that is the image's value everywhere on a 4 x 4 grid."""
+    maps = torch.tensor(values)[:, None, None, None].expand(-1, SIDE, SIDE, 1)
+    return FeatureBank(
+        [maps],
+        range(len(values)),
+        assemble=lambda stages: stages[0].float(),
+        device=torch.device("cpu"),
+    )
+
+
+class Stepper(Detector):
+    """Scores by one of several functions of the features: one per step of its fit."""
+
+    def __init__(self, functions, fits=None):
+        super().__init__()
+        self.functions = functions
+        self.current = functions[0]
+        self.fits = [] if fits is None else fits
+
+    def fit(self, bank, *, generator, monitor=None):
+        self.fits.append((len(bank), torch.rand(1, generator=generator).item()))
+        for step, function in enumerate(self.functions, start=1):
+            self.current = function
+            if monitor is not None:
+                monitor(step, {"loss": float(step)})
+
+    def stopped_at(self, step):
+        return {"epochs": step}
+
+    def forward(self, features):
+        return self.current(features[:, 0])  # (B, H, W)
+
+
+def left_half(values):
+    mask = torch.zeros_like(values)
+    mask[..., : SIDE // 2] = 1
+    return values * mask
+
+
+def right_half(values):
+    return left_half(values.flip(-1)).flip(-1)
+
+
+FUNCTIONS = {
+    # Finds the image at the wrong place; its image AUROC is 1, its pixel AUROC low.
+    "wrong": right_half,
+    "right": left_half,
+    "opposite": lambda values: -values,
+}
+
+
+def make_validation(masks=True):
+    """Ten normals of value 0 to 0.9 (8 kept), and four anomalies of 5 whose left half is drawn."""
+    normals = bank_of([i / 10 for i in range(10)])
+    kept, held = hold_out(10)
+    drawn = torch.zeros(4, SIDE, SIDE, dtype=torch.bool)
+    drawn[..., : SIDE // 2] = True
+    return validation_set(normals, kept, held, bank_of([5.0] * 4), drawn if masks else None)
+
+
+def choose_step(functions, lines, *, validation=None, watched=None):
+    """Choose among the steps of one fit; what is logged goes to `lines`."""
+
+    def build(options):
+        assert options == {}
+        return Stepper(functions)
+
+    return choose(
+        build,
+        [{}],
+        make_validation() if validation is None else validation,
+        seed=0,
+        log=lambda **values: lines.append(values),
+        watched=watched,
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10, 57, 300])
+def test_hold_out_is_fixed_disjoint_and_a_fifth(count):
+    kept, held = hold_out(count)
+    torch.manual_seed(123)
+    again = hold_out(count)
+    assert torch.equal(kept, again[0])
+    assert torch.equal(held, again[1])
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(count))
+    assert len(held) == max(1, round(count / 5))
+    assert kept.tolist() == sorted(kept.tolist())
+    assert held.tolist() == sorted(held.tolist())
+
+
+def test_hold_out_is_no_run_of_neighbours():
+    _, held = hold_out(100)
+    assert 25 < held.float().mean() < 75
+    assert (held.diff() > 1).any()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_single_image_cannot_be_split(count):
+    with pytest.raises(UsageError, match="at least two normal training images"):
+        hold_out(count)
+
+
+@pytest.mark.parametrize(("held", "copies"), [(1, 8), (12, 8), (20, 5), (50, 2), (70, 1), (900, 1)])
+def test_about_a_hundred_anomalies(held, copies):
+    assert num_copies(held) == copies
+
+
+def test_validation_joins_held_out_normals_and_anomalies():
+    validation = make_validation()
+    kept, held = hold_out(10)
+    assert validation.kept.indices == kept.tolist()
+    test = validation.test
+    assert test.labels.tolist() == [0] * 2 + [1] * 4
+    values = torch.cat(list(test.bank.batches(3)))[:, 0, 0, 0]
+    torch.testing.assert_close(values, torch.tensor([*(held / 10).tolist(), 5, 5, 5, 5]))
+    assert not test.masks[:2].any()
+    assert test.masks[2:, :, : SIDE // 2].all()
+    assert not test.masks[2:, :, SIDE // 2 :].any()
+    assert test.names[:2] == [f"normal/{i}" for i in held.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("order", "step"),
+    [(("wrong", "right", "opposite"), 2), (("right", "wrong"), 1), (("opposite", "right"), 2)],
+)
+def test_with_masks_the_pixel_auroc_chooses(order, step):
+    lines = []
+    choice = choose_step([FUNCTIONS[name] for name in order], lines)
+    assert choice.options == {"epochs": step}
+    assert choice.auroc == 1.0
+    assert [line["step"] for line in lines] == list(range(1, len(order) + 1))
+    assert {line["event"] for line in lines} == {"selection"}
+    assert lines[step - 1]["synthetic_auroc"] == 1.0
+    wrong = order.index("wrong") if "wrong" in order else None
+    if wrong is not None:
+        assert lines[wrong]["synthetic_image_auroc"] == 1.0 > lines[wrong]["synthetic_auroc"]
+    assert [line["loss"] for line in lines] == [float(line["step"]) for line in lines]
+
+
+def test_without_masks_the_image_auroc_chooses():
+    functions = [FUNCTIONS["opposite"], FUNCTIONS["wrong"], FUNCTIONS["right"]]
+    validation = make_validation(masks=False)
+    choice = choose_step(functions, [], validation=validation)
+    assert choice.options == {"epochs": 2}  # of equals the first
+    assert choice.auroc == 1.0
+
+
+def test_equal_pixel_aurocs_are_decided_by_the_image_auroc():
+    # Half of the drawn pixels above all others and half below: pixel AUROC 0.5, image AUROC 1.
+    def balanced(values):
+        columns = torch.tensor([1.0, -1.0, 0.0, 0.0])
+        return (values > 1) * columns
+
+    choice = choose_step([torch.zeros_like, balanced, torch.zeros_like], [])
+    assert (choice.auroc, choice.tie_break) == (0.5, 1.0)
+    assert choice.options == {"epochs": 2}
+
+
+def test_every_candidate_is_fitted_on_the_kept_normals_from_the_same_seed():
+    fits, lines = [], []
+    by_sigma = {1: ["opposite", "wrong"], 2: ["opposite", "right"], 3: ["wrong"]}
+    choice = choose(
+        lambda options: Stepper([FUNCTIONS[n] for n in by_sigma[options["sigma"]]], fits),
+        [{"sigma": sigma} for sigma in by_sigma],
+        make_validation(),
+        seed=4,
+        log=lambda **values: lines.append(values),
+    )
+    assert choice.options == {"sigma": 2, "epochs": 2}
+    assert [line["options"]["sigma"] for line in lines] == [1, 1, 2, 2, 3]
+    assert len(fits) == 3
+    assert len(set(fits)) == 1
+    assert fits[0][0] == 8
+
+
+class Untouched(TestSet):
+    """A test set that counts how often it was scored."""
+
+    def __init__(self):
+        super().__init__(
+            bank_of([0.0, 1.0]), torch.tensor([0, 1]), names=["a", "b"], kinds=["good", "hole"]
+        )
+        self.times = 0
+
+    def score(self, detector, *, geometry=False):
+        self.times += 1
+        return super().score(detector, geometry=geometry)
+
+
+def test_a_watched_test_set_is_logged_and_chooses_nothing():
+    # By the test set's labels "opposite" is best; the pasted defects say otherwise.
+    test = Untouched()
+    test.labels = torch.tensor([1, 0])
+    lines, choices = [], []
+    for watched in (None, test):
+        functions = [FUNCTIONS["opposite"], FUNCTIONS["right"]]
+        choices.append(choose_step(functions, lines, watched=watched))
+    assert choices[0] == choices[1]
+    assert choices[0].options == {"epochs": 2}
+    assert test.times == 2
+    assert [line.get("test_image_auroc") for line in lines] == [None, None, 1.0, 0.0]
+    assert math.isnan(lines[-1]["test_pixel_auroc"])
+    assert not any(key.startswith("test_") for key in lines[0])
+
+
+class AllAtOnce(Stepper):
+    """The same, scored for all steps at once; that it is never watched is part of the test."""
+
+    def fit(self, bank, *, generator, monitor=None):
+        assert monitor is None
+        super().fit(bank, generator=generator)
+
+    def steps(self):
+        return [{"loss": float(step)} for step in range(1, len(self.functions) + 1)]
+
+    def score_steps(self, stages):
+        (features,) = stages
+        return torch.stack([function(features[:, 0]) for function in self.functions])
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_steps_scored_at_once_choose_and_log_the_same(watch):
+    watched = Untouched() if watch else None
+    functions = [FUNCTIONS[name] for name in ("wrong", "opposite", "right", "wrong")]
+    found = []
+    for kind in (Stepper, AllAtOnce):
+        lines = []
+        choice = choose(
+            lambda _, kind=kind: kind(functions),
+            [{}],
+            make_validation(),
+            seed=0,
+            log=lambda lines=lines, **values: lines.append(repr(values)),
+            watched=watched,
+        )
+        found.append((choice, lines))
+    assert found[0] == found[1]
+    assert found[0][0].options == {"epochs": 3}
+
+
+def test_maps_of_a_size_are_judged_at_every_second_row_and_column():
+    normals = bank_of([i / 10 for i in range(10)])
+    kept, held = hold_out(10)
+    drawn = torch.zeros(4, 32, 32, dtype=torch.bool)
+    drawn[:, 5:20, 4:11] = True
+    validation = validation_set(normals, kept, held, bank_of([5.0] * 4), drawn, map_size=32)
+    scores = validation.test.score(Stepper([FUNCTIONS["right"]]))
+    assert scores.maps.shape == validation.test.masks.shape == (6, 16, 16)
+    assert torch.equal(validation.test.masks[2:], drawn[:, ::2, ::2])
+
+
+@pytest.mark.parametrize(("monitor_test", "scored"), [(False, 1), (True, 5)])
+def test_a_run_scores_the_test_set_once_after_the_choice(tmp_path, monitor_test, scored):
+    test, built = Untouched(), []
+
+    def build(options):
+        built.append(options)
+        functions = [FUNCTIONS["wrong"], FUNCTIONS["right"]]
+        return Stepper(functions[: options.get("epochs", 2)])
+
+    run = Run.open(
+        tmp_path, {"method": "x"}, categories=["c"], seeds=[0], command=["x"], device="cpu"
+    )
+    fit_and_record(
+        run,
+        "c",
+        0,
+        build,
+        bank_of([0.1, 0.2]),
+        test,
+        select="synthetic",
+        candidates=[{}],
+        validation=make_validation(),
+        monitor_test=monitor_test,
+    )
+    assert built == [{}, {"epochs": 2}]
+    assert test.times == scored
+    (row,) = read_rows(tmp_path / "results.csv")
+    assert (row["select"], row["chosen"]) == ("synthetic", "epochs=2")
+    assert row["image_auroc"] == 1.0
+
+
+def test_the_grid_is_every_combination_in_order():
+    method = METHODS["noco_cf"]
+    points = parse_grid(["prototypes=1,8", "feature-norm=none,std", "norm=0.5"], method)
+    assert points == [
+        {"prototypes": p, "feature_norm": f, "norm": 0.5} for p in (1, 8) for f in ("none", "std")
+    ]
+    assert parse_grid([], method) == [{}]
+    assert [type(value) for value in points[0].values()] == [int, str, float]
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("prototypes", "OPTION=VALUE"),
+        ("prototype=1", "'prototype=1' must be OPTION=VALUE,VALUE with an option of --method"),
+        ("=1", "OPTION=VALUE"),
+        ("to_json=1", "OPTION=VALUE|only numbers and words"),
+        ("time=1,2", "only numbers and words"),
+        ("sample_w0=true", "only numbers and words"),
+        ("prototypes=one", "--grid 'prototypes=one'"),
+        ("prototypes=1,", "--grid 'prototypes=1,'"),
+        ("prototypes=1.5", "--grid 'prototypes=1.5'"),
+        ("prototypes=0", "prototypes"),
+        ("norm=-1", "norm"),
+        ("feature_norm=l3", "l3 is none of none, l2, l2_per_layer, std"),
+        ("solver=magic", "'solver=magic': magic is none of sgd, closed_form"),
+        ("loss=distance,cubed", "cubed is none of distance, squared"),
+    ],
+)
+def test_a_bad_grid_is_refused(item, message):
+    with pytest.raises(ValueError, match=message):
+        parse_grid([item], METHODS["noco_cf"])
+
+
+@pytest.mark.parametrize("items", [("norm=1,2", "norm=3"), ("norm=1,1",)])
+def test_an_option_or_value_stands_once(items):
+    with pytest.raises(ValueError, match="twice"):
+        parse_grid(items, METHODS["noco_cf"])
+
+
+def test_grid_values_pass_the_checks_of_the_method():
+    for point in parse_grid(["prototypes=1,4", "loss=distance,squared"], METHODS["noco_cf"]):
+        dataclasses.replace(METHODS["noco_cf"], **point)

@@ -1,0 +1,338 @@
+import math
+import time
+
+import pytest
+import torch
+
+from models.detector import Detector
+from utils.cli import UsageError
+from utils.evaluation.test_set import Monitor, TestSet
+from utils.features.bank import FeatureBank
+from utils.metrics.metrics import METRIC_NAMES, ranking_metrics
+
+CPU = torch.device("cpu")
+
+
+class FirstChannel(Detector):
+    """A detector whose map is the first channel of the features, to the bit."""
+
+    def forward(self, features):
+        return features[:, 0]
+
+
+def stored(maps):
+    """A bank whose features (N, 1, H, W) are the maps (N, H, W), in float32."""
+    return FeatureBank(
+        [maps.float()[..., None]],
+        range(len(maps)),
+        assemble=lambda stages: stages[0].float(),
+        device=CPU,
+    )
+
+
+def scored_images(maps, labels, *, masks=None, **options):
+    names = [f"{index}.png" for index in range(len(maps))]
+    kinds = ["hole" if label else "good" for label in labels]
+    return TestSet(
+        stored(maps), torch.tensor(labels), names=names, kinds=kinds, masks=masks, **options
+    )
+
+
+LABELS = [0, 1, 0, 1, 1, 0, 0]
+
+
+def perfectly_ranked(transform):
+    """Maps (7, 6, 6) of distinct values that rank every defect pixel above all others; masks."""
+    masks = torch.zeros(7, 6, 6, dtype=torch.bool)
+    for index, label in enumerate(LABELS):
+        if label:
+            masks[index, 1:3, index % 3 : index % 3 + 2] = True
+    ranks = torch.randperm(masks.numel(), generator=torch.Generator().manual_seed(0))
+    ranks = ranks.reshape(masks.shape).double() + masks * masks.numel()
+    # Values in [0, 1), a clear step from pixel to pixel and a wide one to the defects.
+    return transform(ranks / ranks.max()).float(), masks
+
+
+SCALES = {
+    "1e3 to 1e6": lambda unit: 1e3 + unit * 1e6,
+    "near 1e6": lambda unit: 1e6 + unit * 1e4,
+    "near 1e-6": lambda unit: 1e-6 * (1 + unit),
+    "below 1e-6": lambda unit: unit * 1e-6,
+    "below zero": lambda unit: -1e6 * (1 - unit),
+    "1e-30": lambda unit: unit * 1e-30,
+    "over twelve decades": lambda unit: 10.0 ** (12 * unit - 6),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("scale", SCALES)
+def test_scores_are_never_squashed(scale, batch_size):
+    """A sigmoid, or one scale per batch, would tie or reorder what is ranked perfectly here."""
+    maps, masks = perfectly_ranked(SCALES[scale])
+    test = scored_images(maps, LABELS, masks=masks, batch_size=batch_size)
+    scores = test.score(FirstChannel())
+    assert torch.equal(scores.maps, maps)
+    assert torch.equal(scores.images, maps.amax(dim=(1, 2)))
+    metrics = test.metrics(scores)
+    assert metrics.values() == dict.fromkeys(METRIC_NAMES, 1.0)
+    assert metrics.undefined == {}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("scale", SCALES)
+def test_upsampling_and_blur_keep_the_order_of_images(scale, batch_size):
+    levels = torch.tensor([0.10, 0.95, 0.12, 0.93, 0.97, 0.14, 0.16])
+    maps = SCALES[scale](levels)[:, None, None].expand(7, 6, 6)
+    test = scored_images(maps, LABELS, map_size=24, blur_sigma=2.0, batch_size=batch_size)
+    scores = test.score(FirstChannel())
+    assert scores.maps.shape == (7, 24, 24)
+    torch.testing.assert_close(scores.images, maps[:, 0, 0].float(), rtol=1e-5, atol=0)
+    metrics = test.metrics(scores)
+    assert metrics.image_auroc == metrics.image_ap == metrics.image_f1_max == 1.0
+
+
+def test_scores_do_not_depend_on_the_batch_size():
+    maps, masks = perfectly_ranked(SCALES["near 1e6"])
+    found = [
+        scored_images(
+            maps, LABELS, masks=masks, map_size=30, blur_sigma=1.5, batch_size=batch_size
+        ).score(FirstChannel())
+        for batch_size in (1, 3, 32)
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other.maps, found[0].maps, rtol=1e-7, atol=0)
+
+
+def test_semantic_scores_are_the_maps():
+    maps = torch.tensor([1e6, 3e6, 2e6, 4e6])[:, None, None]
+    test = scored_images(maps, [0, 1, 0, 1])
+    scores = test.score(FirstChannel())
+    assert scores.maps.shape == (4, 1, 1)
+    assert scores.images.tolist() == [1e6, 3e6, 2e6, 4e6]
+    metrics = test.metrics(scores)
+    assert metrics.image_auroc == 1.0
+    assert math.isnan(metrics.pixel_auroc)
+    assert metrics.undefined["pixel_auroc"] == "no masks"
+
+
+def test_empty_masks_are_anomalies_that_no_map_can_find():
+    masks = torch.zeros(5, 4, 4, dtype=torch.bool)
+    masks[1, 0, 0] = True
+    maps = torch.zeros(5, 4, 4)
+    assert scored_images(maps, [0, 1, 1, 0, 1], masks=masks).empty_masks == [2, 4]
+    assert scored_images(maps, [0, 1, 0, 0, 0], masks=masks).empty_masks == []
+    assert scored_images(maps, [0, 1, 1, 0, 1]).empty_masks == []
+
+
+def test_contour_separates_the_pixels_where_they_can_be():
+    maps, masks = perfectly_ranked(SCALES["1e3 to 1e6"])
+
+    def contour(masks):
+        test = scored_images(maps, LABELS, masks=masks)
+        (outcome,) = Monitor(FirstChannel(), test, "last", lambda **_: None).outcomes()
+        return outcome.contour_threshold
+
+    assert torch.equal(maps >= contour(masks), masks)
+    assert contour(None) is None
+    assert contour(torch.zeros_like(masks)) is None
+
+
+class Scripted(Detector):
+    """A detector whose scores after each epoch are written down: `epochs` is (E, N, H, W).
+
+    Its only state is the epoch, a parameter that training moves in place.
+    """
+
+    def __init__(self, epochs):
+        super().__init__()
+        self.script = epochs
+        self.epoch = torch.nn.Parameter(torch.tensor(0.0))
+        self.num_scored = 0
+
+    def fit(self, monitor):
+        for step in range(1, len(self.script) + 1):
+            with torch.no_grad():
+                self.epoch.fill_(step)
+            monitor(step, {"loss": 1 / step})
+
+    def forward(self, features):
+        self.num_scored += 1
+        rows = features[:, 0, 0, 0].long()  # the features of an image are its number
+        return self.script[int(self.epoch) - 1][rows]
+
+
+# Two normal images, then two anomalous ones whose first pixel is the defect. Per epoch, the pixels
+# of each image; AUROC of the images' maxima and of the pixels, by hand.
+SCRIPT = torch.tensor(
+    [
+        # images 5 6 | 1 7: 2 of 4 pairs.  pixels 0 7 against 5 0 6 0 1 0: 0.75 of 6 + all of 6 / 12
+        [[5, 0], [6, 0], [0, 1], [7, 0]],
+        # images 1 2 | 3 4: 4 of 4.  pixels 0 0 against 1 0 2 0 3 4: 1 + 1 of 12
+        [[1, 0], [2, 0], [0, 3], [0, 4]],
+        # images 9 9 | 8 8: 0 of 4.  pixels 8 8 against 9 0 9 0 0 0: 4 + 4 of 12
+        [[9, 0], [9, 0], [8, 0], [8, 0]],
+        # images 3 1 | 2 4: 3 of 4.  pixels 0 4 against 3 0 1 0 2 0: 1.5 + 6 of 12
+        [[3, 0], [1, 0], [0, 2], [4, 0]],
+        # images 2 2 | 2 2: half.  pixels 0 0 against 2 0 2 0 2 2: 1 + 1 of 12
+        [[2, 0], [2, 0], [0, 2], [0, 2]],
+    ],
+    dtype=torch.float32,
+)[:, :, None, :]  # (5, 4, 1, 2)
+IMAGE_AUROC = [2 / 4, 4 / 4, 0, 3 / 4, 2 / 4]
+PIXEL_AUROC = [7.5 / 12, 2 / 12, 8 / 12, 7.5 / 12, 2 / 12]
+MASKS = torch.tensor([[[0, 0]], [[0, 0]], [[1, 0]], [[1, 0]]], dtype=torch.bool)
+
+
+def follow(select, *, script=SCRIPT, masks=MASKS, labels=(0, 0, 1, 1)):
+    """Fit the scripted detector; returns (outcomes, detector, logged lines)."""
+    lines = []
+    detector = Scripted(script)
+    numbers = torch.arange(4.0)[:, None, None].expand(4, 1, 2)
+    test = scored_images(numbers, list(labels), masks=masks)
+    monitor = Monitor(detector, test, select, lambda **values: lines.append(values))
+    detector.fit(monitor)
+    return monitor.outcomes(), detector, lines
+
+
+def test_script_has_the_aurocs_worked_by_hand():
+    _, _, lines = follow("best_test")
+    assert [line["image_auroc"] for line in lines] == pytest.approx(IMAGE_AUROC)
+    assert [line["pixel_auroc"] for line in lines] == pytest.approx(PIXEL_AUROC)
+
+
+def test_last_is_the_last_epoch_and_looks_at_the_test_set_once():
+    (last,), detector, lines = follow("last")
+    assert last.select == "last"
+    assert last.metrics["image_auroc"] == pytest.approx(IMAGE_AUROC[-1])
+    assert last.metrics["pixel_auroc"] == pytest.approx(PIXEL_AUROC[-1])
+    assert last.steps == {"step": 5, "pixel_step": 5}
+    assert torch.equal(last.scores.maps, SCRIPT[4])
+    assert {suffix: state["epoch"].item() for suffix, state in last.states.items()} == {"": 5}
+    assert detector.num_scored == 1
+    assert lines == [{"event": "step", "step": s, "loss": 1 / s} for s in range(1, 6)]
+
+
+def test_best_on_test_keeps_the_image_and_the_pixel_maximum_apart():
+    (last, best), _, lines = follow("best_test")
+    assert (last.select, best.select) == ("last", "best_test")
+    assert last.metrics["image_auroc"] == pytest.approx(IMAGE_AUROC[-1])
+    assert last.steps == {"step": 5, "pixel_step": 5}
+    assert best.steps == {"step": 2, "pixel_step": 3}
+    for name in METRIC_NAMES:
+        source = lines[1] if name.startswith("image") else lines[2]
+        assert best.metrics[name] == source[name], name
+    assert best.metrics["image_auroc"] == 1.0
+    assert best.metrics["pixel_auroc"] == pytest.approx(8 / 12)
+    assert torch.equal(best.scores.maps, SCRIPT[1])
+    assert torch.equal(last.scores.maps, SCRIPT[4])
+    for outcome in (last, best):  # each has the contour of the maps that it gives
+        threshold = ranking_metrics(outcome.scores.maps, MASKS).f1_threshold
+        assert outcome.contour_threshold == threshold
+    states = {
+        suffix: state["epoch"].item() for suffix, state in (last.states | best.states).items()
+    }
+    assert states == {"-last": 5, "": 2, "-pixel": 3}
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(line["event"] == "step" for line in lines)
+
+
+def test_first_of_equal_epochs_is_kept():
+    (_, best), _, _ = follow("best_test", script=SCRIPT[[3, 1, 1, 0]])
+    assert best.steps == {"step": 2, "pixel_step": 1}
+
+
+@pytest.mark.parametrize("masks", [None, torch.zeros_like(MASKS)])
+def test_without_masks_the_pixel_metrics_are_nan_with_a_reason(masks):
+    (last, best), _, _ = follow("best_test", masks=masks)
+    assert best.steps == {"step": 2, "pixel_step": 2}
+    for outcome in (last, best):
+        assert math.isnan(outcome.metrics["pixel_auroc"])
+        assert math.isnan(outcome.metrics["aupro"])
+        assert {"pixel_auroc", "aupro"} <= set(outcome.undefined)
+    assert best.metrics["image_auroc"] == 1.0
+
+
+@pytest.mark.parametrize("labels", [(0, 0, 0, 0), (1, 1, 1, 1)])
+def test_one_class_of_test_images(labels):
+    masks = torch.zeros_like(MASKS)
+    (last,), _, _ = follow("last", labels=labels, masks=masks)
+    assert math.isnan(last.metrics["image_auroc"])
+    assert "images" in last.undefined["image_auroc"]
+    with pytest.raises(UsageError, match="best_test needs normal and anomalous test images"):
+        follow("best_test", labels=labels, masks=masks)
+
+
+def test_time_of_the_fit_leaves_the_evaluations_out(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    score = TestSet.score
+
+    def slow_score(self, detector):
+        clock[0] += 100
+        return score(self, detector)
+
+    monkeypatch.setattr(TestSet, "score", slow_score)
+    detector = Scripted(SCRIPT)
+    test = scored_images(
+        torch.arange(4.0)[:, None, None].expand(4, 1, 2), [0, 0, 1, 1], masks=MASKS
+    )
+    monitor = Monitor(detector, test, "best_test", lambda **_: None)
+    for step in range(1, 6):
+        clock[0] += 2
+        with torch.no_grad():
+            detector.epoch.fill_(step)
+        monitor(step, {})
+    assert monitor.fit_seconds == pytest.approx(10)
+
+
+class OwnScore(FirstChannel):
+    """A detector whose image score is the minimum of its map."""
+
+    def score(self, features):
+        maps = self(features)
+        return maps, maps.amin(dim=(1, 2))
+
+
+def test_a_method_may_have_its_own_image_score():
+    maps, _ = perfectly_ranked(lambda unit: unit)
+    scores = scored_images(maps, LABELS, map_size=12, blur_sigma=1.0, batch_size=3).score(
+        OwnScore()
+    )
+    assert torch.equal(scores.images, maps.amin(dim=(1, 2)))
+    smooth = scored_images(maps, LABELS, map_size=12, blur_sigma=1.0).score(FirstChannel())
+    assert torch.equal(scores.maps, smooth.maps)
+
+
+def test_an_own_score_must_be_finite_too():
+    class Broken(FirstChannel):
+        def score(self, features):
+            return self(features), torch.full((len(features),), math.nan)
+
+    with pytest.raises(FloatingPointError, match="a test score is not finite"):
+        scored_images(torch.zeros(7, 6, 6), LABELS).score(Broken())
+
+
+def test_final_maps_are_not_smoothed_again():
+    class Final(FirstChannel):
+        final_maps = True
+
+    maps, _ = perfectly_ranked(lambda unit: unit)
+    scores = scored_images(maps, LABELS, map_size=6, blur_sigma=4.0).score(Final())
+    assert torch.equal(scores.maps, maps)
+    assert torch.equal(scores.images, maps.amax(dim=(1, 2)))
+
+
+def test_scoring_time_is_in_the_outcome(monkeypatch):
+    clock = iter(range(100))
+    test = scored_images(torch.rand(7, 6, 6), LABELS)
+    monitor = Monitor(FirstChannel(), test, "last", lambda **_: None)
+    monkeypatch.setattr("utils.evaluation.test_set.time.perf_counter", lambda: next(clock))
+    (outcome,) = monitor.outcomes()
+    assert outcome.score_seconds == 1
+
+
+def test_without_localisation_the_methods_own_score_is_all_that_is_kept():
+    maps, _ = perfectly_ranked(lambda unit: unit)
+    scores = scored_images(maps, LABELS).score(OwnScore())
+    assert torch.equal(scores.images, maps.amin(dim=(1, 2)))
+    assert torch.equal(scores.maps, scores.images[:, None, None])

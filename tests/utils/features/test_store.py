@@ -1,0 +1,265 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.cache import cache_folder
+from tests.utils.test_feature_bank import Loader, Scaled, numbered
+from utils.features.features import bank as feature_bank
+from utils.features.features import store as feature_store
+from utils.cli import UsageError
+from utils.features.bank import FeatureBank
+from utils.features.store import FeatureStore, default_folder, key_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def extract(folder, *, count=10, store="disk", loader=None, extractor=None, **options):
+    extractor = extractor or Scaled()
+    loader = loader or Loader(numbered(count))
+    bank = FeatureBank.extract(extractor, loader, store=store, folder=folder, **options)
+    return bank, extractor.num_seen
+
+
+def contents(bank):
+    return torch.cat(list(bank.batches(3)))
+
+
+def test_features_on_disk_are_those_in_memory(tmp_path):
+    in_memory, _ = extract(None, store="host")
+    written, seen = extract(tmp_path)
+    assert seen == 10
+    again, seen = extract(tmp_path)
+    assert seen == 0, "the backbone ran again"
+    assert written.extract_seconds > again.pass_seconds == written.pass_seconds > 0
+    for bank in (written, again):
+        assert torch.equal(contents(bank), contents(in_memory))
+        assert (bank.indices, bank.channels) == (in_memory.indices, in_memory.channels)
+        assert bank.nbytes == in_memory.nbytes
+        rows = torch.tensor([7, 2, 2])
+        assert torch.equal(contents(bank.subset(rows)), contents(in_memory.subset(rows)))
+    shuffled = [
+        torch.cat(list(bank.batches(4, generator=torch.Generator().manual_seed(5))))
+        for bank in (again, in_memory)
+    ]
+    assert torch.equal(*shuffled)
+    assert torch.equal(
+        contents(FeatureBank.join(again, in_memory)), contents(FeatureBank.join(*2 * [in_memory]))
+    )
+    (entry,) = FeatureStore(tmp_path).entries()
+    assert [path.stat().st_size for path in sorted(entry.folder.glob("*.bin"))] == [960, 240]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [entry.folder.name]
+
+
+def test_reading_changes_nothing_on_disk(tmp_path):
+    bank, _ = extract(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    bank.stages[0].zero_()
+    del bank
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_anything_the_features_depend_on_makes_another_entry(tmp_path):
+    extract(tmp_path)
+    other = Loader(numbered(10))
+    other.name = "others"
+    assert extract(tmp_path, loader=other)[1] == 10
+    assert extract(tmp_path, extractor=Scaled(2.0))[1] == 10
+    assert extract(tmp_path, dtype=torch.float32)[1] == 10
+    assert len(FeatureStore(tmp_path).entries()) == 4
+    assert extract(tmp_path)[1] == 0
+
+
+def test_unreadable_images_are_remembered(tmp_path):
+    for _ in range(2):
+        bank, _ = extract(tmp_path, loader=Loader(numbered(10), missing=(0, 7)))
+        assert bank.indices == [1, 2, 3, 4, 5, 6, 8, 9]
+        assert bank.skipped == ["image 0 is unreadable", "image 7 is unreadable"]
+        assert len(bank) == len(contents(bank)) == 8
+
+
+def test_an_interrupted_extraction_leaves_nothing(tmp_path):
+    class Breaking(Loader):
+        def __iter__(self):
+            yield from list(super().__iter__())[:2]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(tmp_path, loader=Breaking(numbered(10)))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FloatingPointError, match=r"not finite in torch\.float16"):
+        extract(tmp_path, extractor=Scaled(1e6))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="not one image"):
+        extract(tmp_path, loader=Loader(numbered(2), missing=(0, 1)))
+    assert list(tmp_path.iterdir()) == []
+
+
+PROGRAM = """
+    import sys, time
+    from pathlib import Path
+    sys.path.insert(0, {root!r})
+    from tests.utils.test_feature_bank import Loader, Scaled, numbered
+    from utils.features.bank import FeatureBank
+
+    class Slow(Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield batch
+                print("batch", flush=True)
+                time.sleep({pause})
+
+    extractor = Scaled()
+    bank = FeatureBank.extract(extractor, Slow(numbered(40)), store="disk", folder=Path({folder!r}))
+    print("sum", float(sum(features.sum() for features in bank.batches(7))))
+"""
+
+
+def start(folder, pause):
+    program = textwrap.dedent(PROGRAM.format(root=str(ROOT), folder=str(folder), pause=pause))
+    command = [sys.executable, "-c", program]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def test_a_killed_extraction_leaves_no_entry_and_its_leftovers_go(tmp_path):
+    process = start(tmp_path, pause=60)
+    assert process.stdout.readline() == "batch\n"
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.startswith("partial-")
+    assert FeatureStore(tmp_path).entries() == []
+    extract(tmp_path)  # while another process writes
+    assert partial.is_dir()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert partial.is_dir()
+    extract(tmp_path, extractor=Scaled(3.0))
+    assert not partial.exists()
+    assert len(FeatureStore(tmp_path).entries()) == 2
+
+
+def test_processes_that_write_the_same_entry_agree(tmp_path):
+    processes = [start(tmp_path, pause=0.02) for _ in range(3)]
+    printed = {process.communicate(timeout=120)[0].splitlines()[-1] for process in processes}
+    assert all(process.returncode == 0 for process in processes)
+    assert len(printed) == 1
+    assert next(iter(printed)).startswith("sum")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_leftover_of_another_machine_goes_after_a_week(tmp_path):
+    old, new = (tmp_path / f"partial-elsewhere-{name}-x" for name in ("1", "2"))
+    mine = tmp_path / f"partial-{socket.gethostname()}-{os.getpid()}-x"
+    for folder in (old, new, mine):
+        folder.mkdir()
+    week_ago = time.time() - 8 * 24 * 3600
+    os.utime(old, (week_ago, week_ago))
+    FeatureStore(tmp_path).delete_leftovers()
+    assert not old.exists()
+    assert new.exists()
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "json", "fields", "elsewhere"])
+def test_a_damaged_entry_is_named_with_the_way_out(tmp_path, damage):
+    extract(tmp_path)
+    (entry,) = FeatureStore(tmp_path).entries()
+    stage, description = entry.folder / "stage1.bin", entry.folder / "entry.json"
+    if damage == "cut":
+        os.truncate(stage, 100)
+    elif damage == "missing":
+        stage.unlink()
+    elif damage == "json":
+        description.write_text("{")
+    elif damage == "fields":
+        description.write_text("{}")
+    else:
+        text = json.loads(description.read_text())
+        text["files"][0]["name"] = "../secret"
+        description.write_text(json.dumps(text))
+    way_out = f"is damaged; delete it with .*--clear {entry.folder.name}"
+    with pytest.raises(UsageError, match=way_out):
+        extract(tmp_path)
+    FeatureStore(tmp_path).clear([entry.folder.name])
+    assert extract(tmp_path)[1] == 10
+
+
+def test_a_full_disk_is_said_before_and_during(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UsageError, match=r"the features need 0\.0 GB and 0\.0 GB are free; free"):
+        extract(tmp_path)
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_store.EntryWriter, "append", full)
+    with pytest.raises(UsageError, match=r"cannot store features \(No space left on device\)"):
+        extract(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file/below: cannot store features"):
+        extract(tmp_path / "file/below")
+
+
+def test_auto_takes_memory_while_there_is_room_and_what_is_on_disk_first(tmp_path, monkeypatch):
+    bank, _ = extract(tmp_path, store="auto")
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+    share = bank.nbytes / feature_bank.psutil.virtual_memory().available
+    monkeypatch.setattr(feature_bank, "HOST_SHARE", share / 2)
+    _, seen = extract(tmp_path, store="auto")
+    assert seen == 10
+    assert len(FeatureStore(tmp_path).entries()) == 1
+    monkeypatch.undo()
+    assert extract(tmp_path, store="auto")[1] == 0
+    assert extract(tmp_path, store="host")[1] == 10
+
+
+def test_disk_needs_a_folder():
+    with pytest.raises(ValueError, match="has no folder"):
+        extract(None, store="disk")
+
+
+def test_list_and_clear(tmp_path, capsys):
+    assert feature_bank.main(["--list", "--folder", str(tmp_path / "none")]) is None
+    assert "0 entries, 0.0 MB" in capsys.readouterr().out
+    extract(tmp_path, description="brick: train")
+    extract(tmp_path, count=3, extractor=Scaled(2.0), description="brick: test")
+    feature_bank.main(["--list", "--folder", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "brick: train" in out
+    assert "10 images" in out
+    assert "2 entries" in out
+    first = FeatureStore(tmp_path).entries()[0].folder.name
+    feature_bank.main(["--clear", first, "--folder", str(tmp_path)])
+    assert [e.folder.name for e in FeatureStore(tmp_path).entries()] != [first]
+    assert len(FeatureStore(tmp_path).entries()) == 1
+    with pytest.raises(SystemExit) as exit_:
+        feature_bank.main(["--clear", "nothing", "--folder", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert "has no entry nothing" in capsys.readouterr().err
+    feature_bank.main(["--clear", "--folder", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_key_depends_on_content_not_on_order():
+    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1}) != key_of({"a": 1, "b": 3})
+
+
+def test_features_lie_in_the_cache_folder(monkeypatch):
+    assert default_folder() == cache_folder() / "features"
+    monkeypatch.delenv("NOCO_CACHE")
+    assert default_folder() == cache_folder() / "features"

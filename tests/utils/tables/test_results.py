@@ -1,0 +1,379 @@
+import csv
+import math
+import re
+import statistics
+import unicodedata
+
+import pytest
+
+from utils.tables.results import published
+from utils.tables.published import NAMES, NUM_CATEGORIES, published_by_paper, published_values
+from utils.runs.files import RunError
+from utils.tables.results import build_table
+
+TEXTURES = ["carpet", "grid", "leather", "tile", "wood"]
+OBJECTS = ["bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush"]
+OBJECTS += ["transistor", "zipper"]
+GROUPS = {"mean_textures": TEXTURES, "mean_objects": OBJECTS}
+
+
+def make_rows(values, select="last", metric="image_auroc", **extra):
+    """Rows of {category: [value of seed 0, of seed 1, ...]}."""
+    return [
+        {"category": category, "seed": seed, "select": select, metric: value, **extra}
+        for category, numbers in values.items()
+        for seed, value in enumerate(numbers)
+    ]
+
+
+def make_table(rows, categories, seeds=(0,), metrics=("image_auroc",), dataset="folder", **options):
+    return build_table(
+        rows,
+        title="Results",
+        categories=categories,
+        seeds=seeds,
+        metrics=metrics,
+        dataset=dataset,
+        **options,
+    )
+
+
+def cells(table, label):
+    (line,) = [line for line in table.lines if line.label == label]
+    return [str(cell) for cell in line.cells]
+
+
+def headings(table):
+    return [(column.group, column.name) for column in table.header]
+
+
+def test_mean_and_deviation_by_hand():
+    # Over seeds: bottle 0.90, 0.92, 0.97 has mean 0.93 and squares (9 + 1 + 16) / 2 = 13.
+    # Per seed the mean of both is 0.85, 0.89, 0.93: deviation exactly 0.04, far from 3.6 and 5.0.
+    rows = make_rows({"bottle": [0.90, 0.92, 0.97], "cable": [0.80, 0.86, 0.89]})
+    table = make_table(rows, ["bottle", "cable"], seeds=(0, 1, 2))
+    assert cells(table, "bottle") == ["93.0 ± 3.6"]
+    assert table.lines[0].cells[0].std == pytest.approx(math.sqrt(13))
+    assert cells(table, "cable") == ["85.0 ± 4.6"]
+    assert cells(table, "mean") == ["89.0 ± 4.0"]
+    assert "n = 3 seeds (0, 1, 2)" in table.caption
+    assert "within each seed first" in table.caption
+
+
+def test_seeds_that_move_against_each_other_cancel_in_the_mean():
+    rows = make_rows({"bottle": [0.8, 0.9], "cable": [0.9, 0.8]})
+    table = make_table(rows, ["bottle", "cable"], seeds=(0, 1))
+    assert cells(table, "bottle") == ["85.0 ± 7.1"]
+    assert cells(table, "mean") == ["85.0 ± 0.0"]
+
+
+def test_one_seed_has_no_deviation():
+    table = make_table(make_rows({"bottle": [0.987]}), ["bottle"])
+    assert [line.label for line in table.lines] == ["bottle"]
+    assert cells(table, "bottle") == ["98.7"]
+    assert "n = 1" in table.caption
+    assert "±" not in table.to_text()
+
+
+def test_group_means_and_their_order():
+    rows = make_rows({"a": [0.1], "b": [0.2], "c": [0.6]})
+    table = make_table(
+        rows,
+        ["a", "b", "c"],
+        groups={"mean_textures": ["a", "b"], "mean_x": ["c", "d"], "mean_y": ["z"]},
+    )
+    assert [line.label for line in table.lines] == [
+        "a",
+        "b",
+        "c",
+        "mean textures",
+        "mean x (1 of 2)",
+        "mean",
+    ]
+    assert cells(table, "mean textures") == ["15.0"]
+    assert cells(table, "mean x (1 of 2)") == ["60.0"]
+    assert cells(table, "mean") == ["30.0"]
+
+
+def test_a_category_called_mean_stays_itself():
+    table = make_table(make_rows({"mean": [0.1], "b": [0.2]}), ["mean", "b"])
+    assert [str(line.cells[0]) for line in table.lines] == ["10.0", "20.0", "15.0"]
+
+
+def test_each_select_has_its_own_heading():
+    rows = [row for select, value in (("best_test", 0.9), ("synthetic", 0.7), ("last", 0.8))
+            for row in make_rows({"a": [value]}, select, pixel_auroc=value / 2)]  # fmt: skip
+    table = make_table(rows, ["a"], metrics=["image_auroc", "pixel_auroc"])
+    best = "best on test (optimistic)"
+    assert headings(table) == [
+        ("last", "image AUROC"), ("last", "pixel AUROC"),
+        (best, "image AUROC"), (best, "pixel AUROC"),
+        ("synthetic", "image AUROC"), ("synthetic", "pixel AUROC"),
+    ]  # fmt: skip
+    assert cells(table, "a") == ["80.0", "40.0", "90.0", "45.0", "70.0", "35.0"]
+    only = make_table(make_rows({"a": [0.9]}, "best_test"), ["a"])
+    for text in (only.to_markdown(), only.to_latex(), only.to_text()):
+        assert best in text
+
+
+def test_a_hole_is_refused_by_name():
+    rows = make_rows({"bottle": [0.9, 0.9], "cable": [0.9]})
+    with pytest.raises(RunError, match=r"1 results are missing: cable seed 1 \(last\)"):
+        make_table(rows, ["bottle", "cable"], seeds=(0, 1))
+    with pytest.raises(RunError, match=r"bottle seed 0 .*bottle seed 1"):
+        make_table([], ["bottle"], seeds=(0, 1))
+    rows += make_rows({"cable": [0.9, 0.9]}) + make_rows({"cable": [0.9]}, "best_test")
+    with pytest.raises(RunError, match=r"3 results.*bottle seed 0 \(best_test\)"):
+        make_table(rows, ["bottle", "cable"], seeds=(0, 1))
+
+
+def test_rows_not_asked_for_are_left_out():
+    rows = make_rows({"bottle": [0.9, 0.1], "cable": [0.1]}) + make_rows(
+        {"cable": [0.5]}, "best_test"
+    )
+    table = make_table(rows, ["bottle"])
+    assert headings(table) == [("last", "image AUROC")]
+    assert cells(table, "bottle") == ["90.0"]
+
+
+def test_metrics_must_exist():
+    rows = make_rows({"bottle": [0.9]})
+    with pytest.raises(RunError, match="no column aupro"):
+        make_table(rows, ["bottle"], metrics=["image_auroc", "aupro"])
+    with pytest.raises(ValueError, match="unknown metrics"):
+        make_table(rows, ["bottle"], metrics=["auroc"])
+
+
+def test_undefined_values_are_dashes_with_their_reason():
+    rows = make_rows({"a": [math.nan, 0.5], "b": [0.5, 0.5]}, "last", "aupro")
+    table = make_table(
+        rows,
+        ["a", "b"],
+        seeds=(0, 1),
+        metrics=["aupro"],
+        nan_reasons=["a has no masks", "a has no masks"],
+    )
+    assert cells(table, "a") == ["–"]
+    assert cells(table, "b") == ["50.0 ± 0.0"]
+    assert cells(table, "mean") == ["–"]
+    assert table.notes == ("–: undefined (a has no masks).",)
+    for text in (table.to_markdown(), table.to_text(), table.to_latex()):
+        assert "a has no masks" in text
+    assert "nan" in table.to_csv()
+    assert make_table(make_rows({"b": [0.5]}), ["b"], nan_reasons=["x"]).notes == ()
+
+
+def mvtec_rows(categories):
+    return make_rows({category: [0.9] for category in categories}, pixel_auroc=0.8)
+
+
+def test_published_values_stand_beside_ours():
+    categories = TEXTURES + OBJECTS
+    table = make_table(
+        mvtec_rows(categories),
+        categories,
+        metrics=["image_auroc", "pixel_auroc"],
+        dataset="mvtec",
+        groups=GROUPS,
+    )
+    assert headings(table)[2:] == [
+        ("NoCo (paper)", "image AUROC"),
+        ("SimpleNet (paper)", "image AUROC"),
+        ("SimpleNet (paper)", "pixel AUROC"),
+    ]
+    assert cells(table, "bottle") == ["90.0", "80.0", "100.0", "100.0", "98.0"]
+    assert cells(table, "mean textures")[2:] == ["99.8", "99.8", "97.5"]
+    assert cells(table, "mean objects")[2:] == ["98.9", "99.5", "98.4"]
+    assert cells(table, "mean")[2:] == ["99.2", "99.6", "98.1"]
+    assert "maximum over repeated evaluations on the test set" in table.caption
+    assert table.notes == ()
+
+
+def test_published_means_are_left_out_beside_the_mean_of_fewer_categories():
+    categories = [*TEXTURES, "bottle"]
+    table = make_table(mvtec_rows(categories), categories, dataset="mvtec", groups=GROUPS)
+    assert cells(table, "bottle") == ["90.0", "100.0", "100.0"]
+    assert cells(table, "mean textures") == ["90.0", "99.8", "99.8"]
+    assert cells(table, "mean objects (1 of 10)") == ["90.0", "", ""]
+    assert cells(table, "mean") == ["90.0", "", ""]
+    assert len(table.notes) == 1
+    assert "mean objects (1 of 10), mean" in table.notes[0]
+
+
+def test_semantic_data_has_a_published_mean_only():
+    names = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    display = {name: f"{place} {name}" for place, name in enumerate(names)}
+    rows = make_rows({name: [0.9] for name in names})
+    table = make_table(rows, names, dataset="cifar10", display=display)
+    assert cells(table, "3 cat") == ["90.0", "", ""]
+    assert cells(table, "mean")[1:] == ["93.9", "86.5"]
+    assert table.lines[3].key == "cat"
+
+
+@pytest.mark.parametrize("dataset", ["demo", None])
+def test_without_published_values_there_is_no_column_for_them(dataset):
+    table = make_table(make_rows({"bottle": [0.9]}), ["bottle"], dataset=dataset)
+    assert headings(table) == [("last", "image AUROC")]
+    assert "paper" not in table.caption
+
+
+def test_published_lookup():
+    assert published_values("mvtec", "bottle", "image_auroc") == {"NoCo": 100.0, "SimpleNet": 100.0}
+    assert published_values("mvtec", "mean_textures", "pixel_auroc") == {"SimpleNet": 97.5}
+    assert published_values("mvtec", "bottle", "image_auroc", ["MS"]) == {}
+    assert published_values("demo", "brick", "image_auroc") == {}
+    with pytest.raises(RunError, match=r"PatchCore.*99\.7.*99\.5"):
+        published_values("mvtec", "cable", "image_auroc", ["PatchCore"])
+
+
+def test_every_published_dataset_says_how_many_categories_its_mean_is_over():
+    with published.PUBLISHED_FILE.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["dataset"] for row in rows} - {"-"} == set(NUM_CATEGORIES)
+    mvtec = {row["category"] for row in rows if row["dataset"] == "mvtec"}
+    assert len({name for name in mvtec if not name.startswith("mean")}) == NUM_CATEGORIES["mvtec"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "method,dataset\nNoCo,mvtec\n",
+        "method,dataset,category,metric,value,source\na,b,c,d,high,e\n",
+    ],
+)
+def test_missing_or_broken_published_file_is_named(tmp_path, monkeypatch, content):
+    path = tmp_path / "published.csv"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(published, "PUBLISHED_FILE", path)
+    with pytest.raises(RunError, match=re.escape(str(path))):
+        published_values("mvtec", "bottle", "image_auroc")
+
+
+def odd_table():
+    rows = make_rows({"a_b": [0.5, 0.6], "x|y": [0.5, 0.5], "[50%] *裂": [1.0, 1.0]})
+    return make_table(
+        rows,
+        ["a_b", "x|y", "[50%] *裂"],
+        seeds=(0, 1),
+        notes=["--skip-unreadable: 1 of a_b/{1}~$&#^\\<x>_.png\nleft"],
+    )
+
+
+def test_markdown_has_one_row_per_line_and_escapes():
+    text = odd_table().to_markdown()
+    table_lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table_lines) == 2 + 4
+    # Unescaped bars part exactly two columns in each row.
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table_lines} == {3}
+    assert r"| x\|y" in text
+    assert r"| \[50%\] \*裂" in text
+    assert "| a_b " in text
+    assert r"\<x\>\_.png left" in text
+    assert "image AUROC<br>last" in table_lines[0]
+    assert re.fullmatch(r"\|:-+\|-+:\|", table_lines[1])
+
+
+def test_latex_is_escaped_and_balanced():
+    text = odd_table().to_latex()
+    assert r"a\_b & 55.0 $\pm$ 7.1 \\" in text
+    assert r"{[}50\%] {*}裂 & 100.0 $\pm$ 0.0 \\" in text
+    assert r"x\textbar{}y &" in text
+    assert (
+        r"{\footnotesize -{}-skip-unreadable: 1 of a\_b/\{1\}\textasciitilde{}\$\&\#"
+        r"\textasciicircum{}\textbackslash{}\textless{}x\textgreater{}\_.png left\par}"
+    ) in text
+    for part in (r"\begin{tabular}{@{}lr@{}}", r"\toprule", r"\bottomrule", r"\end{tabular}"):
+        assert text.count(part) == 1
+    assert text.count(r"\midrule") == 2
+    bare = re.sub(r"\\[{}]", "", text)
+    assert bare.count("{") == bare.count("}")
+    assert all(line.startswith("%") for line in text.splitlines() if "caption" in line)
+
+
+def test_latex_groups_span_their_columns():
+    rows = make_rows({"a": [0.5]}, pixel_auroc=0.5) + make_rows(
+        {"a": [0.5]}, "best_test", pixel_auroc=0.5
+    )
+    text = make_table(rows, ["a"], metrics=["image_auroc", "pixel_auroc"]).to_latex()
+    assert r" & \multicolumn{2}{c}{last} & \multicolumn{2}{c}{best on test (optimistic)} \\" in text
+    assert r"\cmidrule(lr){2-3} \cmidrule(lr){4-5}" in text
+
+
+def test_csv_is_exact():
+    rows = list(csv.reader(odd_table().to_csv().splitlines()))
+    assert rows[0] == ["category", "last_image_auroc", "last_image_auroc_std"]
+    assert rows[1][0] == "a_b"
+    assert float(rows[1][1]) == 55.0
+    assert float(rows[1][2]) == pytest.approx(statistics.stdev([50, 60]), rel=1e-12)
+    assert rows[3][0] == "[50%] *裂"
+    assert rows[4][0] == "mean"
+    table = make_table(mvtec_rows(["bottle"]), ["bottle"], dataset="mvtec")
+    assert table.to_csv() == (
+        "category,last_image_auroc,noco_paper_image_auroc,simplenet_paper_image_auroc\n"
+        "bottle,90.0,100.0,100.0\n"
+    )
+
+
+def test_text_is_aligned_also_with_wide_letters():
+    def width(text):
+        return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+    lines = odd_table().to_text().splitlines()
+    numbers = [line for line in lines if re.search(r"\d\.\d ± \d\.\d$", line)]
+    assert len(numbers) == 4
+    assert len({width(line) for line in numbers}) == 1
+    banner = next(place for place, line in enumerate(lines) if re.search(r"-+ last -+$", line))
+    assert lines[banner + 1].split() == ["image"]
+    assert lines[banner + 2].split() == ["category", "AUROC"]
+
+
+def test_write(tmp_path):
+    table = odd_table()
+    paths = table.write(tmp_path)
+    assert [path.name for path in paths] == ["table.md", "table.tex", "table.csv"]
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    assert texts == [table.to_markdown(), table.to_latex(), table.to_csv()]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "table.csv",
+        "table.md",
+        "table.tex",
+    ]
+
+
+def test_a_compared_methods_published_values_stand_beside_it_for_each_paper():
+    """NoCo's paper and SimpleNet's print different numbers for PaDiM: 90.8 and 95.8."""
+    categories = TEXTURES + OBJECTS
+    table = make_table(
+        mvtec_rows(categories),
+        categories,
+        metrics=["image_auroc", "pixel_auroc"],
+        dataset="mvtec",
+        groups=GROUPS,
+        method="padim",
+    )
+    assert headings(table)[2:5] == [
+        ("PaDiM (NoCo paper)", "image AUROC"),
+        ("PaDiM (SimpleNet paper)", "image AUROC"),
+        ("PaDiM (SimpleNet paper)", "pixel AUROC"),
+    ]
+    assert cells(table, "mean")[2:5] == ["90.8", "95.8", "97.5"]
+    library = make_table(
+        mvtec_rows(categories), categories, dataset="mvtec", method="anomalib:padim"
+    )
+    assert ("PaDiM (NoCo paper)", "image AUROC") in headings(library)
+    for method in ("knn", "noco", "anomalib:dfm"):
+        table = make_table(mvtec_rows(categories), categories, dataset="mvtec", method=method)
+        assert {group for group, _ in headings(table)} == {
+            "last",
+            "NoCo (paper)",
+            "SimpleNet (paper)",
+        }
+
+
+def test_every_compared_name_is_in_the_file():
+    for method, name in NAMES.items():
+        assert published_by_paper("mvtec", "mean", "image_auroc", method), name
+    assert published_by_paper("cifar10", "mean", "image_auroc", "panda") == {"NoCo": 96.2}
+    assert published_by_paper("demo", "brick", "image_auroc", "padim") == {}

@@ -1,0 +1,1 @@
+"""Pictures of what a detector found: sheets of anomaly maps, galleries, histograms."""

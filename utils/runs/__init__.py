@@ -1,0 +1,1 @@
+"""The run folder and everything written into it; nothing here computes a score."""

@@ -1,0 +1,343 @@
+"""The run folder: everything a training script leaves behind, written so that a kill loses nothing.
+
+config.json       the resolved options; the same ones continue the run, others are refused
+environment.json  command, commit, versions, device; one record more for each continuation
+metrics.jsonl     one JSON object per logged step, each with its category and seed
+scores/           <category>-seed<k>.npz: path, label, score, defect of each test image, and
+                  what else there is (`Run.load_scores`)
+heads/            <category>-seed<k>.safetensors: the trained head
+calibration/      scores of normal images that a head has not seen (`utils.evaluation.calibration`)
+results.csv       one row per (category, seed, select); a pair is finished when its rows are here
+table.{md,tex,csv}, overlays/<category>-seed<k>/*.png
+"""
+
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.runs.environment import environment_record
+from utils.runs.files import (
+    SELECTS,
+    RunError,
+    append_text,
+    as_array,
+    atomic_path,
+    delete_leftovers,
+    delete_run,
+    file_stem,
+    flat,
+    jsonable,
+    keep_metrics,
+    read_object,
+    read_rows,
+    write_rows,
+    write_text,
+)
+
+
+class Run:
+    """One run folder. `open` starts or continues it, `read` only reads."""
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], categories: Sequence[str], seeds: Sequence[int]
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.categories = tuple(categories)
+        self.seeds = tuple(seeds)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        *,
+        categories: Sequence[str],
+        seeds: Sequence[int],
+        command: Sequence[str],
+        device: str,
+        restart: bool = False,
+    ) -> "Run":
+        """Start a run, or continue it after its last finished (category, seed).
+
+        Lines of metrics.jsonl that belong to unfinished pairs are dropped: those pairs start again.
+        Finished pairs that are not requested this time stay in results.csv, after the others.
+
+        Args:
+            folder: `results/<dataset>-<method>/<run>`; made when absent.
+            config: What must be equal for two commands to be the same run; JSON values and paths.
+            categories: In the order of the table.
+            seeds: In the order of the table.
+            command: The command line, recorded in environment.json.
+            device: The resolved device, as "cpu" or "cuda:0".
+            restart: Delete the files of an earlier run (only those a run writes), then start.
+
+        Raises:
+            RunError: The folder holds a run of another config, or a file of it is corrupt.
+        """
+        if len(set(categories)) != len(categories) or len(set(seeds)) != len(seeds):
+            raise ValueError(f"a category or seed is given twice: {categories}, {seeds}")
+        for category in categories:
+            if "\r" in category:
+                raise RunError(f"category {category!r} holds a line break: rename it")
+        run = cls(folder, json.loads(json.dumps(config, default=os.fspath)), categories, seeds)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{folder}: cannot make the run folder ({error.strerror})") from None
+        if restart:
+            delete_run(folder)
+        run._check_config()
+        finished = run._finished()
+        delete_leftovers(folder)
+        keep_metrics(folder / "metrics.jsonl", finished)
+        run._record_environment(environment_record(command, device), len(finished))
+        return run
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Read an existing run; what writes refuses every pair.
+
+        Raises:
+            RunError: The folder holds no run, or config.json is corrupt.
+        """
+        if not (folder / "config.json").is_file():
+            raise RunError(f"{folder}: not a run folder, config.json is missing")
+        return cls(folder, read_object(folder / "config.json"), (), ())
+
+    def pending(self, category: str) -> list[int]:
+        """Return the requested seeds of a category that are not finished, in order."""
+        finished = self._finished()
+        for seed in self.seeds:
+            self._check_pair(category, seed)
+        return [seed for seed in self.seeds if (category, seed) not in finished]
+
+    def log(self, category: str, seed: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl: numbers, strings, and lists or mappings of them.
+
+        NaN is written as null and an infinity as "inf" or "-inf", because JSON has neither.
+        """
+        self._check_pair(category, seed)
+        record = {"category": category, "seed": seed, **jsonable(values)}
+        append_text(self.folder / "metrics.jsonl", json.dumps(record, allow_nan=False) + "\n")
+
+    def save_scores(
+        self,
+        category: str,
+        seed: int,
+        *,
+        paths: Sequence[Path | str],
+        labels: ArrayLike | Tensor,
+        scores: ArrayLike | Tensor,
+        defects: Sequence[str],
+        maps: ArrayLike | Tensor | None = None,
+        masks: ArrayLike | Tensor | None = None,
+        norms: ArrayLike | Tensor | None = None,
+        angles: ArrayLike | Tensor | None = None,
+        suffix: str = "",
+    ) -> Path:
+        """Write the score of each test image: raw, as the metrics saw it.
+
+        Args:
+            category: A requested category.
+            seed: A requested seed.
+            paths: (N,)
+            labels: (N,), 1 = anomalous.
+            scores: (N,), higher = more anomalous; the dtype is kept.
+            defects: (N,), "good" for normal images.
+            maps: (N, H, W); the dtype is kept.
+            masks: (N, H, W) bool, of the size of the maps.
+            norms: (N,), of the projection where the map is highest.
+            angles: (N,), in radians, of that projection to the objective.
+            suffix: "" or, when several states are kept, one such as "-last".
+        """
+        self._check_pair(category, seed)
+        arrays = {
+            "path": np.array([str(path) for path in paths], dtype=np.str_),
+            "label": as_array(labels).astype(np.int64),
+            "score": as_array(scores),
+            "defect": np.array(list(defects), dtype=np.str_),
+        }
+        optional = {"map": maps, "mask": masks, "norm": norms, "angle": angles}
+        arrays |= {name: as_array(v) for name, v in optional.items() if v is not None}
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"scores of {category!r}: the lengths differ: {lengths}")
+        path = self.scores_path(category, seed, suffix)
+        with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            for name, array in arrays.items():
+                member = zipfile.ZipInfo(f"{name}.npy")
+                # Names and masks compress well; float maps hardly do, and would take seconds.
+                stored = name == "map"
+                member.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
+                with archive.open(member, "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+        return path
+
+    def load_scores(self, category: str, seed: int, suffix: str = "") -> dict[str, np.ndarray]:
+        """Return the arrays `path`, `label`, `score`, `defect`, and those of the others saved.
+
+        `map` and `mask` with `--save-maps`; `norm` and `angle` of methods with an objective.
+        """
+        path = self.scores_path(category, seed, suffix)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except FileNotFoundError:
+            raise RunError(f"{path}: no scores of {category!r}, seed {seed}") from None
+        except Exception as error:  # zipfile, zlib, struct and numpy each raise their own
+            raise RunError(f"{path}: corrupt ({error}); run the pair again") from error
+
+    def save_head(
+        self,
+        category: str,
+        seed: int,
+        state: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        suffix: str = "",
+    ) -> Path:
+        """Write a head's state as safetensors; tensors may lie on any device and share memory."""
+        self._check_pair(category, seed)
+        path = self.head_path(category, seed, suffix)
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in state.items()
+        }
+        with atomic_path(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata=dict(metadata))
+            except SafetensorError as error:  # what it makes of the system's errors
+                raise OSError(str(error)) from error
+        return path
+
+    def load_head(
+        self, category: str, seed: int, suffix: str = ""
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the state (CPU tensors) and the metadata that `save_head` was given."""
+        path = self.head_path(category, seed, suffix)
+        if not path.is_file():
+            raise RunError(f"{path}: no head of {category!r}, seed {seed}; train it first")
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())  # the file is no mapping: iterating it fails
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        except Exception as error:  # SafetensorError, and PyTorch's own where it reads a tensor
+            raise RunError(f"{path}: corrupt ({error}); train the pair again") from error
+
+    def finish(self, category: str, seed: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add the rows of a pair to results.csv; call it last, the pair then counts as finished.
+
+        Args:
+            category: A requested category.
+            seed: A requested seed.
+            rows: One per `select`; each has category, seed, select and the same further columns,
+                whose values are ints, floats or strings.
+
+        Raises:
+            RunError: The columns differ from those of the rows already there.
+        """
+        self._check_pair(category, seed)
+        selects = [row["select"] for row in rows]
+        if not rows or len(set(selects)) != len(selects) or not set(selects) <= set(SELECTS):
+            raise ValueError(f"rows of {category!r}, seed {seed}: selects {selects}")
+        if any((row["category"], row["seed"]) != (category, seed) for row in rows):
+            raise ValueError(f"rows of {category!r}, seed {seed} name another pair")
+        existing = self.rows()
+        if any((row["category"], row["seed"]) == (category, seed) for row in existing):
+            raise ValueError(f"{category!r}, seed {seed} is finished already")
+        columns = list(dict.fromkeys(["category", "seed", "select", *(existing or rows)[0]]))
+        for row in rows:
+            if set(row) != set(columns):
+                raise RunError(
+                    f"{self.folder / 'results.csv'}: the row of {category!r}, seed {seed} differs "
+                    f"from the others in columns {sorted(set(row) ^ set(columns))}; the code has "
+                    "changed since: use another --run name, or --restart"
+                )
+        order = {
+            pair: place
+            for place, pair in enumerate((c, s) for c in self.categories for s in self.seeds)
+        }
+        rows = sorted(  # stable: pairs not requested this time keep their order, at the end
+            [*existing, *rows],
+            key=lambda row: order.get((row["category"], row["seed"]), len(order)),
+        )
+        write_rows(self.folder / "results.csv", columns, rows)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return results.csv: ints, strings, and floats to the last bit.
+
+        Raises:
+            RunError: The file is corrupt.
+        """
+        path = self.folder / "results.csv"
+        return read_rows(path) if path.exists() else []
+
+    def scores_path(self, category: str, seed: int, suffix: str = "") -> Path:
+        """Return the path of the scores of a pair."""
+        return self.folder / "scores" / f"{file_stem(category, seed, suffix)}.npz"
+
+    def head_path(self, category: str, seed: int, suffix: str = "") -> Path:
+        """Return the path of the head of a pair."""
+        return self.folder / "heads" / f"{file_stem(category, seed, suffix)}.safetensors"
+
+    def overlays_folder(self, category: str, seed: int) -> Path:
+        """Return the folder for the pictures of a pair."""
+        return self.folder / "overlays" / file_stem(category, seed)
+
+    def _check_pair(self, category: str, seed: int) -> None:
+        if category not in self.categories or seed not in self.seeds:
+            raise ValueError(f"{category!r}, seed {seed} was not requested of this run")
+
+    def _finished(self) -> set[tuple[str, int]]:
+        return {(row["category"], row["seed"]) for row in self.rows()}
+
+    def _check_config(self) -> None:
+        path = self.folder / "config.json"
+        if not path.exists():
+            if (self.folder / "results.csv").exists():
+                raise RunError(
+                    f"{path} is missing beside results.csv, so nobody knows how those results were "
+                    "made: use another --run name, or --restart"
+                )
+            write_text(path, json.dumps(self.config, indent=2) + "\n")
+            return
+        old, new = flat(read_object(path)), flat(self.config)
+        differences = [
+            f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        ]
+        if differences:
+            raise RunError(
+                f"{self.folder} holds a run of another configuration:\n"
+                + "\n".join(differences)
+                + "\nUse another --run name to keep both, or --restart to replace it."
+            )
+
+    def _record_environment(self, record: dict[str, Any], num_finished: int) -> None:
+        path = self.folder / "environment.json"
+        if path.exists():
+            first = read_object(path)
+            records = [first, *first.get("continued", [])]
+            others = {entry.get("commit") for entry in records} - {None, record["commit"]}
+            if num_finished and record["commit"] and others:
+                sys.stderr.write(
+                    f"warning: {self.folder} ({num_finished} finished) was made at commit "
+                    f"{', '.join(sorted(commit[:10] for commit in others))} and this is "
+                    f"{record['commit'][:10]}; --restart computes all of it again\n"
+                )
+            if not any(self.pending(category) for category in self.categories):
+                return
+            record = {**first, "continued": [*first.get("continued", []), record]}
+        write_text(path, json.dumps(record, indent=2) + "\n")

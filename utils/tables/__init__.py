@@ -1,0 +1,1 @@
+"""Tables of results and of published numbers, and the formats they are printed in."""
