@@ -34,7 +34,7 @@ from utils.evaluation.test_set import TestSet
 from utils.runs.finished import finished_pairs
 from utils.metrics.metrics import METRIC_NAMES
 from utils.runs.files import write_rows
-from utils.runs.run import RunError
+from utils.errors import RunError
 from utils.tables.results import build_table
 
 

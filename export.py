@@ -50,7 +50,8 @@ from models.detector import Detector
 from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
 from utils.evaluation.calibration import calibration_file, load_calibration
-from utils.cli import UsageError, exits_cleanly
+from utils.cli import exits_cleanly
+from utils.errors import UsageError
 from models.deployment.formats import (
     Exported,
     differences,
@@ -61,7 +62,7 @@ from models.deployment.formats import (
 )
 from utils.runs.finished import choose_pair
 from utils.runs.files import atomic_path, write_text
-from utils.runs.run import RunError
+from utils.errors import RunError
 from utils.evaluation.smoothing import smoothing_matrix
 
 CHECKED = 16

@@ -39,10 +39,11 @@ from pipeline.finished import FinishedRun, load_run
 from models.detector import Detector
 from models.errors import ModelError
 from utils.evaluation.calibration import calibration_file, decision_rule, load_calibration, save_calibration
-from utils.cli import UsageError, exits_cleanly
+from utils.cli import exits_cleanly
+from utils.errors import UsageError
 from utils.runs.finished import choose_pair
 from utils.runs.predictions import Pictures, Prediction, PredictionFiles
-from utils.runs.run import RunError
+from utils.errors import RunError
 
 
 @exits_cleanly(

@@ -30,9 +30,10 @@ from datasets.tasks.labelled import read_labelled_set
 from datasets.tasks.one_class import one_class_tasks
 from datasets.samples import DataError
 from datasets.tasks.structured import list_categories
-from utils.cli import UsageError, exits_cleanly
+from utils.cli import exits_cleanly
+from utils.errors import UsageError
 from utils.runs.merging import Pair, merge
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.runs.run import Run
 from utils.sweep.engines import Engine, InProcess, RayTasks, Workers, cuda_devices
 from utils.sweep.jobs import Job, Started, run_job

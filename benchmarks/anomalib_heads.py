@@ -29,7 +29,7 @@ from datasets.reading.transforms import PairTransform
 from models.backbone.extractor import FrozenExtractor
 from models.methods.padim import Padim
 from models.methods.patchcore import PatchCore
-from utils.allocator import keep_freed_memory
+from utils.device import keep_freed_memory
 from utils.features.bank import FeatureBank
 
 

@@ -26,8 +26,8 @@ from datasets.reading.transforms import PairTransform
 from models.features.coreset import draw_projection, greedy_k_centre, read_projected
 from models.backbone.extractor import FrozenExtractor
 from models.features.nearest import direct_distances
-from utils.allocator import keep_freed_memory
-from utils.cli import pick_device
+from utils.device import keep_freed_memory
+from utils.device import pick_device
 from utils.features.bank import FeatureBank
 
 DIM = 128

@@ -32,8 +32,8 @@ from datasets.reading.transforms import PairTransform
 from models import build_detector
 from models import build_extractor
 from models.errors import ModelError
-from utils.allocator import keep_freed_memory
-from utils.cli import pick_device
+from utils.device import keep_freed_memory
+from utils.device import pick_device
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 

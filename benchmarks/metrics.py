@@ -22,7 +22,8 @@ from skimage.measure import label, regionprops
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
-from utils.metrics.metrics import FPR_LIMIT, evaluate
+from utils.metrics.metrics import FPR_LIMIT
+from utils.metrics.evaluate import evaluate
 from utils.evaluation.smoothing import image_scores, upsample_and_blur
 
 NUM_MAPS = 100

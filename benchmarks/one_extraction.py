@@ -25,7 +25,7 @@ from datasets.tasks.one_class import one_class_tasks
 from datasets.reading.transforms import PairTransform
 from models.backbone.extractor import FrozenExtractor
 from models.methods.noco import Noco
-from utils.cli import pick_device
+from utils.device import pick_device
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 

@@ -31,9 +31,10 @@ from datasets.reading.loading import BatchLoader, ImageDataset
 from datasets.tasks.structured import list_categories, read_category
 from datasets.reading.transforms import PairTransform
 from models.backbone.extractor import FrozenExtractor
-from utils.allocator import keep_freed_memory
-from utils.evaluation.test_set import Scores, TestSet
-from utils.metrics.metrics import Metrics
+from utils.device import keep_freed_memory
+from utils.evaluation.test_set import TestSet
+from utils.evaluation.scoring import Scores
+from utils.metrics.evaluate import Metrics
 from utils.runs.files import read_rows
 
 BACKBONE = "tf_efficientnet_lite0"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.stages import compared
 from models.features.matmul import add_product, linear
-from utils.allocator import keep_freed_memory
+from utils.device import keep_freed_memory
 
 SHAPES = {
     "EfficientNet-Lite0, stages 2, 3: a filter": (2048, 152, 154),

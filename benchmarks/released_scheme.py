@@ -37,8 +37,8 @@ from datasets.tasks.structured import read_category
 from datasets.reading.transforms import PairTransform
 from models.backbone.extractor import FrozenExtractor
 from models.methods.noco import Noco
-from utils.allocator import keep_freed_memory
-from utils.cli import pick_device
+from utils.device import keep_freed_memory
+from utils.device import pick_device
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 

@@ -1,31 +1,23 @@
 """From `script [DATASET] [METHOD] [--options]` to one frozen experiment."""
 
-import dataclasses
 import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, get_origin, get_type_hints
 
 import tyro
 
-from configs.experiment import Experiment, from_json
-from configs.methods import METHODS, UNUSED, key_of
+from configs.earlier import upgraded
+from configs.experiment import Experiment
+from configs.presets import ANY_MODEL, Catalogue
 
 E = TypeVar("E", bound=Experiment)
 
 
-def parse(
-    argv: Sequence[str] | None,
-    *,
-    compose: Callable[[str, str], E],
-    datasets: Sequence[str],
-    methods: Sequence[str],
-    prog: str,
-    description: str,
-) -> E:
+def parse(argv: Sequence[str] | None, catalogue: Catalogue[E], *, prog: str, description: str) -> E:
     """Parse a command line; errors end the program with a message and exit code 2.
 
     The two positional words choose the preset, `--from-run RUN` starts from a run's config.json
@@ -33,24 +25,20 @@ def parse(
 
     Args:
         argv: words after the program's name; None for those of this process.
-        compose: makes the preset of (dataset, method).
-        datasets: names, the default first.
-        methods: names, the default first.
+        catalogue: the data sets and methods that can be named.
         prog: the script, for messages.
         description: first line of --help.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    kind = type(compose(datasets[0], methods[0]))
+    datasets, methods = list(catalogue.data_sets), list(catalogue.methods)
     words, run = _take_option(words, "--from-run", prog)
-    words, dataset, method = _take_positionals(words, datasets, methods, prog, kind)
+    words, dataset, method = _take_positionals(words, catalogue, prog)
     if run is None:
-        default = compose(dataset or datasets[0], method or methods[0])
+        default = catalogue.compose(dataset or datasets[0], method or methods[0])
     elif dataset or method:
         _refuse(prog, "--from-run brings its own data set and method; leave the words out")
     else:
-        default = _read_config(kind, Path(run), prog)
-        if default.dataset not in datasets:
-            _refuse(prog, f"--from-run {run}: {_unknown('data set', default.dataset, datasets)}")
+        default = _read_config(catalogue, Path(run), prog)
     usage = (
         f"{description}\n\n"
         f"DATASET: {', '.join(datasets)} (default {datasets[0]}). "
@@ -59,19 +47,19 @@ def parse(
         f"{default.dataset} {default.method_name}. --from-run RUN starts from a run's config.json."
     )
     experiment = tyro.cli(
-        kind,
+        catalogue.kind,
         default=default,
         args=words,
         prog=f"{prog} [DATASET] [METHOD]",
         description=usage,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    preset = compose(experiment.dataset, experiment.method_name)
-    for name in UNUSED.get(key_of(experiment.method_name), ()):
-        # Options of the other kind of task are not even fields here.
-        if hasattr(preset, name) and getattr(experiment, name) != getattr(preset, name):
-            option = name.replace("_", "-")
-            _refuse(prog, f"--{option} does nothing for {experiment.method_name}; leave it out")
+    try:
+        catalogue.check(experiment)
+    except ValueError as error:
+        _refuse(prog, str(error))
+    for option, why in catalogue.idle_options(experiment):
+        _refuse(prog, f"{option} does nothing {why}; leave it out")
     return experiment
 
 
@@ -88,19 +76,16 @@ def _take_option(words: list[str], name: str, prog: str) -> tuple[list[str], str
 
 
 def _take_positionals(
-    words: list[str],
-    datasets: Sequence[str],
-    methods: Sequence[str],
-    prog: str,
-    kind: type[Experiment],
+    words: list[str], catalogue: Catalogue[E], prog: str
 ) -> tuple[list[str], str | None, str | None]:
     """Remove the data set's and the method's name, wherever options do not claim them."""
+    datasets, methods = list(catalogue.data_sets), list(catalogue.methods)
     found: list[str] = []
     rest: list[str] = []
     claims = 0.0  # how many of the next words belong to the last option
     for word in words:
         if word.startswith("--"):
-            claims = 0 if "=" in word else _arity(word, kind)
+            claims = 0 if "=" in word else _arity(word, catalogue)
             rest.append(word)
         elif claims > 0:
             claims -= 1
@@ -111,7 +96,8 @@ def _take_positionals(
             found.append(word)
     dataset = found[0] if found else None
     if _is_method(dataset, methods) and dataset not in datasets:
-        found.insert(0, "")
+        # `train_mvtec.py simplenet`: the data set may be left out.
+        found.insert(0, datasets[0])
         dataset = None
     method = found[1] if len(found) > 1 else None
     if dataset is not None and dataset not in datasets:
@@ -126,30 +112,32 @@ def _take_positionals(
 def _is_method(word: str | None, methods: Sequence[str]) -> bool:
     """Tell whether a word names a method, or a model of a library among them."""
     library, _, model = (word or "").partition(":")
-    return word in methods or (bool(model) and f"{library}:NAME" in methods)
+    return word in methods or (bool(model) and f"{library}:{ANY_MODEL}" in methods)
 
 
-def _arity(option: str, kind: type[Experiment]) -> float:
+def _arity(option: str, catalogue: Catalogue[E]) -> float:
     """Return how many words an option takes: 0 for switches, unbounded for lists."""
     name = option.lstrip("-").replace("-", "_")
-    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
-    for method in METHODS.values():
-        types |= {f"method.{f.name}": str(f.type) for f in dataclasses.fields(method)}
-    switches = {n for n, t in types.items() if t == "bool" or t.endswith("'bool'>")}
+    types = dict(get_type_hints(catalogue.kind))
+    for prefix, presets in (("method", catalogue.methods), ("data", catalogue.data_sets)):
+        for preset in presets.values():
+            hints = get_type_hints(type(preset.options))
+            types |= {f"{prefix}.{field}": hint for field, hint in hints.items()}
+    switches = {field for field, hint in types.items() if hint is bool}
     if name in {"", "help", *switches} or re.sub(r"(^|\.)no_", r"\1", name) in switches:
         return 0
     # The word after a misspelt option is its value, so that tyro names the option, not the word.
-    return float("inf") if types.get(name, "").startswith("tuple") else 1
+    return float("inf") if get_origin(types.get(name)) is tuple else 1
 
 
-def _read_config(kind: type[E], run: Path, prog: str) -> E:
+def _read_config(catalogue: Catalogue[E], run: Path, prog: str) -> E:
     try:
         values = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        experiment = from_json(kind, values)
+        if not isinstance(values, dict):
+            raise ValueError("not a configuration: no JSON object")
+        return catalogue.from_json(upgraded(values))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         _refuse(prog, f"--from-run {run}: config.json: {error}")
-    assert isinstance(experiment, kind)
-    return experiment
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:

@@ -4,35 +4,50 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints,
+)  # fmt: skip
 
 from tyro.conf import Suppress
 
-from configs.methods import METHODS, MethodConfig, OptionalInt, key_of, require_positive
-from configs.options import check_types
+from configs.options import (
+    Beside,
+    Between0And1,
+    DataOptions,
+    Fraction,
+    How,
+    MethodOptions,
+    NotNegativeInt,
+    OptionalInt,
+    Part,
+    PositiveInt,
+    Role,
+    Since,
+    check_bounds,
+    check_types,
+    fields_marked,
+)
 
-HOW_NOT_WHAT = frozenset({"device", "workers", "cache", "output", "run", "restart"})
-"""Fields that change where and how a run happens but not what it measures."""
-
-ADDED_LATER = frozenset({"calibration_share", "false_alarm_rate"})
-"""Fields that earlier versions had not: config.json has them where they are not at their default,
-so that runs of those versions continue."""
+Kind = TypeVar("Kind", bound="Experiment")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One data set, one backbone, one method; every field is an option of the scripts."""
 
+    task: ClassVar[str]
+    """Kind of task, as presets name it."""
+
     dataset: Suppress[str]
     method_name: Suppress[str]
     data_root: Path
     """Folder of the data set (`demo` is built in it; `digits` needs none)."""
-    categories: tuple[str, ...] = ()
+    categories: Part[tuple[str, ...]] = ()
     """Categories or normal classes to run; all by default."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Part[tuple[int, ...]] = (0,)
     """Seeds; the table shows mean and standard deviation over them."""
 
     backbone: str
@@ -47,10 +62,10 @@ class Experiment:
     """Autocast of the backbone. Heads stay in fp32, and so do the backbone's convolutions over
     fewer than 16 channels. AUROC was seen to move by less than 0.1 point."""
 
-    compile: bool = False
+    compile: Beside[bool] = False
     """Compile the backbone (torch.compile): pays on many images; on a CPU it needs g++ or clang."""
 
-    image_size: int
+    image_size: PositiveInt
     """Pixels the images are resized to."""
     crop_size: OptionalInt
     """Centre crop in pixels; none keeps the whole image, squeezed to a square."""
@@ -61,42 +76,44 @@ class Experiment:
     """Which epoch or time counts: the last, the best on synthetic anomalies, or on the test set."""
     grid: tuple[str, ...] = ()
     """Options `--select synthetic` chooses too, e.g. prototypes=1,8,32 feature_norm=none,std."""
-    monitor_test: bool = False
+    monitor_test: Beside[bool] = False
     """Log the test metrics of every epoch or candidate; chooses nothing."""
-    online: bool = False
-    """Also learn from one image at a time and write the curve over their number (closed_form)."""
-    skip_unreadable: bool = False
+    online: Beside[bool] = False
+    """Also learn from one image at a time and write the curve over their number (noco_cf)."""
+    skip_unreadable: Beside[bool] = False
     """Leave unreadable images out and count them in the table instead of stopping."""
-    calibration_share: float = 0.0
+    calibration_share: Annotated[Fraction, Since.LATER] = 0.0
     """Share of the normal training images kept out of the fit to set thresholds; the p-values it
     gives cost some accuracy."""
-    false_alarm_rate: float = 0.05
+    false_alarm_rate: Annotated[Beside[Between0And1], Since.LATER] = 0.05
     """With a calibration share: false alarms asked for, compared with those on test normals."""
-    overlays: int = 8
+    overlays: Beside[NotNegativeInt] = 8
     """Images per picture of highest-scoring normals and lowest-scoring anomalies; 0 for none."""
 
-    extract_batch_size: int = 32
+    extract_batch_size: Beside[PositiveInt] = 32
     """Images per forward pass of the backbone, and per scoring step."""
-    device: str = "auto"
+    device: How[str] = "auto"
     """auto, cpu, cuda, cuda:1."""
-    workers: int = 2
+    workers: How[NotNegativeInt] = 2
     """Processes (with a GPU) or threads (without) that decode images ahead; 0 for none."""
-    cache: Literal["auto", "device", "host", "disk", "none"] = "auto"
+    cache: How[Literal["auto", "device", "host", "disk", "none"]] = "auto"
     """Where extracted features are kept; what is on disk ($NOCO_CACHE) later runs read again. With
     none they are not: memory holds a batch, and each epoch runs the backbone on every image."""
 
-    output: Path = Path("results")
+    output: How[Path] = Path("results")
     """Run folders are made below it: <output>/<dataset>-<method>/<run>/."""
-    run: str = ""
+    run: How[str] = ""
     """Name of the run folder; by default backbone and a digest of the configuration."""
-    restart: bool = False
+    restart: How[bool] = False
     """Throw away what the run folder holds instead of continuing it."""
 
-    method: MethodConfig
+    data: Annotated[DataOptions, Since.LATER] = DataOptions()
+    """Options of the data set."""
+    method: MethodOptions
     """Options of the method."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "image_size", "extract_batch_size")
+        check_bounds(self)
         if not self.seeds:
             raise ValueError("--seeds needs at least one seed")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
@@ -107,7 +124,7 @@ class Experiment:
             raise ValueError("--categories names one twice")
         if not self.layers:
             raise ValueError("--layers needs at least one stage")
-        if self.crop_size is not None and not 0 < self.crop_size <= self.image_size:
+        if self.crop_size is not None and self.crop_size > self.image_size:
             raise ValueError(
                 f"--crop-size {self.crop_size} must lie between 1 and --image-size "
                 f"{self.image_size}, or be none"
@@ -115,30 +132,29 @@ class Experiment:
         parse_grid(self.grid, self.method)
         if self.grid and self.select != "synthetic":
             raise ValueError("--grid is what --select synthetic chooses from; add it, or leave out")
-        learns_online = (
-            getattr(self.method, "solver", "sgd") == "closed_form"
-            and getattr(self.method, "prototypes", 0) == 1
-            and getattr(self.method, "feature_norm", "none") != "std"
-        )
-        if self.online and not learns_online:
+        if self.online and not self.method.learns_online:
             raise ValueError(
-                "--online needs --method.solver closed_form, --method.prototypes 1 and a "
-                "--method.feature-norm other than std, which alone are sums over images"
+                f"--online: {self.method_name} with these options does not learn from one image at "
+                "a time; noco_cf does, with --method.prototypes 1 and a --method.feature-norm other "
+                "than std"
             )
-        if not 0 <= self.calibration_share < 1 or not 0 < self.false_alarm_rate < 1:
-            raise ValueError(
-                f"--calibration-share {self.calibration_share} must be 0 or below 1, and "
-                f"--false-alarm-rate {self.false_alarm_rate} between 0 and 1"
-            )
-        if self.workers < 0 or self.overlays < 0:
-            raise ValueError("--workers and --overlays cannot be negative")
         if Path(self.run).name != self.run:
             raise ValueError(f"--run {self.run!r} must be a plain folder name; see also --output")
 
     @property
-    def map_size(self) -> int:
-        """Side in pixels of what the backbone sees, and of the anomaly maps."""
+    def input_size(self) -> int:
+        """Side in pixels of what the backbone sees."""
         return self.image_size if self.crop_size is None else self.crop_size
+
+    @property
+    def map_size(self) -> int | None:
+        """Side in pixels of the anomaly maps; None where nothing is localised."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """What a table is about."""
+        return f"{self.method_name} on {self.dataset}, {self.backbone}"
 
     @property
     def run_folder(self) -> Path:
@@ -155,49 +171,72 @@ class Experiment:
 
     def to_json(self) -> dict[str, Any]:
         """Return what defines the measurement as JSON values: the content of config.json."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in ADDED_LATER}
-        fields = {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in HOW_NOT_WHAT and not (name in defaults and value == defaults[name])
-        }
-        plain = json.loads(json.dumps(fields, default=str))
-        return dict(plain)
+        kind = type(self)
+        left_out = set(fields_marked(kind, Role.HOW))
+        for name in fields_marked(kind, Since.LATER):
+            value = getattr(self, name)
+            if value == (type(value)() if name == "data" else kind.__dataclass_fields__[name].default):
+                left_out.add(name)
+        fields = {n: v for n, v in dataclasses.asdict(self).items() if n not in left_out}
+        return dict(json.loads(json.dumps(fields, default=str)))
+
+    @classmethod
+    def from_json(
+        cls: type[Kind],
+        values: dict[str, Any],
+        *,
+        data: type[DataOptions],
+        method: type[MethodOptions],
+    ) -> Kind:
+        """Rebuild an experiment from config.json.
+
+        Args:
+            values: its content.
+            data: the options of its data set.
+            method: the options of its method.
+
+        Raises:
+            ValueError: a value is not allowed.
+            TypeError: a field is unknown or missing.
+        """
+        if foreign := sorted(fields_marked(cls, Role.HOW) & set(values)):
+            # A run folder may come from anyone: it must not choose where this machine writes.
+            raise ValueError(f"not a configuration as runs write it: it sets {', '.join(foreign)}")
+        fields: dict[str, Any] = _as_tuples(values)
+        fields["data_root"] = Path(values["data_root"])
+        fields["data"] = data(**_as_tuples(values.get("data", {})))
+        fields["method"] = method(**_as_tuples(values["method"]))
+        experiment = cls(**fields)
+        check_types(experiment.data)
+        check_types(experiment.method)
+        check_types(experiment)
+        return experiment
 
     def candidates(self) -> list[dict[str, Any]]:
         """Return the method options of each point of the grid; one empty point without a grid."""
         return parse_grid(self.grid, self.method)
 
-    def method_options(self) -> dict[str, Any]:
-        """Return the method's options as keyword arguments of its detector."""
-        return dataclasses.asdict(self.method)
 
-
-def parse_grid(grid: Sequence[str], method: MethodConfig) -> list[dict[str, Any]]:
+def parse_grid(grid: Sequence[str], method: MethodOptions) -> list[dict[str, Any]]:
     """Return every combination of `name=value,value` items as method options.
 
     Raises:
         ValueError: an item is malformed, or the method has no such option or value.
     """
     axes: dict[str, list[Any]] = {}
+    hints = get_type_hints(type(method))
     for item in grid:
         name, equals, values = item.partition("=")
         name = name.replace("-", "_")
-        if not equals or not hasattr(method, name):
+        if not equals or name not in hints:
             raise ValueError(
                 f"--grid {item!r} must be OPTION=VALUE,VALUE with an option of --method"
             )
-        kind = type(getattr(method, name))
-        if kind not in {int, float, str}:
-            raise ValueError(f"--grid {item!r}: only numbers and words can be searched")
         try:
-            searched = [kind(value) for value in values.split(",")]
+            read = _reader(hints[name])
+            searched = [read(value) for value in values.split(",")]
         except ValueError as error:
             raise ValueError(f"--grid {item!r}: {error}") from error
-        hint = get_type_hints(type(method))[name]
-        words = get_args(hint) if get_origin(hint) is Literal else searched
-        if unknown := [value for value in searched if value not in words]:
-            raise ValueError(f"--grid {item!r}: {unknown[0]} is none of {', '.join(words)}")
         if len(set(searched)) < len(searched) or name in axes:
             raise ValueError(f"--grid {item!r}: an option or value stands twice")
         axes[name] = searched
@@ -207,45 +246,29 @@ def parse_grid(grid: Sequence[str], method: MethodConfig) -> list[dict[str, Any]
     return points
 
 
-def from_json(kind: type[Experiment], values: dict[str, Any]) -> Experiment:
-    """Rebuild an experiment from config.json.
+def _reader(hint: Any) -> Callable[[str], Any]:
+    """Return what reads a value of a type from a word.
 
     Raises:
-        ValueError: a field is unknown or missing, or a value is not allowed.
+        ValueError: the type is neither a number nor a word; so does what it returns.
     """
-    if not isinstance(values, dict):
-        raise ValueError("not a configuration: no JSON object")
-    if foreign := sorted(HOW_NOT_WHAT & set(values)):
-        # A run folder may come from anyone: it must not choose where this machine writes.
-        raise ValueError(f"not a configuration as runs write it: it sets {', '.join(foreign)}")
-    values = dict(values)
-    try:
-        method_type = type(METHODS[key_of(values["method_name"])])
-        options: Any = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values["method"].items()
-        }
-        values["method"] = method_type(**options)
-        values["data_root"] = Path(values["data_root"])
-        for name in ("categories", "seeds", "layers", "grid"):
-            values[name] = tuple(values[name])
-        experiment = kind(**values)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"not a configuration of this version: {error}") from error
-    check_types(experiment.method)
-    check_types(experiment)
-    return experiment
+    kinds = get_args(hint)
+    if get_origin(hint) is Literal:
+
+        def one_of(word: str) -> str:
+            if word not in kinds:
+                raise ValueError(f"{word} is none of {', '.join(kinds)}")
+            return word
+
+        return one_of
+    if type(None) in kinds:
+        (inner,) = [_reader(kind) for kind in kinds if kind is not type(None)]
+        return lambda word: None if word == "none" else inner(word)
+    if hint not in (int, float, str):
+        raise ValueError("only numbers and words can be searched")
+    return hint  # type: ignore[no-any-return]
 
 
-def with_options(method: MethodConfig, options: dict[str, Any]) -> MethodConfig:
-    """Return a method with some of its options, JSON values, changed.
-
-    Raises:
-        ValueError: an option is unknown, or a value is not allowed.
-    """
-    changes: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    try:
-        changed = dataclasses.replace(method, **changes)
-    except TypeError as error:
-        raise ValueError(f"not options of this method: {error}") from error
-    check_types(changed)
-    return changed
+def _as_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON values as dataclasses take them: lists become tuples."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

@@ -1,10 +1,78 @@
-"""Types and checks of options that tyro does not bring."""
+"""What an option is: its type, the values it may have, when it counts, and what it changes."""
 
+import math
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from enum import Enum
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+
+T = TypeVar("T")
+Hidden = tyro.conf.Suppress
+"""A field that is not an option of the command line: `Hidden[str]`."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Values that a number may have; None, where an option takes it, always may.
+
+    Attributes:
+        words: the values in words, as they follow "must be".
+        holds: tells whether a finite value is one of them.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """Marks an option that does nothing unless another one has some value.
+
+    Attributes:
+        option: the other one.
+        words: its values in words, as they follow "unless --method.OPTION is".
+        holds: tells whether a value is one of them.
+    """
+
+    option: str
+    words: str
+    holds: Callable[[Any], bool]
+
+
+class Role(Enum):
+    """What an option of an experiment changes beside the numbers; most have no role."""
+
+    HOW = "how and where a run happens: no part of config.json"
+    PART = "which lines of a table are computed: runs that differ in it make one table"
+    BESIDE = "what is done beside: no number of the table changes by more than rounding"
+
+
+class Since(Enum):
+    """When an option came; one without a mark was always there."""
+
+    LATER = "config.json has it only where it is not at its default, so that older runs continue"
+
+
+How = Annotated[T, Role.HOW]
+Part = Annotated[T, Role.PART]
+Beside = Annotated[T, Role.BESIDE]
+
+_POSITIVE = Bound("above 0", lambda value: value > 0)
+_SHARE = Bound("above 0 and at most 1", lambda value: 0 < value <= 1)
+
+Positive = Annotated[float, _POSITIVE]
+PositiveInt = Annotated[int, _POSITIVE]
+NotNegative = Annotated[float, Bound("0 or above", lambda value: value >= 0)]
+NotNegativeInt = Annotated[int, Bound("0 or above", lambda value: value >= 0)]
+Share = Annotated[float, _SHARE]
+"""A part of something, the whole allowed."""
+Fraction = Annotated[float, Bound("at least 0 and below 1", lambda value: 0 <= value < 1)]
+"""A part of something, nothing allowed."""
+Between0And1 = Annotated[float, Bound("between 0 and 1", lambda value: 0 < value < 1)]
+Odd = Annotated[int, Bound("odd and above 0", lambda value: value > 0 and value % 2 == 1)]
 
 
 def _or_none(
@@ -20,34 +88,74 @@ def _or_none(
     )
 
 
-OptionalInt = Annotated[int | None, _or_none(int, "INT|none")]
-"""An integer, or `none` on the command line."""
-
-OptionalFloat = Annotated[float | None, _or_none(float, "FLOAT|none")]
-"""A number, or `none` on the command line."""
-
+# Each is written `none` on the command line where it is None.
+OptionalInt = Annotated[int | None, _or_none(int, "INT|none"), _POSITIVE]
+OptionalFloat = Annotated[float | None, _or_none(float, "FLOAT|none"), _POSITIVE]
+OptionalFraction = Annotated[
+    float | None,
+    _or_none(float, "FLOAT|none"),
+    Bound("in 0 to 1", lambda value: 0 <= value <= 1),
+]
 OptionalPath = Annotated[str | None, _or_none(str, "FILE|none")]
-"""A file's name, or `none` on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureOptions:
-    """What every method can do to features before its head sees them."""
+class MethodOptions:
+    """Options of a method, `--method.NAME` each, with its paper's values as defaults."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, prefix="method.")
+
+    @property
+    def learns_online(self) -> bool:
+        """Whether a detector with these options can learn from one image at a time."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions(MethodOptions):
+    """What every method on features can do to them before its head sees them."""
 
     feature_norm: Literal["none", "l2", "l2_per_layer", "std"] = "none"
     """Unit length (of all or of each stage's channels), or channels over their deviation."""
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """Check fields of a dataclass; None passes.
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Options of one data set, `--data.NAME` each; most data sets have none."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, prefix="data.")
+
+
+def marks_of(kind: type, name: str) -> tuple[Any, ...]:
+    """Return what a field's `Annotated` holds beside its type."""
+    hint = get_type_hints(kind, include_extras=True)[name]
+    return get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+
+
+def fields_marked(kind: type, mark: Enum) -> frozenset[str]:
+    """Return the names of a dataclass's fields that carry a mark."""
+    return frozenset(name for name in get_type_hints(kind) if mark in marks_of(kind, name))
+
+
+def option_name(name: str, prefix: str = "") -> str:
+    """Return a field's option as it is typed: `--method.learning-rate`."""
+    return f"--{prefix}{name.replace('_', '-')}"
+
+
+def check_bounds(config: Any, *, prefix: str = "") -> None:
+    """Check the fields of a dataclass that a `Bound` marks.
 
     Raises:
-        ValueError: one is not above zero; the message names the option.
+        ValueError: one is beyond it, or not finite; the message names the option.
     """
-    for name in names:
+    for name in get_type_hints(type(config)):
         value = getattr(config, name)
-        if value is not None and not value > 0:  # so that nan is refused too
-            raise ValueError(f"{name.replace('_', '-')} is {value}; it must be above 0")
+        for mark in marks_of(type(config), name):
+            if isinstance(mark, Bound) and value is not None:
+                if not (math.isfinite(value) and mark.holds(value)):
+                    raise ValueError(f"{option_name(name, prefix)} {value} must be {mark.words}")
 
 
 def check_types(config: Any) -> None:

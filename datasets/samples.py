@@ -1,7 +1,15 @@
-"""What a reader of a data set returns: the images of one category, and the error for bad data."""
+"""The contracts: what a reader of a data set returns, what a task is made of, batches of images."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DataError(Exception):
@@ -27,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Category:
-    """One one-class task: normal images to train on, images of both labels to test on.
+    """One category of a structured data set: normal images to train on, both labels to test on.
 
     Attributes:
         name: The category as the data set calls it.
@@ -41,3 +49,112 @@ class Category:
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
     has_masks: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """The images of one split, decoded or as files; one is equal to itself only.
+
+    Attributes:
+        split: Which one.
+        images: (N, H, W) or (N, H, W, 3) uint8; None where paths are given.
+        paths: The image files; None where images are given.
+
+    Raises:
+        ValueError: Not exactly one of images and paths is given.
+    """
+
+    split: Literal["train", "test"]
+    images: np.ndarray | None = None
+    paths: tuple[Path, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.paths is None):
+            raise ValueError("a split has either images or paths")
+
+    def __len__(self) -> int:
+        if self.paths is not None:
+            return len(self.paths)
+        assert self.images is not None
+        return len(self.images)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What to call each image in a file of scores: its path, or "test/123" in an array."""
+        if self.paths is not None:
+            return tuple(str(path) for path in self.paths)
+        return tuple(f"{self.split}/{index}" for index in range(len(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One one-class task: normal images to train on, images of both labels to test on.
+
+    Attributes:
+        category: The category or normal class it is named after.
+        label: How a table prints that.
+        train: Images among which its normal ones are.
+        train_indices: (M,) int64, ascending: which of them.
+        test: Images it is tested on.
+        test_labels: (N,) int64, 1 = anomalous.
+        kinds: (N,) kind of defect or class of each test image.
+        masks: (N,) mask files, None for a normal image; None where there are no masks.
+        peers: `train_indices` of every task of the data set, asked for or not, where all share the
+            two sets of images; empty where the images are this task's own.
+    """
+
+    category: str
+    label: str
+    train: ImageSet
+    train_indices: np.ndarray
+    test: ImageSet
+    test_labels: np.ndarray
+    kinds: tuple[str, ...]
+    masks: tuple[Path | None, ...] | None = None
+    peers: tuple[np.ndarray, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images of a loader.
+
+    Attributes:
+        indices: Position of each image in the data set, in the order of reading.
+        images: (B, 3, S, S) uint8, RGB.
+    """
+
+    indices: list[int]
+    images: "Tensor"
+
+
+class ImageLoader(ABC):
+    """Batches of images in a fixed order.
+
+    Attributes:
+        num_images: Number of images to read, unreadable ones included.
+        batch_size: Images of a batch; the last may be smaller.
+        skipped: Image and error of each unreadable image the last iteration left out.
+        skips_unreadable: Whether those are left out; else one ends the iteration with an error.
+    """
+
+    num_images: int
+    batch_size: int
+    skipped: list[tuple[Path | int, str]]
+    skips_unreadable: bool
+
+    @property
+    @abstractmethod
+    def indices(self) -> list[int]:
+        """Position in the data set of all images, unreadable ones too, in the order of reading."""
+
+    @abstractmethod
+    def at(self, rows: Sequence[int]) -> "ImageLoader":
+        """A loader of the images at `rows` of this one's `indices`, in that order."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these images from any others, as JSON values."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches."""

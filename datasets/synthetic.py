@@ -81,7 +81,7 @@ class SyntheticDataset(Images):
     def fingerprint(self) -> str:
         """A hash of the normal images and of how the anomalies are drawn."""
         drawing = [self._draw.__name__, str(self._copies), str(self._seed)]
-        return digest([self._dataset.fingerprint(), *drawing, Path(__file__).read_text("utf-8")])
+        return digest([self._dataset.fingerprint(), *drawing])
 
     def _drawn(self, index: int) -> tuple[np.ndarray, np.ndarray] | str:
         _, image = self._dataset[index // self._copies]

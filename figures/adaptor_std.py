@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from figures.shared.drawing import COLOURS, grid_rows, parser, save_figure
 from figures.shared.run_log import LoggedRun, Pair, read_runs
 from utils.cli import exits_cleanly
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 SIDES = {"feature_std": "before the adaptor", "adapted_std": "after the adaptor"}
 _NUM_BINS = 60

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from figures.shared.drawing import COLOURS, parser, save_with_tables
 from figures.shared.run_log import LoggedRun, images_of, read_named_run, read_runs
 from utils.cli import exits_cleanly
-from utils.runs.files import RunError, corrupt
+from utils.runs.files import corrupt
+from utils.errors import RunError
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
 

@@ -35,7 +35,8 @@ from figures.shared.own_results import (
 from figures.shared.paper_table import stem_of
 from utils.cli import exits_cleanly
 from utils.tables.published import published_table
-from utils.runs.files import RunError, write_text
+from utils.runs.files import write_text
+from utils.errors import RunError
 from utils.tables.results import SELECT_LABELS
 
 SIZE_PER_MILLION = 14.0

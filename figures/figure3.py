@@ -32,8 +32,8 @@ from matplotlib.ticker import MaxNLocator
 from figures.shared.drawing import COLOURS, parser, save_with_tables
 from figures.shared.own_results import data_of
 from utils.cli import exits_cleanly
-from utils.metrics.metrics import ranking_metrics
-from utils.runs.files import RunError
+from utils.metrics.evaluate import ranking_metrics
+from utils.errors import RunError
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
 

@@ -31,7 +31,8 @@ from figures.shared.own_results import data_of, is_structured
 from figures.shared.run_log import LoggedRun, read_runs
 from utils.cli import exits_cleanly
 from utils.pictures.overlays import colour_limits
-from utils.runs.files import RunError, write_text
+from utils.runs.files import write_text
+from utils.errors import RunError
 from utils.runs.run import Run
 
 MAX_COLUMNS = 8

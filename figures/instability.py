@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from figures.shared.drawing import grid_rows, parser, save_figure, style
 from figures.shared.run_log import Curve, LoggedRun, Pair, read_runs
 from utils.cli import exits_cleanly
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC"}
 MARKS = {"last": "o", "synthetic": "s", "best on test (optimistic)": "*"}

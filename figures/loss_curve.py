@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from figures.shared.drawing import parser, save_figure, style
 from figures.shared.run_log import Curve, LoggedRun, read_runs
 from utils.cli import exits_cleanly
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 
 @exits_cleanly(RunError)

@@ -17,7 +17,7 @@ from typing import Any
 from figures.shared.option_curves import Sweep
 from figures.shared.option_plots import make
 from utils.cli import exits_cleanly
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 
 def solver_of(config: dict[str, Any]) -> str:

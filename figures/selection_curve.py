@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from figures.shared.drawing import COLOURS, grid_rows, parser, save_figure
 from figures.shared.run_log import LoggedRun, read_runs
 from utils.cli import exits_cleanly
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 TEST_STYLES = {"test_image_auroc": (0, (5, 2)), "test_pixel_auroc": (0, (2, 2))}
 AFTERWARDS = "test (shown afterwards, chose nothing)"

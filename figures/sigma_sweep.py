@@ -14,7 +14,7 @@ from pathlib import Path
 from figures.shared.option_curves import Sweep
 from figures.shared.option_plots import make
 from utils.cli import exits_cleanly
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 
 @exits_cleanly(RunError)

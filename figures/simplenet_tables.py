@@ -35,7 +35,7 @@ from figures.table2 import (
 from figures.table3 import write_by_data
 from utils.cli import exits_cleanly
 from utils.tables.published import published_table
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 FAMILY = ("simplenet", "simplenet_released", "nc_disc")
 """Methods with an adaptor and a discriminator."""

@@ -30,7 +30,7 @@ from figures.shared.own_results import (
 from figures.shared.paper_table import Column, PaperTable, Row
 from utils.cli import exits_cleanly
 from utils.tables.published import published_table
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 RANKED = {
     "all": "Best in bold, second underlined, by the printed values of published methods and of "

@@ -16,7 +16,7 @@ from figures.shared.drawing import parser
 from figures.shared.own_results import pool, unfinished_notes
 from figures.shared.paper_table import PaperTable, stem_of
 from utils.cli import exits_cleanly
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 
 @exits_cleanly(RunError)

@@ -1,23 +1,79 @@
-"""What every detector is: a small head that is fitted on stored features and returns maps."""
+"""What every detector is, what it is fitted on, and what gives it its features: the contracts.
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+A detector is a small head that is fitted on stored features and returns anomaly maps. What only
+some detectors can do is a Protocol of its own; `isinstance` tells whether one can.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
 from models.features.multiscale import join_stages
 
-ONLINE_HINT = "use --method.solver closed_form with --method.prototypes 1"
-Monitor = Callable[[int, dict[str, float]], None]
-"""Called with (step, values to log) after each epoch or candidate; it decides what is kept."""
+if TYPE_CHECKING:
+    from models.backbone.extractor import FrozenExtractor
+
+Scored = tuple[Tensor, Tensor | None]
+"""Anomaly maps (B, H, W), and image scores (B,) of methods that have their own; None stands for the
+suite's image score, the maximum of the upsampled, blurred map."""
+
+
+class Extractor(nn.Module, ABC):
+    """What turns images into what a method takes: features of a backbone, the images, or both.
+
+    Attributes:
+        stage_channels: channels of each stage of the features, then 3 where images are taken.
+    """
+
+    stage_channels: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of the joined features; 3 where only images are taken."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it runs, and where the heads are."""
+
+    @property
+    @abstractmethod
+    def weights_digest(self) -> str:
+        """Short hash of the backbone's weights; empty where there is none."""
+
+    @property
+    @abstractmethod
+    def random_weights(self) -> bool:
+        """Whether the backbone's weights are random because that was asked for."""
+
+    @abstractmethod
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """Run the backbone on uint8 images (B, 3, S, S).
+
+        Returns:
+            One float32 map (B, C_l, H_l, W_l) per stage, then the images where they are taken.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything the result depends on beside the images, as JSON values."""
+
+    @staticmethod
+    def assemble(stages: list[Tensor]) -> Tensor:
+        """Return features (B, C, H, W), float32, or images where only these are taken."""
+        return join_stages(stages)
 
 
 class FeatureSource(Protocol):
     """Normal training features, as a detector sees them."""
 
     channels: int
+    """Of the joined features; 3 where a method takes only images."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -26,7 +82,10 @@ class FeatureSource(Protocol):
     def batches(
         self, batch_size: int, *, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """Yield features (B, C, H, W), float32; shuffled when a generator is given."""
+        """Yield features (B, C, H, W), float32; shuffled when a generator is given.
+
+        Methods that take only images get uint8 images (B, 3, S, S).
+        """
         ...
 
     def stage_batches(
@@ -35,7 +94,7 @@ class FeatureSource(Protocol):
         """Yield the same features as the stages' maps (B, C_l, H_l, W_l) they are joined from.
 
         The largest map has the grid of the features. Where they are made of joined maps, they are
-        the only stage.
+        the only stage. Methods that take images too get them as a last stage, uint8.
         """
         ...
 
@@ -44,22 +103,57 @@ class FeatureSource(Protocol):
         ...
 
 
+class Monitor(Protocol):
+    """Is called after each epoch or candidate of a fit, and decides what is kept."""
+
+    scores_steps: bool
+    """Whether it scores images with the detector each time it is called."""
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        """Take the number of the step, from 1, and values to log."""
+        ...
+
+
+@dataclass(frozen=True)
+class FeatureShape:
+    """What a detector is built for.
+
+    Attributes:
+        stage_channels: channels of each stage of the features; none where it takes only images.
+        backbone: the frozen network, for methods that train a copy of it or compare with it; None
+            where a method brings a network of its own.
+    """
+
+    stage_channels: tuple[int, ...]
+    backbone: "FrozenExtractor | None" = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the joined features."""
+        return sum(self.stage_channels)
+
+
 class Detector(nn.Module):
-    """A head on frozen features.
+    """A head on frozen features; a subclass is built from `FeatureShape` and its options.
 
     `forward` maps features (B, C, H, W) to anomaly maps (B, H, W), higher = more anomalous, on any
     grid, 1 x 1 included. `state_dict` holds the head and nothing of the frozen backbone.
 
-    Methods that train the backbone itself declare `takes = "images"`: where this class speaks of
-    features they get uint8 images (B, 3, S, S), and all else is the same.
+    Where this class speaks of features, methods that take only images get these, uint8
+    (B, 3, S, S). Those that take both read `stage_batches` and override `score_stages`.
     """
 
-    takes: ClassVar[Literal["features", "images"]] = "features"
-    """What `fit` and `forward` are given."""
     final_maps: bool = False
     """Maps come at the size of the image and smoothed; nothing upsamples or blurs them again."""
-    remarks: list[str] = []  # noqa: RUF012  replaced, never changed, by those that have any
-    """What a reader of the fit's numbers must know, in words."""
+    sized_by_fit: tuple[str, ...] = ()
+    """Buffers whose first axis is as long as the fit made it; loading takes the stored length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.remarks: list[str] = []
+        """What a reader of the last fit's numbers must know, in words."""
+        self.diagnostics: dict[str, list[float]] = {}
+        """What figures need of the last fit beside the scores."""
 
     def fit(
         self,
@@ -79,22 +173,91 @@ class Detector(nn.Module):
         """Return anomaly maps (B, H, W) of features (B, C, H, W)."""
         raise NotImplementedError
 
-    def score(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return anomaly maps (B, H, W), and image scores (B,) where the method has its own.
-
-        None stands for the suite's image score: the maximum of the upsampled, blurred map.
-        """
+    def score(self, features: Tensor) -> Scored:
+        """Return anomaly maps and the method's own image scores of features (B, C, H, W)."""
         return self(features), None
 
-    def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def score_stages(self, stages: Sequence[Tensor]) -> Scored:
         """Return what `score` returns, from the stages' maps (B, C_l, H_l, W_l) before joining.
 
         Detectors whose first step is linear need no joined features; all others join them here.
         """
         return self.score(join_stages(stages))
 
-    def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return where features lie against the objective, for methods that have one; else None.
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable parameters of the head."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def stopped_at(self, step: int) -> dict[str, Any]:
+        """Return the options under which `fit` ends where it was at `monitor(step)`.
+
+        None where a fit is a single step, as here.
+        """
+        del step
+        return {}
+
+    def exported(self) -> nn.Module:
+        """Return what a graph for export holds of the fitted detector, float32, in eval mode.
+
+        It maps what the method takes (features, images, or both in this order) to `Scored` or to
+        maps alone.
+
+        Raises:
+            ModelError: this detector cannot be exported.
+        """
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Take the lengths of the stored buffers, then their values."""
+        for name in self.sized_by_fit:
+            if (stored := state_dict.get(f"{prefix}{name}")) is not None:
+                buffer = self.get_buffer(name)
+                setattr(self, name, buffer.new_empty(len(stored), *buffer.shape[1:]))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+@runtime_checkable
+class LearnsOnline(Protocol):
+    """A detector that can learn from a few images at a time."""
+
+    def start(self, generator: torch.Generator) -> None:
+        """Forget what was fitted, before the first `partial_fit`."""
+        ...
+
+    def partial_fit(self, stages: Sequence[Tensor]) -> None:
+        """Add normal features, the stages' maps (B, C_l, H_l, W_l); `solve` makes them count."""
+        ...
+
+    def solve(self) -> None:
+        """Make what `partial_fit` was given count."""
+        ...
+
+
+@runtime_checkable
+class KnowsSteps(Protocol):
+    """A detector that can score by all steps of its last fit at once."""
+
+    def steps(self) -> list[dict[str, float]]:
+        """Return what `fit` tells its monitor of each step; empty where they are not all known."""
+        ...
+
+    def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
+        """Return the anomaly maps (T, B, H, W) of all T steps of the last fit.
+
+        They are what `score_stages` would return at each `monitor(step)`, up to rounding.
+        """
+        ...
+
+
+@runtime_checkable
+class HasObjective(Protocol):
+    """A detector that draws projected features to an objective."""
+
+    def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where features lie against the objective.
 
         Args:
             stages: (B, C_l, H_l, W_l) each.
@@ -104,50 +267,4 @@ class Detector(nn.Module):
             The projection's Euclidean norm (B,), and its angle to the objective (B,), in radians,
             in [0, pi].
         """
-        del stages, maps
-        return None
-
-    def steps(self) -> list[dict[str, float]]:
-        """Return what `fit` tells its monitor of each step, where `score_steps` knows them all.
-
-        Empty for detectors whose steps each have a state of their own, as epochs have.
-        """
-        return []
-
-    def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
-        """Return the anomaly maps (T, B, H, W) of all T steps of the last fit at once.
-
-        They are what `score_stages` would return at each `monitor(step)`, up to rounding.
-        """
-        del stages
-        raise NotImplementedError
-
-    def stopped_at(self, step: int) -> dict[str, Any]:
-        """Return the options under which `fit` ends where it was at `monitor(step)`."""
-        raise NotImplementedError
-
-    def diagnostics(self) -> dict[str, list[float]]:
-        """Return what figures need of a fit beside the scores; nothing for most detectors."""
-        return {}
-
-    def start(self, generator: torch.Generator) -> None:
-        """Forget what was fitted, before the first `partial_fit`.
-
-        Raises:
-            ModelError: this detector cannot learn online.
-        """
-        del generator
-        raise ModelError(f"{type(self).__name__} cannot learn online; {ONLINE_HINT}")
-
-    def partial_fit(self, stages: Sequence[Tensor]) -> None:
-        """Add normal features, the stages' maps (B, C_l, H_l, W_l); `solve` makes them count."""
-        del stages
-        raise ModelError(f"{type(self).__name__} cannot learn online; {ONLINE_HINT}")
-
-    def solve(self) -> None:
-        """Make what `partial_fit` was given count; nothing to do where it counts at once."""
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable parameters of the head."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        ...

@@ -1,5 +1,17 @@
 """The error that a user of the models can mend."""
 
+from collections.abc import Mapping
+
 
 class ModelError(Exception):
-    """A backbone, its weights or a head cannot be used; the message says why and the way out."""
+    """A backbone, its weights or a head cannot be used; the message says why.
+
+    Args:
+        message: what is wrong.
+        change: options of the method by which it can be mended -> what to do with each ("lower",
+            "none keeps all"); whoever shows the message says how they are typed.
+    """
+
+    def __init__(self, message: str, change: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.change = dict(change or {})

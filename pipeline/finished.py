@@ -15,12 +15,14 @@ from models import Extractor
 from models import build_detector
 from models import build_extractor
 from models.detector import Detector
-from utils.cli import pick_device
-from utils.evaluation.test_set import Scores, TestSet
+from utils.device import pick_device
+from utils.evaluation.test_set import TestSet
+from utils.evaluation.scoring import Scores
 from utils.features.bank import FeatureBank
 from utils.features.features import rounded_maps
 from utils.runs.finished import chosen_options, finished_pairs
-from utils.runs.run import Run, RunError
+from utils.runs.run import Run
+from utils.errors import RunError
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How a script meets its user: the device, and one clear message instead of a traceback."""
+"""How a script meets its user: one clear message instead of a traceback."""
 
 import contextlib
 import functools
@@ -7,16 +7,17 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
-import torch
-
-from utils.allocator import keep_freed_memory
+from configs.options import option_name
+from datasets.samples import DataError
+from models.errors import ModelError
+from utils.errors import RunError, UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class UsageError(Exception):
-    """The command asks for something this machine or these files cannot give."""
+FOR_THE_USER = (UsageError, RunError, DataError, ModelError, FloatingPointError)
+"""Errors whose message is meant for the user; any other is a defect of ours, or the machine's."""
 
 
 def exits_cleanly(
@@ -25,12 +26,14 @@ def exits_cleanly(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a script's main: expected errors end it with one message on stderr and exit code 2.
 
+    Those are `FOR_THE_USER` and faults of the machine (`machine_fault`). Anything else is a defect
+    of ours and keeps its traceback.
+
     Args:
-        expected: the error classes whose message is meant for the user, as are faults of the
-            machine (`machine_fault`). Anything else is a defect of ours and keeps its traceback.
+        expected: error classes of the script's own whose message is for the user too.
         interrupted: what Ctrl-C says.
     """
-    caught: tuple[type[Exception], ...] = (UsageError, *expected)
+    caught: tuple[type[Exception], ...] = (*FOR_THE_USER, *expected)
 
     def decorate(main: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(main)
@@ -38,7 +41,7 @@ def exits_cleanly(
             try:
                 return main(*args, **kwargs)
             except caught as error:
-                sys.stderr.write(f"error: {error}\n")
+                sys.stderr.write(f"error: {told(error)}\n")
                 raise SystemExit(2) from error
             except BrokenPipeError:  # whoever read our output (head, less) has seen enough
                 with contextlib.suppress(OSError, ValueError):  # what is buffered would fail again
@@ -59,6 +62,13 @@ def exits_cleanly(
     return decorate
 
 
+def told(error: Exception) -> str:
+    """Return an error's message, with the options by which it can be mended as they are typed."""
+    change = error.change if isinstance(error, ModelError) else {}
+    ways = [f"{what} {option_name(name, 'method.')}" for name, what in change.items()]
+    return "; ".join([str(error), *ways])
+
+
 def machine_fault(error: Exception) -> str | None:
     """Say which fault of the machine (disk, files, memory) an error is, and the way out.
 
@@ -71,9 +81,10 @@ def machine_fault(error: Exception) -> str | None:
             f"{error.strerror}{place}; once that is mended, the same command continues after what "
             "is finished"
         )
-    # Of the CPU's allocator, PyTorch has no error of its own.
+    # Of the CPU's allocator, PyTorch has no error of its own; of CUDA's, one that is no MemoryError.
     if (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
         or "not enough memory" in str(error)
     ):
@@ -100,29 +111,3 @@ def faults_named(what: str) -> Iterator[None]:
         if fault is None:
             raise
         raise UsageError(f"{what}: {fault}") from error
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device `name` stands for: "auto", "cpu", "cuda", "cuda:1".
-
-    On the CPU, freed memory stays in the process from here on (see `utils.allocator`).
-
-    Raises:
-        UsageError: unknown, or CUDA asked for and absent.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: no CUDA device is available here; use --device cpu")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()}")
-    elif device.type == "cpu":
-        keep_freed_memory()
-    else:  # "mps" among them: it has no float64, which scoring and the closed form need
-        raise UsageError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:1")
-    return device

@@ -1,41 +1,21 @@
 """Labelled images on disk: a folder per class, or CatsVsDogs with the class in the file's name."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from datasets.reading.images import IMAGE_SUFFIXES, is_image_file
 from datasets.samples import DataError
+from datasets.tasks.labelled import LabelledSet, LabelledSplit
 
 _SUFFIXES = " ".join(sorted(IMAGE_SUFFIXES))
 _CATS_AND_DOGS = ("cat", "dog")
+Split = Literal["train", "test"]
 
 
-@dataclass(frozen=True)
-class LabelledFiles:
-    """The image files of one split, class after class, each class in the order of file names.
-
-    Attributes:
-        paths: The image files.
-        labels: (N,) int64, number of each file's class.
-    """
-
-    paths: tuple[Path, ...]
-    labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class ClassFolders:
-    """The image files of both splits; a label is a position in class_names."""
-
-    class_names: tuple[str, ...]
-    train: LabelledFiles
-    test: LabelledFiles
-
-
-def read_class_folders(root: Path) -> ClassFolders:
+def read_class_folders(root: Path, *, name: str) -> LabelledSet:
     """Lists `train/<class>/` and `test/<class>/`; classes are sorted by name.
 
     Classes that only `test/` has come last: they have nothing to train on and can only be
@@ -48,21 +28,22 @@ def read_class_folders(root: Path) -> ClassFolders:
     root = _root_of_splits(root)
     train_names = _subfolders(root / "train")
     test_names = _subfolders(root / "test")
-    for name in train_names:
-        if not _images(root / "train" / name):
+    for class_name in train_names:
+        if not _images(root / "train" / class_name):
             raise DataError(
-                f"{root / 'train' / name} holds no image ({_SUFFIXES}); "
+                f"{root / 'train' / class_name} holds no image ({_SUFFIXES}); "
                 "remove the folder if its class shall only occur as an anomaly"
             )
-    class_names = (*train_names, *(name for name in test_names if name not in train_names))
-    return ClassFolders(
+    class_names = (*train_names, *(other for other in test_names if other not in train_names))
+    return LabelledSet(
+        name=name,
         class_names=class_names,
-        train=_list_split(root / "train", class_names),
-        test=_list_split(root / "test", class_names),
+        train=_list_split(root, "train", class_names),
+        test=_list_split(root, "test", class_names),
     )
 
 
-def read_cats_and_dogs(root: Path) -> ClassFolders:
+def read_cats_and_dogs(root: Path, *, name: str) -> LabelledSet:
     """Lists CatsVsDogs: each split as `{cat,dog}/` folders, or flat with `cat.*` and `dog.*` files.
 
     Raises:
@@ -70,20 +51,23 @@ def read_cats_and_dogs(root: Path) -> ClassFolders:
             split is neither a cat nor a dog by its name.
     """
     root = _root_of_splits(root)
-    splits = []
-    for folder in (root / "train", root / "test"):
-        if any(name in _CATS_AND_DOGS for name in _subfolders(folder)):
-            split = _list_split(folder, _CATS_AND_DOGS)
-        else:
-            split = _list_named_files(folder)
-        for number, name in enumerate(_CATS_AND_DOGS):
-            if number not in split.labels:
-                raise DataError(
-                    f"{folder} holds no {name}: expected images ({_SUFFIXES}) in {folder / name} "
-                    f"or files {folder / name}.*"
-                )
-        splits.append(split)
-    return ClassFolders(_CATS_AND_DOGS, train=splits[0], test=splits[1])
+    train, test = _cats_and_dogs_of(root, "train"), _cats_and_dogs_of(root, "test")
+    return LabelledSet(name, _CATS_AND_DOGS, train=train, test=test)
+
+
+def _cats_and_dogs_of(root: Path, split: Split) -> LabelledSplit:
+    folder = root / split
+    if any(name in _CATS_AND_DOGS for name in _subfolders(folder)):
+        found = _list_split(root, split, _CATS_AND_DOGS)
+    else:
+        found = _list_named_files(root, split)
+    for number, name in enumerate(_CATS_AND_DOGS):
+        if number not in found.labels:
+            raise DataError(
+                f"{folder} holds no {name}: expected images ({_SUFFIXES}) in {folder / name} "
+                f"or files {folder / name}.*"
+            )
+    return found
 
 
 def _root_of_splits(root: Path) -> Path:
@@ -115,7 +99,8 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_image_file(path))
 
 
-def _list_split(folder: Path, class_names: Sequence[str]) -> LabelledFiles:
+def _list_split(root: Path, split: Split, class_names: Sequence[str]) -> LabelledSplit:
+    folder = root / split
     paths: list[Path] = []
     labels: list[int] = []
     for number, name in enumerate(class_names):
@@ -125,17 +110,20 @@ def _list_split(folder: Path, class_names: Sequence[str]) -> LabelledFiles:
             labels += [number] * len(images)
     if not paths:
         raise DataError(f"{folder} holds no folder of images: expected {folder}/<class>/<image>")
-    return LabelledFiles(tuple(paths), np.array(labels, dtype=np.int64))
+    return LabelledSplit(split, paths=tuple(paths), labels=np.array(labels, dtype=np.int64))
 
 
-def _list_named_files(folder: Path) -> LabelledFiles:
+def _list_named_files(root: Path, split: Split) -> LabelledSplit:
+    folder = root / split
     files: dict[str, list[Path]] = {name: [] for name in _CATS_AND_DOGS}
     for path in _images(folder):
         name = path.name.lower().split(".")[0]
         if name not in files:
             raise DataError(f"{path}: neither a cat nor a dog by its name (cat.* or dog.*)")
         files[name].append(path)
-    labels = np.repeat(np.arange(2), [len(files[name]) for name in _CATS_AND_DOGS])  # (N,)
-    return LabelledFiles(
-        tuple(path for name in _CATS_AND_DOGS for path in files[name]), labels.astype(np.int64)
+    counts = [len(files[name]) for name in _CATS_AND_DOGS]
+    return LabelledSplit(
+        split,
+        paths=tuple(path for name in _CATS_AND_DOGS for path in files[name]),
+        labels=np.repeat(np.arange(2), counts).astype(np.int64),
     )

@@ -1,15 +1,21 @@
-"""What tells images from any others: hashes of files and of the code that reads them."""
+"""What tells images from any others: hashes of files, transforms, and what reads them."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
+import PIL
+
+VERSION = 1
+"""Raise it with any change of this package, or of `datasets.synthetic`, that changes a pixel: stored
+features are then not read."""
+
 
 def digest(parts: Sequence[str]) -> str:
-    """Hashes some words together with the code that reads and transforms images."""
-    files = [Path(__file__).with_name(f"{name}.py") for name in ("loading", "images", "transforms")]
-    text = json.dumps([*parts, *(path.read_text(encoding="utf-8") for path in files)])
+    """Hashes some words together with the versions of what reads and resizes images."""
+    text = json.dumps([*parts, VERSION, PIL.__version__, cv2.__version__])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -5,9 +5,8 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,34 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.reading.fingerprints import digest, stamp
 from datasets.reading.images import read_image, read_mask, read_size
-from datasets.samples import DataError, Sample
-
-
-class Transform(Protocol):
-    """What loading asks of a transform; `PairTransform` is one."""
-
-    @property
-    def output_size(self) -> int:
-        """Side length S of what the transform returns, in pixels."""
-
-    def image(self, image: np.ndarray) -> np.ndarray:
-        """Transforms an RGB image: (H, W, 3) uint8 to (S, S, 3) uint8."""
-
-    def mask(self, mask: np.ndarray) -> np.ndarray:
-        """Transforms a mask: (H, W) bool to (S, S) bool."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some images of a data set.
-
-    Attributes:
-        indices: Position of each image in the data set, in the order of reading.
-        images: (B, 3, S, S) uint8, RGB.
-    """
-
-    indices: list[int]
-    images: Tensor
+from datasets.reading.transforms import PairTransform
+from datasets.samples import Batch, DataError, ImageLoader, ImageSet
 
 
 Item = tuple[int, Tensor | str]
@@ -82,15 +55,15 @@ class ImageDataset(Images):
     the error's text, so that the error crosses from a worker process as data.
     """
 
-    def __init__(self, samples: Sequence[Sample], transform: Transform) -> None:
-        self.samples = tuple(samples)
+    def __init__(self, paths: Sequence[Path], transform: PairTransform) -> None:
+        self.paths = tuple(paths)
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Item:
-        path = self.samples[index].path
+        path = self.paths[index]
         try:
             image = read_image(path)  # (H, W, 3)
         except DataError as error:
@@ -102,11 +75,11 @@ class ImageDataset(Images):
 
     def source(self, index: int) -> Path | int:
         """What to call an image in a message: its file."""
-        return self.samples[index].path
+        return self.paths[index]
 
     def fingerprint(self) -> str:
         """A hash of the files' paths, sizes and times of change, and of the transform."""
-        return digest([repr(self.transform), *(stamp(sample.path) for sample in self.samples)])
+        return digest([repr(self.transform), *map(stamp, self.paths)])
 
 
 class ArrayDataset(Images):
@@ -116,7 +89,7 @@ class ArrayDataset(Images):
         ValueError: The array is not (N, H, W) or (N, H, W, 3) uint8.
     """
 
-    def __init__(self, images: np.ndarray, transform: Transform) -> None:
+    def __init__(self, images: np.ndarray, transform: PairTransform) -> None:
         grey = images.ndim == 3
         if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] == 3)):
             raise ValueError(
@@ -146,7 +119,15 @@ class ArrayDataset(Images):
         return digest([repr(self.transform), str(array.shape), content])
 
 
-class BatchLoader:
+def images_of(image_set: ImageSet, transform: PairTransform) -> ImageDataset | ArrayDataset:
+    """The transformed images of a split, in its order."""
+    if image_set.paths is not None:
+        return ImageDataset(image_set.paths, transform)
+    assert image_set.images is not None
+    return ArrayDataset(image_set.images, transform)
+
+
+class BatchLoader(ImageLoader):
     """Iterates over a data set in a fixed order, as `Batch`; workers read the images ahead.
 
     Processes read fastest, but are forks that share the parent's memory: each page that the parent
@@ -162,10 +143,7 @@ class BatchLoader:
         for_gpu: the workers are processes and batches lie in pinned memory; else they are threads.
         places: items of the data set to read, in this order; None for all.
 
-    Attributes:
-        num_images: Number of images to read, unreadable ones included.
-        skipped: Image and error of each unreadable image the last iteration left out.
-        skips_unreadable: Whether unreadable images are left out.
+    See `ImageLoader` for the attributes.
 
     Raises:
         DataError: On iteration, at the first unreadable image, unless skip_unreadable; or when a
@@ -210,11 +188,11 @@ class BatchLoader:
 
     @property
     def indices(self) -> list[int]:
-        """Index of each image to be read, unreadable ones included; no image is read for it."""
+        """See `ImageLoader.indices`; no image is read for it."""
         return [self._dataset.index(place) for place in self._places]
 
     def at(self, rows: Sequence[int]) -> "BatchLoader":
-        """A loader of the images at `rows` of this one's `indices`, in that order."""
+        """See `ImageLoader.at`."""
         return BatchLoader(
             self._dataset,
             batch_size=self.batch_size,
@@ -289,34 +267,44 @@ class BatchLoader:
             yield batch
 
 
-def read_masks(samples: Sequence[Sample], transform: Transform) -> Tensor:
-    """Reads and transforms the masks of samples; a normal sample without one gets zeros.
+def read_masks(
+    images: Sequence[Path],
+    masks: Sequence[Path | None],
+    labels: Sequence[int] | np.ndarray,
+    transform: PairTransform,
+) -> Tensor:
+    """Reads and transforms the masks of images; a normal image without one gets zeros.
+
+    Args:
+        images: (N,) image files.
+        masks: (N,) mask files, None for an image without one.
+        labels: (N,), 1 = anomalous.
+        transform: Of the images.
 
     Returns:
         (N, S, S) bool.
 
     Raises:
         DataError: A mask cannot be read, its size differs from that of its upright image, or an
-            anomalous sample has none.
+            anomalous image has none.
     """
     size = transform.output_size
-    masks = torch.zeros(len(samples), size, size, dtype=torch.bool)  # (N, S, S)
-    for index, sample in enumerate(samples):
-        if sample.mask_path is not None:
-            masks[index] = torch.from_numpy(transform.mask(_read_checked_mask(sample)))
-        elif sample.label == 1:
-            raise DataError(f"the anomalous image {sample.path} has no mask")
-    return masks
+    read = torch.zeros(len(images), size, size, dtype=torch.bool)  # (N, S, S)
+    for index, (image, mask, label) in enumerate(zip(images, masks, labels, strict=True)):
+        if mask is not None:
+            read[index] = torch.from_numpy(transform.mask(_read_checked_mask(image, mask)))
+        elif label == 1:
+            raise DataError(f"the anomalous image {image} has no mask")
+    return read
 
 
-def _read_checked_mask(sample: Sample) -> np.ndarray:
-    assert sample.mask_path is not None
-    mask = read_mask(sample.mask_path)  # (H, W)
-    image_size = read_size(sample.path)
+def _read_checked_mask(image: Path, path: Path) -> np.ndarray:
+    mask = read_mask(path)  # (H, W)
+    image_size = read_size(image)
     if mask.shape != image_size:
         raise DataError(
-            f"the mask {sample.mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-            f"{sample.path} is {image_size[1]} x {image_size[0]} (width x height): "
+            f"the mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image "
+            f"{image} is {image_size[1]} x {image_size[0]} (width x height): "
             "save the mask at the size of the image"
         )
     return mask

@@ -11,19 +11,27 @@
 from collections import defaultdict
 from pathlib import Path
 
+from configs.options import DataOptions
 from datasets.reading.images import is_image_file
 from datasets.samples import Category, DataError, Sample
 
 NORMAL = "good"
 
 
-def read_mvtec_category(folder: Path, *, name: str) -> Category:
-    """Reads one category from `folder`, sorted by path; files that are no images are ignored.
+def read_category(root: Path, name: str, options: DataOptions) -> Category:
+    """Reads a category of this layout, sorted by path; files that are no images are ignored.
+
+    Args:
+        root: The folder above the category folders.
+        name: The category.
+        options: Of the data set; the layout has none.
 
     Raises:
         DataError: There are no images in train/good or in test, an anomalous image has no mask
             although there is a ground_truth folder, or it has more than one.
     """
+    del options
+    folder = root / name
     train = tuple(Sample(path, label=0) for path in image_files(folder / "train" / NORMAL))
     if not train:
         raise DataError(

@@ -18,6 +18,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.datasets.utils import check_integrity
 
 from datasets.samples import DataError
+from datasets.tasks.labelled import LabelledSet, LabelledSplit
 
 _TIMEOUT_SECONDS = 10.0
 _DOWNLOAD_ERRORS = (
@@ -33,25 +34,6 @@ _IDX_FILES = tuple(
     for split in ("train", "t10k")
     for content in ("images-idx3", "labels-idx1")
 )
-
-
-@dataclass(frozen=True)
-class DecodedSet:
-    """A data set in memory; a label is a position in class_names.
-
-    Attributes:
-        class_names: Name of each class.
-        train_images: (N, 32, 32, 3) for CIFAR, (N, 28, 28) for MNIST, uint8.
-        train_labels: (N,) int64.
-        test_images: As train_images.
-        test_labels: As train_labels.
-    """
-
-    class_names: tuple[str, ...]
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -115,7 +97,7 @@ _CLASS_NAMES = {
 }
 
 
-def read_torchvision_set(name: str, root: Path) -> DecodedSet:
+def read_torchvision_set(name: str, root: Path) -> LabelledSet:
     """Reads "cifar10", "cifar100" (fine classes), "mnist" or "fashion_mnist".
 
     The files are looked for under root in torchvision's layout, in a folder of the data set's name,
@@ -130,8 +112,8 @@ def read_torchvision_set(name: str, root: Path) -> DecodedSet:
     if folder is None:
         folder = _download(name, source, root)
     if issubclass(source.reader, CIFAR10):
-        return _read_cifar(source.reader, folder, source.url)
-    return _read_mnist(_CLASS_NAMES[name], source, folder)
+        return _read_cifar(name, source.reader, folder, source.url)
+    return _read_mnist(name, source, folder)
 
 
 def _find(name: str, source: _Source, root: Path) -> Path | None:
@@ -223,7 +205,7 @@ def _reason(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _read_cifar(reader: type[CIFAR10], folder: Path, url: str) -> DecodedSet:
+def _read_cifar(name: str, reader: type[CIFAR10], folder: Path, url: str) -> LabelledSet:
     folder = folder.resolve()
     # The folder may have another name than torchvision's; its checksums are verified all the same,
     # before anything is unpickled.
@@ -235,16 +217,20 @@ def _read_cifar(reader: type[CIFAR10], folder: Path, url: str) -> DecodedSet:
             f"a file in {folder} has not the official checksum of {reader.__name__}; "
             f"remove the folder and unpack {url} again"
         ) from error
-    return DecodedSet(
+    return LabelledSet(
+        name=name,
         class_names=tuple(train.classes),
-        train_images=train.data,
-        train_labels=np.array(train.targets, dtype=np.int64),
-        test_images=test.data,
-        test_labels=np.array(test.targets, dtype=np.int64),
+        train=LabelledSplit(
+            "train", images=train.data, labels=np.array(train.targets, dtype=np.int64)
+        ),
+        test=LabelledSplit(
+            "test", images=test.data, labels=np.array(test.targets, dtype=np.int64)
+        ),
     )
 
 
-def _read_mnist(class_names: tuple[str, ...], source: _Source, folder: Path) -> DecodedSet:
+def _read_mnist(name: str, source: _Source, folder: Path) -> LabelledSet:
+    class_names = _CLASS_NAMES[name]
     splits = []
     for split in ("train", "t10k"):
         images = _read_idx(source, folder, f"{split}-images-idx3-ubyte")  # (N, 28, 28)
@@ -260,7 +246,13 @@ def _read_mnist(class_names: tuple[str, ...], source: _Source, folder: Path) -> 
                 f"above {len(class_names) - 1}; download the file again"
             )
         splits.append((images, labels.astype(np.int64)))
-    return DecodedSet(class_names, *splits[0], *splits[1])
+    (train_images, train_labels), (test_images, test_labels) = splits
+    return LabelledSet(
+        name=name,
+        class_names=class_names,
+        train=LabelledSplit("train", images=train_images, labels=train_labels),
+        test=LabelledSplit("test", images=test_images, labels=test_labels),
+    )
 
 
 def _read_idx(source: _Source, folder: Path, file: str) -> np.ndarray:

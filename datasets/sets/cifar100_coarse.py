@@ -1,4 +1,13 @@
-"""The 20 superclasses of CIFAR-100 (Krizhevsky 2009, table on the data set's page)."""
+"""CIFAR-100 by its 20 superclasses (Krizhevsky 2009, table on the data set's page)."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from datasets.data_set import SemanticSet
+from datasets.sets import cifar100
+from datasets.tasks.labelled import LabelledSet
 
 FINE_OF_COARSE: dict[str, tuple[str, ...]] = {
     "aquatic_mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
@@ -36,3 +45,20 @@ def coarse_numbers(fine_names: tuple[str, ...]) -> tuple[int, ...]:
         for fine in fine_classes
     }
     return tuple(number_of_fine[name] for name in fine_names)
+
+
+def read(root: Path) -> LabelledSet:
+    """Reads CIFAR-100 with the superclass of each image for its class."""
+    fine = cifar100.read(root)
+    numbers = np.array(coarse_numbers(fine.class_names), dtype=np.int64)  # (100,)
+    return LabelledSet(
+        name="cifar100_coarse",
+        class_names=tuple(FINE_OF_COARSE),
+        train=replace(fine.train, labels=numbers[fine.train.labels]),
+        test=replace(fine.test, labels=numbers[fine.test.labels]),
+    )
+
+
+DATA_SET = SemanticSet(
+    read=read, num_categories=20, experiment=cifar100.DATA_SET.experiment
+)

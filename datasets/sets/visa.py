@@ -1,4 +1,4 @@
-"""Reads the folder layout of VisA (Zou et al., ECCV 2022).
+"""VisA (Zou et al., ECCV 2022): 12 objects in a layout of its own.
 
 ```
 <category>/Data/Images/Normal/*.JPG
@@ -9,33 +9,42 @@ split_csv/1cls.csv                       object, split, label, image, mask
 """
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from configs.options import DataOptions
+from datasets.data_set import LANCZOS_CROP_224, WIDE_RESNET50, StructuredSet
 from datasets.reading.mvtec_layout import image_files, pair_masks
 from datasets.samples import Category, DataError, Sample
 
-VisaSplit = Literal["auto", "csv", "last100"]
 _DEFECT = "anomaly"
 _COLUMNS = ("object", "split", "label", "image", "mask")
 _NUM_TEST_NORMALS = 100
 
 
-def read_visa_category(root: Path, *, name: str, split: VisaSplit) -> Category:
+@dataclass(frozen=True, kw_only=True)
+class VisaOptions(DataOptions):
+    """How VisA's normal images are split."""
+
+    split: Literal["auto", "csv", "last100"] = "auto"
+    """The official one-class split of split_csv/1cls.csv, or NoCo's released code's last 100 normal
+    file names for the test; auto takes the csv where it is present."""
+
+
+def read_category(root: Path, name: str, options: VisaOptions) -> Category:
     """Reads one category of VisA, sorted by path.
 
     Args:
         root: The folder that holds the category folders and split_csv.
         name: The category.
-        split: "csv" follows the official one-class split in split_csv/1cls.csv; "last100" tests
-            on the last 100 normal file names and trains on the others, as the released code of
-            NoCo does; "auto" is "csv" where that file exists, "last100" elsewhere.
+        options: The split.
 
     Raises:
         DataError: The csv asked for is missing, lacks a column or names a missing file; there
             are no images for training or test; an anomalous image has no mask.
     """
-    split_file = root / "split_csv" / "1cls.csv"
+    split_file, split = root / "split_csv" / "1cls.csv", options.split
     if split == "csv" and not split_file.is_file():
         raise DataError(
             f"the official split {split_file} is missing: take split_csv from VisA's download, or "
@@ -110,3 +119,15 @@ def _sample(root: Path, row: dict[str, str], split_file: Path) -> Sample:
     if not mask.is_file():
         raise DataError(f"the anomalous image {image} has no mask: {split_file} names {mask}")
     return Sample(image, label=1, defect=_DEFECT, mask_path=mask)
+
+
+DATA_SET = StructuredSet(
+    read=read_category,
+    options=VisaOptions(),
+    categories=(
+        *("candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2"),
+        *("pcb1", "pcb2", "pcb3", "pcb4", "pipe_fryum"),
+    ),
+    page="VisA: https://github.com/amazon-science/spot-diff",
+    experiment={"data_root": Path("data/visa"), **WIDE_RESNET50, **LANCZOS_CROP_224},
+)

@@ -33,8 +33,10 @@ from figures.report.pictures import MAX_BYTES, Budget, Overlays, Picture, overla
 from figures.report.scores import LAST, Ranked, Scored, auroc, ranked, read_scores
 from figures.report.tables import false_alarms, other_facts, results_table, unfinished_pairs
 from figures.shared.run_log import LoggedRun, Pair, images_of, read_runs
-from utils.cli import UsageError, exits_cleanly
-from utils.runs.files import RunError, corrupt, flat, read_object, write_text
+from utils.cli import exits_cleanly
+from utils.errors import UsageError
+from utils.runs.files import corrupt, flat, read_object, write_text
+from utils.errors import RunError
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.runs.run import Run
 
 LAST = "-last"

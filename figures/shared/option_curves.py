@@ -17,7 +17,8 @@ import numpy as np
 
 from figures.compare import SAME_BUT
 from figures.shared.own_results import data_of
-from utils.runs.files import RunError, flat
+from utils.runs.files import flat
+from utils.errors import RunError
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
 

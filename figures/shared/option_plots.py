@@ -16,7 +16,7 @@ from figures.compare import MARKERS
 from figures.shared.drawing import COLOURS, parser, save_with_tables
 from figures.shared.option_curves import METRICS, Curve, Sweep, read_curves
 from figures.shared.option_tables import to_csv, to_markdown
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.tables.results import SELECT_LABELS
 
 SELECT_STYLES: dict[str, Literal["-", "--", ":"]] = {

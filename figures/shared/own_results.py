@@ -9,7 +9,8 @@ from typing import Any
 
 from figures.shared.run_log import images_of
 from utils.tables.published import NUM_CATEGORIES
-from utils.runs.files import RunError, flat
+from utils.runs.files import flat
+from utils.errors import RunError
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.runs.files import RunError, corrupt, flat, read_records
+from utils.runs.files import corrupt, flat, read_records
+from utils.errors import RunError
 from utils.runs.run import Run
 
 Pair = tuple[str, int]

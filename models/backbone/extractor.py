@@ -2,8 +2,6 @@
 
 import contextlib
 import difflib
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,14 +11,17 @@ from einops import rearrange
 from timm.layers.format import Format
 from torch import Tensor, nn
 
-from models.backbone import rewriting as frozen
-from models.errors import ModelError
 from models.backbone.rewriting import accelerated, with_narrow_in_full
-from models.features.multiscale import join_stages
 from models.backbone.weights import LoadedWeights, load_backbone
+from models.detector import Extractor
+from models.errors import ModelError
+from models.features.matmul import fp32_settings
+
+VERSION = 1
+"""Raise it with any change of this package that changes a feature: stored ones are then not read."""
 
 
-class FrozenExtractor(nn.Module):
+class FrozenExtractor(Extractor):
     """Features of chosen stages of a timm backbone, averaged over patches, on the largest grid.
 
     As published for NoCo and SimpleNet: every stage's map gets a `patch_size` x `patch_size`
@@ -75,8 +76,8 @@ class FrozenExtractor(nn.Module):
         self.pooled = pooled
         self.precision = precision
         self.weights_source = loaded.source
-        self.weights_digest = loaded.digest
-        self.random_weights = loaded.random
+        self._weights_digest = loaded.digest
+        self._random_weights = loaded.random
         self.net = loaded.net.to(memory_format=torch.channels_last)
         self.compiled = compile_backbone
         # A folded kernel can leave float16's range, and loses more than its parts to bfloat16's
@@ -96,6 +97,16 @@ class FrozenExtractor(nn.Module):
     def device(self) -> torch.device:
         """Where the backbone runs."""
         return self.mean.device
+
+    @property
+    def weights_digest(self) -> str:
+        """Short hash of the backbone's weights."""
+        return self._weights_digest
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether the backbone's weights are random because that was asked for."""
+        return self._random_weights
 
     @property
     def channels(self) -> int:
@@ -160,11 +171,6 @@ class FrozenExtractor(nn.Module):
         """Return features (B, C, H, W), float32, of uint8 images (B, 3, S, S)."""
         return self.assemble(self.stage_maps(images))
 
-    @staticmethod
-    def assemble(maps: list[Tensor]) -> Tensor:
-        """Return the features (B, C, H, W), float32, of the stages' maps; see `join_stages`."""
-        return join_stages(maps)
-
     def fingerprint(self) -> dict[str, Any]:
         """Return everything the features depend on beside the images, as JSON values."""
         return {
@@ -177,22 +183,22 @@ class FrozenExtractor(nn.Module):
             "precision": self.precision,
             "compiled": self.compiled,
             "rewritten": self.rewrite,
-            "device": self.device.type,
-            "versions": [torch.__version__, timm.__version__],
-            "code": _code_digest(),
+            "device": self._device_name(),
+            "fp32": fp32_settings() if self.device.type == "cuda" else [],
+            "versions": [VERSION, torch.__version__, timm.__version__],
         }
+
+    def _device_name(self) -> str:
+        """Return what tells devices apart that may choose other algorithms."""
+        if self.device.type != "cuda":
+            return self.device.type
+        return f"{self.device.type} {torch.cuda.get_device_name(self.device)}"
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager:
         if self.precision == "fp32":
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(device_type, dtype=dtype)
-
-
-def _code_digest() -> str:
-    files = (Path(__file__), Path(frozen.__file__))
-    code = b"".join(file.read_bytes() for file in files)
-    return hashlib.blake2b(code, digest_size=8).hexdigest()
 
 
 def channels_first(net: nn.Module, maps: list[Tensor]) -> list[Tensor]:

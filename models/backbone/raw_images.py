@@ -1,31 +1,43 @@
-"""What stands in the extractor's place for methods that train a backbone themselves."""
+"""What stands in the backbone's place for methods that take the images themselves."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.backbone.extractor import FrozenExtractor
-from models.features.multiscale import join_stages
+from models.detector import Extractor
 
 
-class RawImages(nn.Module):
+class RawImages(Extractor):
     """Passes images on as they are, so that a feature bank holds decoded images.
 
     The bank decodes every image once, whatever the number of epochs, and all that follows it is
     the same for methods on features and methods on images.
 
     Args:
-        network: the frozen backbone such a method starts from; None where it brings its own.
+        network: the frozen backbone such a method starts from or compares with; None where it
+            brings its own.
+        features: the frozen backbone whose features are taken too, before the images, for methods
+            that take both; None where only images are.
     """
 
     _place: Tensor
 
-    def __init__(self, network: FrozenExtractor | None) -> None:
+    def __init__(
+        self, network: FrozenExtractor | None, features: FrozenExtractor | None = None
+    ) -> None:
         super().__init__()
         self.network = network
-        self.stage_channels: tuple[int, ...] = (3,)
+        self.features = features
+        of_features = () if features is None else features.stage_channels
+        self.stage_channels: tuple[int, ...] = (*of_features, 3)
         self.register_buffer("_place", torch.empty(0), persistent=False)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the features where they are taken, else 3."""
+        return 3 if self.features is None else self.features.channels
 
     @property
     def device(self) -> torch.device:
@@ -43,14 +55,12 @@ class RawImages(nn.Module):
         return "" if self.network is None else self.network.weights_digest
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the uint8 images (B, 3, S, S), alone in a list."""
-        return [images.to(self.device)]
+        """Return the features where they are taken, and the uint8 images (B, 3, S, S) last."""
+        maps = [] if self.features is None else self.features.stage_maps(images)
+        return [*maps, images.to(self.device)]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what the stored images depend on beside themselves: nothing."""
-        return {}
-
-    @staticmethod
-    def assemble(maps: list[Tensor]) -> Tensor:
-        """Return the images (B, 3, S, S) that `stage_maps` returned, still uint8."""
-        return join_stages(maps)
+        """Return what the features depend on, where they are taken; images depend on nothing."""
+        if self.features is None:
+            return {}
+        return self.features.fingerprint() | {"images": True}

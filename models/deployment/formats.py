@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 LARGEST = 2**31 - 2**24

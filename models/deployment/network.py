@@ -6,37 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.methods.noco_cf import ClosedFormNoco
-from models.methods.deep_svdd.deep_svdd import DeepSvdd
-from models.deployment.heads import (
-    DeployedAsWritten,
-    DeployedFineTuned,
-    DeployedKnn,
-    DeployedMahalanobis,
-    DeployedNormalised,
-    DeployedPadim,
-    DeployedPatchCore,
-    DeployedPrototypes,
-    DeployedStpm,
-    normalised_pixels,
-)
-from models.detector import Detector
-from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor, channels_first
-from models.features.feature_norm import NormalisedDetector
-from models.training.fine_tuning import FineTunedDetector
-from models.backbone.rewriting import accelerated
-from models.methods.knn import Knn
-from models.methods.mahalanobis import Mahalanobis
-from models.methods.noco import Noco
-from models.methods.padim import Padim
-from models.methods.patchcore import PatchCore
 from models.backbone.raw_images import RawImages
-from models.methods.simplenet.simplenet import SimpleNet
-from models.methods.stpm import Stpm
-
-AS_WRITTEN = (Noco, SimpleNet, DeepSvdd)
-"""Detectors whose own forward pass a graph can hold."""
+from models.backbone.rewriting import accelerated
+from models.deployment.memory import normalised_pixels
+from models.detector import Detector, Extractor, Scored
 
 
 class Deployed(nn.Module):
@@ -49,7 +23,6 @@ class Deployed(nn.Module):
     Args:
         extractor: of the run; its `precision` is not applied.
         detector: fitted, for this extractor.
-        method: its name, for messages.
         image_size: side S of the images.
         smoothing: returns the (S, h) matrix that upsamples and blurs an axis of h positions; None
             where there are no maps to return.
@@ -62,25 +35,26 @@ class Deployed(nn.Module):
 
     def __init__(
         self,
-        extractor: FrozenExtractor | RawImages,
+        extractor: Extractor,
         detector: Detector,
         *,
-        method: str,
         image_size: int,
         smoothing: Callable[[int], Tensor] | None,
     ) -> None:
         super().__init__()
         self.has_maps = smoothing is not None
         example = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-        self.head = _head(detector, method, extractor, example)
-        self.features: nn.Module = nn.Identity()
-        if isinstance(extractor, FrozenExtractor):
-            self.features = _Features(extractor, example)
+        self.head = detector.exported()
+        self.takes_images = isinstance(extractor, RawImages)
+        self.features: nn.Module | None = None
+        backbone = extractor.features if isinstance(extractor, RawImages) else extractor
+        if isinstance(backbone, FrozenExtractor):
+            self.features = _Features(backbone, example)
         self.eval()
         matrix = None
         if smoothing is not None and not detector.final_maps:
             with torch.no_grad():
-                maps, _ = self.head(self.features(example))
+                maps, _ = self._scored(example)
             matrix = smoothing(maps.shape[-1]).float()  # (S, h)
             if torch.equal(matrix, torch.eye(image_size)):
                 matrix = None
@@ -101,12 +75,18 @@ class Deployed(nn.Module):
             Scores (B,) float32, higher = more anomalous, and for structured runs the anomaly maps
             (B, S, S) float32.
         """
-        maps, scores = self.head(self.features(images))
+        maps, scores = self._scored(images)
         if self.smoothing is not None:
             maps = self.smoothing @ (maps @ self.smoothing.T)  # (B, S, S)
         if scores is None:
             scores = maps.amax(dim=(1, 2))  # (B,)
         return (scores, maps) if self.has_maps else (scores,)
+
+    def _scored(self, images: Tensor) -> Scored:
+        """Return maps (B, h, w) and the method's own image scores (B,) of uint8 images."""
+        given = [] if self.features is None else [self.features(images)]
+        found = self.head(*given, images) if self.takes_images else self.head(*given)
+        return found if isinstance(found, tuple) else (found, None)
 
 
 class _Features(nn.Module):
@@ -132,33 +112,3 @@ class _Features(nn.Module):
         else:
             maps = [F.avg_pool2d(m, self.patch_size, 1, self.patch_size // 2) for m in maps]
         return self.assemble([m.half() for m in maps])  # (B, C, H, W)
-
-
-def _head(
-    detector: Detector, method: str, extractor: FrozenExtractor | RawImages, example: Tensor
-) -> nn.Module:
-    if isinstance(detector, NormalisedDetector):
-        inner = _head(detector.head, method, extractor, example)
-        return DeployedNormalised(detector.feature_norm, inner)
-    if isinstance(detector, ClosedFormNoco) and len(detector.centres) > 1:
-        return DeployedPrototypes(detector)
-    if isinstance(detector, (*AS_WRITTEN, ClosedFormNoco)):
-        return DeployedAsWritten(detector)
-    if isinstance(detector, FineTunedDetector):
-        return DeployedFineTuned(detector)
-    if isinstance(detector, Stpm):
-        assert isinstance(extractor, RawImages)
-        assert extractor.network is not None
-        return DeployedStpm(detector, extractor.network, example)
-    if isinstance(detector, Padim):
-        return DeployedPadim(detector)
-    if isinstance(detector, Mahalanobis):
-        return DeployedMahalanobis(detector)
-    if isinstance(detector, Knn):
-        return DeployedKnn(detector)
-    if isinstance(detector, PatchCore):
-        return DeployedPatchCore(detector)
-    raise ModelError(
-        f"{method} cannot be exported: its network is another library's, which exports it itself; "
-        "every other method can be"
-    )

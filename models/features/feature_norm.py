@@ -1,17 +1,23 @@
 """Rescaling of extracted features before a head sees them, for every detector."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.detector import Detector, FeatureSource, Monitor
+from models.detector import (
+    Detector,
+    FeatureSource,
+    HasObjective,
+    KnowsSteps,
+    LearnsOnline,
+    Monitor,
+    Scored,
+)
 from models.errors import ModelError
-from models.features.multiscale import join_stages
-
-FEATURE_NORMS = ("none", "l2", "l2_per_layer", "std")
+from models.features.multiscale import join_stages, split_images
 
 
 class FeatureNorm(nn.Module):
@@ -28,8 +34,6 @@ class FeatureNorm(nn.Module):
 
     def __init__(self, kind: str, stage_channels: Sequence[int]) -> None:
         super().__init__()
-        if kind not in FEATURE_NORMS:
-            raise ModelError(f"feature norm {kind!r} is not one of {', '.join(FEATURE_NORMS)}")
         self.kind = kind
         self.stage_channels = tuple(stage_channels)
         self.register_buffer("scale", torch.ones(sum(stage_channels)))
@@ -62,12 +66,14 @@ class FeatureNorm(nn.Module):
 
 
 class NormalisedDetector(Detector):
-    """A detector behind a `FeatureNorm`."""
+    """A detector behind a `FeatureNorm`; `normalised` makes one that can do what the head can."""
 
     def __init__(self, head: Detector, feature_norm: FeatureNorm) -> None:
         super().__init__()
         self.head = head
         self.feature_norm = feature_norm
+        self.remarks = head.remarks
+        self.diagnostics = head.diagnostics
 
     def fit(
         self,
@@ -79,61 +85,103 @@ class NormalisedDetector(Detector):
         """Measure the norm, then fit the head on rescaled features; see `Detector.fit`."""
         self.feature_norm.fit(bank)
         self.head.fit(_Rescaled(bank, self.feature_norm), generator=generator, monitor=monitor)
-
-    def partial_fit(self, stages: Sequence[Tensor]) -> None:
-        """Add normal features to an online head; see `Detector.partial_fit`."""
-        self._require_online()
-        self.head.partial_fit(self._rescaled(stages))
-
-    def start(self, generator: torch.Generator) -> None:
-        """See `Detector.start`."""
-        self._require_online()
-        self.head.start(generator)
-
-    def _require_online(self) -> None:
-        if self.feature_norm.kind == "std":
-            raise ModelError("feature norm std is measured over all images: no online learning")
-
-    def solve(self) -> None:
-        """See `Detector.solve`."""
-        self.head.solve()
-
-    def steps(self) -> list[dict[str, float]]:
-        """See `Detector.steps`."""
-        return self.head.steps()
-
-    def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
-        """See `Detector.score_steps`."""
-        return self.head.score_steps(self._rescaled(stages))
+        self.remarks, self.diagnostics = self.head.remarks, self.head.diagnostics
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """See `Detector.stopped_at`."""
         return self.head.stopped_at(step)
 
-    def diagnostics(self) -> dict[str, list[float]]:
-        """See `Detector.diagnostics`."""
-        return self.head.diagnostics()
-
-    @property
-    def remarks(self) -> list[str]:  # type: ignore[override]
-        """What the head remarks."""
-        return self.head.remarks
-
     def forward(self, features: Tensor) -> Tensor:
         """Return anomaly maps (B, H, W)."""
         return self.head(self.feature_norm(features))
 
-    def score(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    def score(self, features: Tensor) -> Scored:
         """See `Detector.score`."""
         return self.head.score(self.feature_norm(features))
 
-    def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor] | None:
-        """See `Detector.geometry`."""
-        return self.head.geometry(self._rescaled(stages), maps)
+    def score_stages(self, stages: Sequence[Tensor]) -> Scored:
+        """See `Detector.score_stages`."""
+        return self.head.score_stages(self._rescaled(stages))
+
+    def exported(self) -> nn.Module:
+        """See `Detector.exported`."""
+        return _Exported(self.feature_norm, self.head.exported())
 
     def _rescaled(self, stages: Sequence[Tensor]) -> list[Tensor]:
         """Join the stages and rescale the features, which are one stage then."""
-        return [self.feature_norm(join_stages(stages))]
+        return _rescaled(self.feature_norm, stages)
+
+
+class _Online(NormalisedDetector):
+    """One whose head learns online."""
+
+    def start(self, generator: torch.Generator) -> None:
+        """See `LearnsOnline.start`."""
+        if self.feature_norm.kind == "std":
+            raise ModelError(
+                "deviations are measured over all images: no online learning",
+                {"feature_norm": "l2 or none"},
+            )
+        cast(LearnsOnline, self.head).start(generator)
+
+    def partial_fit(self, stages: Sequence[Tensor]) -> None:
+        """See `LearnsOnline.partial_fit`."""
+        cast(LearnsOnline, self.head).partial_fit(self._rescaled(stages))
+
+    def solve(self) -> None:
+        """See `LearnsOnline.solve`."""
+        cast(LearnsOnline, self.head).solve()
+
+
+class _Stepping(NormalisedDetector):
+    """One whose head knows its steps."""
+
+    def steps(self) -> list[dict[str, float]]:
+        """See `KnowsSteps.steps`."""
+        return cast(KnowsSteps, self.head).steps()
+
+    def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
+        """See `KnowsSteps.score_steps`."""
+        return cast(KnowsSteps, self.head).score_steps(self._rescaled(stages))
+
+
+class _WithObjective(NormalisedDetector):
+    """One whose head has an objective."""
+
+    def geometry(self, stages: Sequence[Tensor], maps: Tensor) -> tuple[Tensor, Tensor]:
+        """See `HasObjective.geometry`."""
+        return cast(HasObjective, self.head).geometry(self._rescaled(stages), maps)
+
+
+_ABILITIES = ((LearnsOnline, _Online), (KnowsSteps, _Stepping), (HasObjective, _WithObjective))
+
+
+def normalised(head: Detector, kind: str, stage_channels: Sequence[int]) -> Detector:
+    """Return a head behind a `FeatureNorm` of some kind; itself where that is "none"."""
+    if kind == "none":
+        return head
+    can = tuple(part for protocol, part in _ABILITIES if isinstance(head, protocol))
+    made = type("NormalisedDetector", (*can, NormalisedDetector), {})
+    return made(head, FeatureNorm(kind, stage_channels))
+
+
+class _Exported(nn.Module):
+    """A head's graph behind its feature norm; images, where they are taken, pass by."""
+
+    def __init__(self, feature_norm: FeatureNorm, head: nn.Module) -> None:
+        super().__init__()
+        self.feature_norm = feature_norm
+        self.head = head
+
+    def forward(self, features: Tensor, *images: Tensor) -> Any:
+        """Return what the head's graph does of features (B, C, H, W)."""
+        return self.head(self.feature_norm(features), *images)
+
+
+def _rescaled(feature_norm: FeatureNorm, stages: Sequence[Tensor]) -> list[Tensor]:
+    maps, images = split_images(stages)
+    joined = feature_norm(join_stages(maps))
+    return [joined] if images is None else [joined, images]
 
 
 class _Rescaled:
@@ -159,5 +207,5 @@ class _Rescaled:
     def stage_batches(
         self, batch_size: int, *, generator: torch.Generator | None = None
     ) -> Iterator[list[Tensor]]:
-        for features in self.batches(batch_size, generator=generator):
-            yield [features]
+        for stages in self._bank.stage_batches(batch_size, generator=generator):
+            yield _rescaled(self._feature_norm, stages)

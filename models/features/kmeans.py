@@ -33,6 +33,7 @@ def kmeans_centres(
     """
     # A second of import that only prototypes need.
     from sklearn.cluster import KMeans, kmeans_plusplus
+    from threadpoolctl import threadpool_limits
 
     per_image = math.ceil(positions / len(bank))
     sample = []
@@ -44,12 +45,15 @@ def kmeans_centres(
     stacked = torch.cat(sample).numpy()  # (S, C)
     if len(stacked) < count:
         raise ModelError(
-            f"{count} prototypes need as many normal features; there are {len(stacked)}"
+            f"{count} prototypes need as many normal features; there are {len(stacked)}",
+            {"prototypes": "lower"},
         )
     state = int(torch.randint(2**31, (1,), generator=generator))
     # One candidate for each seed, as first published: to compare five, as scikit-learn does, takes
     # longer than all iterations, and gains less than two random states differ by (measured: 0.07 %
     # of the inertia).
     seeds, _ = kmeans_plusplus(stacked, count, n_local_trials=1, random_state=state)
-    means = KMeans(count, init=seeds, n_init=1, max_iter=50).fit(stacked)
+    # Threads would add their sums in the order in which they end: other bits with each fit.
+    with threadpool_limits(1, user_api="openmp"):
+        means = KMeans(count, init=seeds, n_init=1, max_iter=50).fit(stacked)
     return torch.from_numpy(means.cluster_centers_)

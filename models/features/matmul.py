@@ -7,6 +7,7 @@ pixels. On an AMD EPYC (Zen 5) that is about twice as fast, with the same roundi
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
         finally:
             for setting, precision in zip(settings, chosen, strict=True):
                 setting.fp32_precision = precision
+
+
+def fp32_settings() -> list[str]:
+    """Return how CUDA computes float32 products and convolutions: "ieee" or "tf32" each."""
+    cuda: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(cuda, "fp32_precision"):
+        return [str(cuda.fp32_precision), str(cudnn.conv.fp32_precision)]
+    return ["tf32" if allowed else "ieee" for allowed in (cuda.allow_tf32, cudnn.allow_tf32)]
 
 
 def _convolves(rows: Tensor) -> bool:

@@ -28,14 +28,22 @@ def join_stages(stages: Sequence[Tensor]) -> Tensor:
 
     Returns:
         (B, C, H, W) float32, channels last in memory, so that flattening to positions is a view.
-        Images (B, 3, S, S), uint8, the only stage of methods that take them, stay what they are.
+        Where the only stage is images, (B, 3, S, S) uint8, it stays what it is.
     """
-    if len(stages) == 1 and not stages[0].is_floating_point():
-        return stages[0]
-    size = grid_size(stages)
-    resized = [_resized(maps.float(), size) for maps in stages]
+    maps, images = split_images(stages)
+    if images is not None and not maps:
+        return images
+    size = grid_size(maps)
+    resized = [_resized(stage.float(), size) for stage in maps]
     joined = resized[0] if len(resized) == 1 else torch.cat(resized, dim=1)  # (B, C, H, W)
     return joined.contiguous(memory_format=torch.channels_last)
+
+
+def split_images(stages: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    """Return the stages' maps, and the images (B, 3, S, S), uint8, that may come after them."""
+    if stages[-1].is_floating_point():
+        return list(stages), None
+    return list(stages[:-1]), stages[-1]
 
 
 def grid_size(stages: Sequence[Tensor]) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from models.errors import ModelError
 from models.features.matmul import full_precision, linear
 
-SEARCHES = ("exact", "faiss")
 SPARE = 8
 """Features proposed beside the k that are wanted."""
 PRODUCT = 2**22
@@ -26,17 +25,15 @@ GATHER = 2**23
 
 
 def check_search(search: str) -> None:
-    """Check a method's option `search` before anything is computed.
+    """Check that a method's option `search` can be followed, before anything is computed.
 
     Raises:
-        ModelError: it is not one of `SEARCHES`, or its package is missing.
+        ModelError: its package is missing.
     """
-    if search not in SEARCHES:
-        raise ModelError(f"search {search!r} is not one of {', '.join(SEARCHES)}")
     if search == "faiss" and importlib.util.find_spec("faiss") is None:
         raise ModelError(
-            "search 'faiss' needs the package faiss-cpu (pip install faiss-cpu); "
-            "--method.search exact needs none and finds the same"
+            "searching by faiss needs the package faiss-cpu (pip install faiss-cpu)",
+            {"search": "exact, which finds the same, needs none:"},
         )
 
 

@@ -7,62 +7,61 @@ squared Euclidean one in its authors' released code (`knn_score` of PANDA), the 
 On a grid the normal features are those of all positions of all images.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.features.coreset import count_positions, read_positions
-from models.detector import Detector, FeatureSource, Monitor
+from configs.options import FeatureOptions, OptionalInt, PositiveInt
+from models.deployment.memory import Memory
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.errors import ModelError
+from models.features.coreset import count_positions, read_positions
 from models.features.nearest import check_search, nearest
+from models.method import Method
 
-DISTANCES = ("squared", "euclidean")
+
+@dataclass(frozen=True, kw_only=True)
+class KnnOptions(FeatureOptions):
+    """k nearest normal features; DN2 on pooled features, patches on a grid."""
+
+    num_neighbors: PositiveInt = 2
+    """Neighbours whose mean distance is the score (DN2: 2)."""
+    distance: Literal["squared", "euclidean"] = "squared"
+    """Which the mean is of (DN2's released code: squared)."""
+    max_positions: OptionalInt = 20_000
+    """Normal features kept, drawn at random where there are more (ours); none for all (DN2)."""
+    search: Literal["exact", "faiss"] = "exact"
+    """Nearest neighbours by one product per block, or by the package faiss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_positions is not None and self.max_positions < self.num_neighbors:
+            raise ValueError(
+                f"--method.max-positions {self.max_positions} must be at least "
+                f"--method.num-neighbors {self.num_neighbors}"
+            )
 
 
 class Knn(Detector):
     """Mean distance to the nearest normal features.
-
-    Args:
-        channels: channels of the features.
-        num_neighbors: k (DN2: 2).
-        distance: "squared" or "euclidean".
-        max_positions: normal features kept, drawn at random where there are more; None for all.
-        search: "exact" or "faiss", see `models.features.nearest.nearest`.
 
     Attributes:
         memory: (M, C) float32, in the order of the images.
         remarks: that not all normal features were kept.
     """
 
+    sized_by_fit = ("memory",)
+
     memory: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        num_neighbors: int = 2,
-        distance: str = "squared",
-        max_positions: int | None = 20_000,
-        search: str = "exact",
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: KnnOptions) -> None:
         super().__init__()
-        if num_neighbors < 1:
-            raise ModelError(f"num neighbors {num_neighbors} must be at least 1")
-        if max_positions is not None and max_positions < num_neighbors:
-            raise ModelError(
-                f"max positions {max_positions} must be at least num neighbors {num_neighbors}"
-            )
-        if distance not in DISTANCES:
-            raise ModelError(f"distance {distance!r} is not one of {', '.join(DISTANCES)}")
-        check_search(search)
-        self.num_neighbors = num_neighbors
-        self.distance = distance
-        self.max_positions = max_positions
-        self.search = search
-        self.remarks: list[str] = []
-        self.register_buffer("memory", torch.zeros(0, channels))
+        check_search(options.search)
+        self.options = options
+        self.register_buffer("memory", torch.zeros(0, features.channels))
 
     def fit(
         self,
@@ -76,16 +75,17 @@ class Knn(Detector):
         Raises:
             ModelError: there are fewer than `num_neighbors`.
         """
+        count, most = self.options.num_neighbors, self.options.max_positions
         total = count_positions(bank)
-        if total < self.num_neighbors:
+        if total < count:
             raise ModelError(
-                f"num neighbors {self.num_neighbors} needs as many normal features: there are "
-                f"{total}"
+                f"{count} nearest neighbours need as many normal features: there are {total}",
+                {"num_neighbors": "lower"},
             )
         rows = torch.arange(total)
         self.remarks = []
-        if self.max_positions is not None and total > self.max_positions:
-            rows = torch.randperm(total, generator=generator)[: self.max_positions].sort().values
+        if most is not None and total > most:
+            rows = torch.randperm(total, generator=generator)[:most].sort().values
             self.remarks.append(
                 f"the memory holds {len(rows):,} of {total:,} normal features, drawn at random "
                 "(--method.max-positions none keeps all)"
@@ -94,24 +94,45 @@ class Knn(Detector):
         if monitor is not None:
             monitor(1, {"memory": len(rows)})
 
-    def stopped_at(self, step: int) -> dict[str, Any]:
-        """There is one step; see `Detector.stopped_at`."""
-        del step
-        return {}
-
     def forward(self, features: Tensor) -> Tensor:
         """Return the mean distance to the nearest normal features at each position, (B, H, W)."""
         B, _, H, W = features.shape
         positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
-        distances, _ = nearest(positions, self.memory, self.num_neighbors, search=self.search)
-        if self.distance == "squared":
+        options = self.options
+        distances, _ = nearest(
+            positions, self.memory, options.num_neighbors, search=options.search
+        )
+        if options.distance == "squared":
             distances = distances.square()
         return rearrange(distances.mean(dim=1), "(b h w) -> b h w", b=B, h=H, w=W)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
-    ) -> None:
-        """Take the size of the stored memory, then its values."""
-        if (stored := state_dict.get(f"{prefix}memory")) is not None:
-            self.memory = self.memory.new_empty(len(stored), self.memory.shape[1])
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+    def exported(self) -> nn.Module:
+        """See `Detector.exported`."""
+        return _Exported(self)
+
+
+class _Exported(nn.Module):
+    """`Knn` on `Memory`."""
+
+    def __init__(self, detector: Knn) -> None:
+        super().__init__()
+        self.memory = Memory(detector.memory)
+        self.count = detector.options.num_neighbors
+        self.squared = detector.options.distance == "squared"
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return maps (B, H, W) of features (B, C, H, W)."""
+        B, _, H, W = features.shape
+        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
+        distances, _ = self.memory(positions - self.memory.shift, self.count)  # (P, k)
+        scores = (distances.square() if self.squared else distances).mean(dim=1)
+        return rearrange(scores, "(b h w) -> b h w", b=B, h=H, w=W)
+
+
+METHOD = Method(
+    detector=lambda: Knn,
+    options=KnnOptions(),
+    # Ours: with stage 1 every image costs four times as much.
+    experiment={"structured": {"layers": (2, 3)}},
+    on={"semantic": {"max_positions": None}},  # DN2 keeps every image
+)

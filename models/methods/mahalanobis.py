@@ -25,13 +25,14 @@ x_k = y_k - m,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.detector import Detector, FeatureSource, Monitor
+from configs.options import FeatureOptions, OptionalFraction
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scored
 from models.errors import ModelError
 from models.features.matmul import full_precision
 from models.features.multiscale import (
@@ -44,18 +45,23 @@ from models.features.multiscale import (
     project,
     squared_lengths,
 )
+from models.method import Method
 
 READ = 16
 """Images read at once."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MahalanobisOptions(FeatureOptions):
+    """One Gaussian over all normal features, its covariance shrunk."""
+
+    shrinkage: OptionalFraction = None
+    """Weight rho of the scaled identity in the covariance; none for Ledoit and Wolf's optimum, which
+    Rippel et al. use."""
+
+
 class Mahalanobis(Detector):
     """Mahalanobis distance under one Gaussian with a shrunk covariance.
-
-    Args:
-        channels: channels of the features.
-        shrinkage: weight rho of the scaled identity, 0 to 1; None for Ledoit and Wolf's estimate,
-            which Rippel et al. use.
 
     Attributes:
         mean: (C,).
@@ -65,13 +71,11 @@ class Mahalanobis(Detector):
     mean: Tensor
     whitening: Tensor
 
-    def __init__(self, channels: int, *, shrinkage: float | None = None) -> None:
+    def __init__(self, features: FeatureShape, options: MahalanobisOptions) -> None:
         super().__init__()
-        if shrinkage is not None and not 0 <= shrinkage <= 1:
-            raise ModelError(f"shrinkage {shrinkage} must lie in 0 to 1, or be none")
-        self.shrinkage = shrinkage
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("whitening", torch.zeros(channels, channels))
+        self.options = options
+        self.register_buffer("mean", torch.zeros(features.channels))
+        self.register_buffer("whitening", torch.zeros(features.channels, features.channels))
 
     def fit(
         self,
@@ -90,7 +94,7 @@ class Mahalanobis(Detector):
         del generator  # nothing is random
         moments = self._moments(bank)
         mean, covariance, count = moments.mean, moments.covariance, moments.count
-        shrinkage = self.shrinkage
+        shrinkage = self.options.shrinkage
         if shrinkage is None:
             shrinkage = ledoit_wolf_shrinkage(covariance, moments.fourth_powers, count)
         scale = covariance.trace() / len(mean)
@@ -103,8 +107,8 @@ class Mahalanobis(Detector):
         if failed or not (pivots > rounding).all():
             raise ModelError(
                 f"the covariance of {count} normal features in {len(mean)} channels is singular "
-                f"at shrinkage {shrinkage:.3g}: --method.shrinkage none or a larger one, or more "
-                "normal images"
+                f"at shrinkage {shrinkage:.3g}; more normal images would help",
+                {"shrinkage": "none or larger"},
             )
         identity = torch.eye(len(mean), dtype=factor.dtype, device=factor.device)
         self.mean.copy_(mean)
@@ -138,16 +142,11 @@ class Mahalanobis(Detector):
         covariance = gram / count - torch.outer(mean, mean)
         return _Moments(origin + mean, covariance, fourth_powers, count)
 
-    def stopped_at(self, step: int) -> dict[str, Any]:
-        """There is one step; see `Detector.stopped_at`."""
-        del step
-        return {}
-
     def forward(self, features: Tensor) -> Tensor:
         """Return the Mahalanobis distance at each position, (B, H, W)."""
         return self.score_stages([features])[0]
 
-    def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def score_stages(self, stages: Sequence[Tensor]) -> Scored:
         """Return what `score` returns, whitening each stage at its own size."""
         maps = []
         with full_precision(self.mean.device):
@@ -156,6 +155,10 @@ class Mahalanobis(Detector):
                 whitened = project(_minus(part, self.mean), self.whitening)  # (b, H, W, C)
                 maps.append(torch.linalg.vector_norm(whitened, dim=3))
         return torch.cat(maps), None
+
+    def exported(self) -> nn.Module:
+        """See `Detector.exported`."""
+        return _Exported(self)
 
 
 def _minus(stages: Sequence[Tensor], mean: Tensor) -> list[Tensor]:
@@ -191,3 +194,26 @@ def ledoit_wolf_shrinkage(covariance: Tensor, fourth_powers: Tensor, count: int)
     if delta <= 0 or beta <= 0:
         return 0.0
     return float(torch.minimum(beta, delta) / delta)
+
+
+class _Exported(nn.Module):
+    """`Mahalanobis` without its guard against lower precisions."""
+
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(self, detector: Mahalanobis) -> None:
+        super().__init__()
+        self.register_buffer("mean", detector.mean)
+        self.register_buffer("whitening", detector.whitening)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return maps (B, H, W) of features (B, C, H, W)."""
+        B, _, H, W = features.shape
+        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
+        whitened = F.linear(positions - self.mean, self.whitening)  # (P, C)
+        distances = torch.linalg.vector_norm(whitened, dim=1)  # (P,)
+        return rearrange(distances, "(b h w) -> b h w", b=B, h=H, w=W)
+
+
+METHOD = Method(detector=lambda: Mahalanobis, options=MahalanobisOptions())

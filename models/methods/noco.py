@@ -14,81 +14,63 @@ Source: "A Norm-Constrained Method for Semantic and Structured Anomaly Detection
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from models.detector import Detector, FeatureSource, Monitor
-from models.errors import ModelError
+from configs.options import FeatureOptions, NotNegative, OptionalInt, Positive, PositiveInt
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scored
 from models.features.multiscale import add_outer, features_at, grid_size, parts_in_cache, project
+from models.method import Method
+from models.training.epochs import epochs, mean_of_finite
 
-OBJECTIVES = ("randn", "rand", "ones", "mean")
-LOSSES = ("distance", "squared")
+
+@dataclass(frozen=True, kw_only=True)
+class NocoOptions(FeatureOptions):
+    """NoCo: linear projector, one random objective of fixed norm, distance as the score."""
+
+    norm: Positive = 1.0
+    """Euclidean norm of the objective G (paper: about 1 is best for both kinds of task)."""
+    objective: Literal["randn", "rand", "ones", "mean"] = "randn"
+    """How G is drawn before it is scaled (paper's ablation); mean: of the untrained outputs."""
+    out_dim: OptionalInt = None
+    """Outputs of the projector; none for as many as features have channels (paper)."""
+    loss: Literal["distance", "squared"] = "distance"
+    """Of relu(||Z - G|| - r^2) / nu, or of the squared distance; the score is the same quantity."""
+    nu: Positive = 1e-3
+    """Divisor of the loss (released code: 1e-3 structured, 1 semantic)."""
+    radius_init: float = 1e-5
+    """The learnable margin r before training (released code)."""
+    radius_weight: float = 0.0
+    """Adds radius_weight * r to the loss (released CIFAR script: 1e3)."""
+    learning_rate: Positive = 1e-4
+    """Of AdamW (released code: 1e-4 structured, 1e-3 semantic)."""
+    weight_decay: NotNegative = 5e-4
+    """Of AdamW (released code)."""
+    amsgrad: bool = True
+    """Use AdamW's amsgrad variant (released code)."""
+    batch_size: PositiveInt = 16
+    """Images per step (released code: 16 MVTec, 8 MPDD and VisA, 64 semantic)."""
+    epochs: PositiveInt = 50
+    """Passes over the training features (released code: 50, CIFAR 10, MNIST 20)."""
 
 
 class Noco(Detector):
-    """The norm-constrained detector, trained as published.
-
-    Args:
-        channels: channels of the features.
-        norm: Euclidean norm of the objective.
-        objective: how its direction is made: "randn", "rand", "ones", or "mean" (the mean of the
-            untrained projector's output over the training features).
-        out_dim: outputs of the projector; None for as many as channels.
-        loss: "distance", mean relu(||Z - G|| - r^2) / nu, scored by ||Z - G||; or "squared", mean
-            relu(||Z - G||^2 - r^2) / nu, scored by ||Z - G||^2.
-        nu: divisor of the loss.
-        radius_init: the radius before training.
-        radius_weight: adds radius_weight * r to the loss (1e3 in the released CIFAR script).
-        learning_rate: of AdamW.
-        weight_decay: of AdamW.
-        amsgrad: of AdamW.
-        batch_size: images per step.
-        epochs: passes over the training features.
-    """
+    """The norm-constrained detector, trained as published."""
 
     objective: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        norm: float = 1.0,
-        objective: str = "randn",
-        out_dim: int | None = None,
-        loss: str = "distance",
-        nu: float = 1e-3,
-        radius_init: float = 1e-5,
-        radius_weight: float = 0.0,
-        learning_rate: float = 1e-4,
-        weight_decay: float = 5e-4,
-        amsgrad: bool = True,
-        batch_size: int = 16,
-        epochs: int = 50,
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: NocoOptions) -> None:
         super().__init__()
-        if objective not in OBJECTIVES:
-            raise ModelError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
-        if loss not in LOSSES:
-            raise ModelError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
-        self.norm = norm
-        self.objective_kind = objective
-        self.loss_kind = loss
-        self.nu = nu
-        self.radius_init = radius_init
-        self.radius_weight = radius_weight
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.amsgrad = amsgrad
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.projector = nn.Linear(channels, out_dim or channels)
-        self.radius = nn.Parameter(torch.tensor(radius_init))
-        self.register_buffer("objective", torch.zeros(out_dim or channels))
+        self.options = options
+        out_dim = options.out_dim or features.channels
+        self.projector = nn.Linear(features.channels, out_dim)
+        self.radius = nn.Parameter(torch.tensor(options.radius_init))
+        self.register_buffer("objective", torch.zeros(out_dim))
 
     def initialise(self, bank: FeatureSource, generator: torch.Generator) -> None:
         """Draw projector and objective, on the CPU, so that a seed means the same everywhere."""
@@ -99,20 +81,21 @@ class Noco(Detector):
         with torch.no_grad():
             self.projector.weight.copy_(weight)
             self.projector.bias.copy_(bias)
-            self.radius.fill_(self.radius_init)
+            self.radius.fill_(self.options.radius_init)
             direction = self._direction(bank, generator).double()
-            self.objective.copy_(self.norm * direction / direction.norm())
+            self.objective.copy_(self.options.norm * direction / direction.norm())
 
     def _direction(self, bank: FeatureSource, generator: torch.Generator) -> Tensor:
-        size = self.objective.shape
-        if self.objective_kind == "randn":
+        size, kind = self.objective.shape, self.options.objective
+        if kind == "randn":
             return torch.randn(size, generator=generator)
-        if self.objective_kind == "rand":
+        if kind == "rand":
             return torch.rand(size, generator=generator)
-        if self.objective_kind == "ones":
+        if kind == "ones":
             return torch.ones(size)
         # The projector is affine, so the mean of its outputs is its output at the mean feature.
-        totals = [f.double().mean(dim=(2, 3)).sum(dim=0) for f in bank.batches(self.batch_size)]
+        batches = bank.batches(self.options.batch_size)
+        totals = [features.double().mean(dim=(2, 3)).sum(dim=0) for features in batches]
         mean_feature = torch.stack(totals).sum(dim=0) / len(bank)  # (C,)
         return self.projector(mean_feature.float())
 
@@ -124,16 +107,17 @@ class Noco(Detector):
         monitor: Monitor | None = None,
     ) -> None:
         """Train projector and radius by AdamW; see `Detector.fit`."""
+        options = self.options
         self.initialise(bank, generator)
         optimizer = torch.optim.AdamW(
             self.parameters(),
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            amsgrad=self.amsgrad,
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+            amsgrad=options.amsgrad,
         )
-        for epoch in tqdm(range(1, self.epochs + 1), desc="epochs", leave=False, disable=None):
+        for epoch in epochs(options.epochs):
             losses = []
-            for stages in bank.stage_batches(self.batch_size, generator=generator):
+            for stages in bank.stage_batches(options.batch_size, generator=generator):
                 loss = self.loss(stages)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -149,17 +133,15 @@ class Noco(Detector):
 
     def loss(self, stages: Sequence[Tensor]) -> Tensor:
         """Return the training loss, a scalar, of normal features: stages (B, C_l, H_l, W_l)."""
-        squared = self.loss_kind == "squared"
         excess = _MeanExcess.apply(
-            self.projector.weight, self._offset, self.radius**2, squared, *stages
+            self.projector.weight, self._offset, self.radius**2, self._is_squared, *stages
         )
-        return excess / self.nu + self.radius_weight * self.radius
+        return excess / self.options.nu + self.options.radius_weight * self.radius
 
-    def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def score_stages(self, stages: Sequence[Tensor]) -> Scored:
         """Return what `score` returns, projecting each stage at its own size."""
-        squared = self.loss_kind == "squared"
         maps = [
-            _lengths(project(part, self.projector.weight, self._offset), squared=squared)
+            _lengths(project(part, self.projector.weight, self._offset), squared=self._is_squared)
             for part in parts_in_cache(stages, len(self.objective))
         ]
         return torch.cat(maps), None
@@ -169,8 +151,12 @@ class Noco(Detector):
         B, _, H, W = features.shape
         positions = rearrange(features, "b c h w -> (b h w) c")
         residual = F.linear(positions, self.projector.weight, self._offset)  # (B*H*W, D)
-        distance = _lengths(residual, squared=self.loss_kind == "squared")  # (B*H*W,)
+        distance = _lengths(residual, squared=self._is_squared)  # (B*H*W,)
         return rearrange(distance, "(b h w) -> b h w", b=B, h=H, w=W)
+
+    @property
+    def _is_squared(self) -> bool:
+        return self.options.loss == "squared"
 
     @property
     def _offset(self) -> Tensor:
@@ -237,18 +223,25 @@ def _lengths(residual: Tensor, *, squared: bool) -> Tensor:
     return residual.square().sum(dim=-1) if squared else torch.linalg.vector_norm(residual, dim=-1)
 
 
-def mean_of_finite(losses: list[Tensor], epoch: int) -> float:
-    """Average an epoch's losses with one device-to-host copy.
-
-    Raises:
-        FloatingPointError: one is not finite; epoch and step are named.
-    """
-    values = torch.stack(losses).double().cpu()
-    bad = (~torch.isfinite(values)).nonzero()
-    if len(bad):
-        step = int(bad[0]) + 1
-        raise FloatingPointError(
-            f"loss is {values[step - 1].item()} at epoch {epoch}, step {step}; "
-            "lower --method.learning-rate"
-        )
-    return values.mean().item()
+METHOD = Method(
+    detector=lambda: Noco,
+    options=NocoOptions(),
+    published_as="NoCo",
+    on={
+        # What the released semantic scripts change, whatever the data set.
+        "semantic": {
+            "loss": "squared",
+            "nu": 1.0,
+            "learning_rate": 1e-3,
+            "batch_size": 64,
+            "epochs": 10,
+        },
+        "mpdd": {"batch_size": 8},
+        "visa": {"batch_size": 8},
+        # The released CIFAR script adds 1e3 * r to the loss; it serves these data sets.
+        **dict.fromkeys(
+            ("cifar10", "cifar100", "cifar100_coarse", "cats_vs_dogs"), {"radius_weight": 1e3}
+        ),
+        **dict.fromkeys(("mnist", "fashion_mnist", "digits"), {"epochs": 20}),
+    },
+)

@@ -33,18 +33,19 @@ features, and a feature's score is the smallest over its `nearest` centres.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.detector import ONLINE_HINT, Detector, FeatureSource, Monitor
+from configs.options import FeatureOptions, OnlyWith, Positive, PositiveInt
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scored
 from models.errors import ModelError
-from models.methods.noco import LOSSES
-from models.features.matmul import add_product, full_precision, linear
 from models.features.kmeans import kmeans_centres
+from models.features.matmul import add_product, full_precision, linear
 from models.features.multiscale import (
     add_second_moment,
     grid_size,
@@ -53,7 +54,9 @@ from models.features.multiscale import (
     parts_in_cache,
     project,
 )
+from models.method import Method
 
+SEVERAL = OnlyWith("prototypes", "above 1", lambda prototypes: prototypes > 1)
 ROUND = 256
 """Positions of a centre are filled up to multiples of it: `linear` likes few different numbers."""
 FEW_CHANNELS = 4096
@@ -62,18 +65,40 @@ MANY_CHANNELS = 16384
 """The same where the positions are shared out among centres: each should get many."""
 
 
-class ClosedFormNoco(Detector):
+@dataclass(frozen=True, kw_only=True)
+class NocoCfOptions(FeatureOptions):
+    """The closed form of NoCo: one pass, no epochs, no learning rate, no seed but for k-means."""
+
+    norm: Positive = 1.0
+    """Euclidean norm of the objective G; weighs the second term of the score."""
+    loss: Literal["distance", "squared"] = "distance"
+    """Score by the root of the expected squared distance of Z to G, or by itself."""
+    time: tuple[float, ...] = (1e1, 3e1, 1e2, 3e2, 1e3, 3e3, 1e4, 1e5)
+    """Training times t, s = t / trace(C), ascending; each is visited, the last is `last`."""
+    prototypes: PositiveInt = 32
+    """Centres of normal features with a second moment each; 1 is the plain method, no centre."""
+    nearest: Annotated[PositiveInt, SEVERAL] = 3
+    """Centres each feature is compared with."""
+    kmeans_positions: Annotated[PositiveInt, SEVERAL] = 20_000
+    """Normal features the centres are found on."""
+    sample_w0: bool = False
+    """Draw one W0 and one objective, as training does, instead of the expectation over them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.time or list(self.time) != sorted(set(self.time)) or not self.time[0] > 0:
+            raise ValueError(f"--method.time {self.time} must be ascending and above 0")
+
+    @property
+    def learns_online(self) -> bool:
+        """Sums over images are what the plain method is made of; centres and deviations are not."""
+        return self.prototypes == 1 and self.feature_norm != "std"
+
+
+class NocoCf(Detector):
     """The norm-constrained detector solved in closed form.
 
-    Args:
-        channels: channels of the features, D.
-        norm: Euclidean norm of the objective; weighs the second term.
-        loss: "distance" scores by the root of the expected squared distance, "squared" by itself.
-        time: training times t, ascending; s = t / trace(C). `fit` visits each and ends at the last.
-        prototypes: centres K; 1 is the plain method, with no centre.
-        nearest: centres each feature is compared with.
-        sample_w0: draw one W0 and one objective instead of the expectation, as training does.
-        kmeans_positions: normal features that k-means sees.
+    With `learns_online` options it learns online.
 
     Attributes:
         centres: (K, D) float32, zero for K = 1.
@@ -83,33 +108,12 @@ class ClosedFormNoco(Detector):
     centres: Tensor
     filters: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        norm: float = 1.0,
-        loss: str = "distance",
-        time: Sequence[float] = (1e4,),
-        prototypes: int = 1,
-        nearest: int = 3,
-        sample_w0: bool = False,
-        kmeans_positions: int = 20_000,
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: NocoCfOptions) -> None:
         super().__init__()
-        if list(time) != sorted(time) or not time or min(time) <= 0:
-            raise ModelError(f"time {tuple(time)} must be ascending and above 0")
-        if prototypes < 1 or nearest < 1:
-            raise ModelError(f"prototypes {prototypes} and nearest {nearest} must be at least 1")
-        if loss not in LOSSES:
-            raise ModelError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
-        self.norm = norm
-        self.loss_kind = loss
-        self.times = tuple(time)
-        self.nearest = min(nearest, prototypes)
-        self.sample_w0 = sample_w0
-        self.kmeans_positions = kmeans_positions
-        rows = channels if sample_w0 else channels + 2
-        K, D = prototypes, channels
+        self.options = options
+        self.nearest = min(options.nearest, options.prototypes)
+        K, D = options.prototypes, features.channels
+        rows = D if options.sample_w0 else D + 2
         self.register_buffer("centres", torch.zeros(K, D))
         self.register_buffer("filters", torch.zeros(K, rows, D + 1))
         # The sums are working memory of the fit, not part of the head.
@@ -131,30 +135,31 @@ class ClosedFormNoco(Detector):
         used for k-means and `sample_w0` only: the plain expectation needs no seed.
         """
         self._forget(generator)
-        K, positions = len(self.centres), self.kmeans_positions
+        K, positions = len(self.centres), self.options.kmeans_positions
         if K > 1:
             self.centres.copy_(kmeans_centres(bank, K, positions=positions, generator=generator))
         channels = FEW_CHANNELS if K == 1 else MANY_CHANNELS
         for stages in bank.stage_batches(max(1, channels // bank.channels)):
             self.partial_fit(stages)
         self._spectrum = values, vectors = self.decompose()
-        for step, time in enumerate(self.times, start=1):
-            if monitor is not None or step == len(self.times):
+        times = self.options.time
+        for step, time in enumerate(times, start=1):
+            if monitor is not None or step == len(times):
                 self.set_time(time, values, vectors)
             if monitor is not None:
                 monitor(step, {"time": time})
 
     def steps(self) -> list[dict[str, float]]:
-        """The times, which share a projection on the eigenvectors; see `Detector.steps`."""
-        return [] if self.sample_w0 else [{"time": time} for time in self.times]
+        """The times, which share a projection on the eigenvectors; see `KnowsSteps.steps`."""
+        return [] if self.options.sample_w0 else [{"time": time} for time in self.options.time]
 
     def score_steps(self, stages: Sequence[Tensor]) -> Tensor:
-        """See `Detector.score_steps`: one product with the eigenvectors serves every time."""
+        """See `KnowsSteps.score_steps`: one product with the eigenvectors serves every time."""
         values, vectors = self._spectrum  # (K, D+1), (K, D+1, D+1)
-        times = torch.tensor(self.times, dtype=values.dtype, device=values.device)
+        times = torch.tensor(self.options.time, dtype=values.dtype, device=values.device)
         decay = torch.exp(-rearrange(values, "k d -> k d 1") * times)  # (K, D+1, T)
         first = (decay.square() / 3).float()
-        last = (self.norm * decay * rearrange(vectors[:, -1], "k d -> k d 1")).float()
+        last = (self.options.norm * decay * rearrange(vectors[:, -1], "k d -> k d 1")).float()
         rotation = vectors.mT.float()
 
         def energies(rotated: Tensor, k: int) -> Tensor:
@@ -165,16 +170,16 @@ class ClosedFormNoco(Detector):
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """A step is one of the times; see `Detector.stopped_at`."""
-        return {"time": (self.times[step - 1],)}
+        return {"time": (self.options.time[step - 1],)}
 
     def start(self, generator: torch.Generator) -> None:
-        """Forget what was fitted; see `Detector.start`.
+        """Forget what was fitted; see `LearnsOnline.start`.
 
         Raises:
             ModelError: with prototypes, whose centres come from k-means on all normal features.
         """
         if len(self.centres) > 1:
-            raise ModelError(f"prototypes are centres of all features at once; {ONLINE_HINT}")
+            raise ModelError("prototypes are centres of all features at once", {"prototypes": "1"})
         self._forget(generator)
 
     def _forget(self, generator: torch.Generator) -> None:
@@ -182,12 +187,12 @@ class ClosedFormNoco(Detector):
         device = self.filters.device
         self._sums = torch.zeros(K, columns, columns, dtype=torch.float64, device=device)
         self._counts = torch.zeros(K, dtype=torch.float64, device=device)
-        if self.sample_w0:
+        if self.options.sample_w0:
             bound = 1 / math.sqrt(columns - 1)
             weight = torch.empty(rows, columns, dtype=torch.float64)
             weight.uniform_(-bound, bound, generator=generator)
             objective = torch.randn(rows, dtype=torch.float64, generator=generator)
-            weight[:, -1] -= self.norm * objective / objective.norm()
+            weight[:, -1] -= self.options.norm * objective / objective.norm()
             self._initial = weight.to(device)  # W0 - G e'
 
     def partial_fit(self, stages: Sequence[Tensor]) -> None:
@@ -217,7 +222,7 @@ class ClosedFormNoco(Detector):
 
     def solve(self) -> None:
         """Set the filters from the sums at the last of the times."""
-        self.set_time(self.times[-1], *self.decompose())
+        self.set_time(self.options.time[-1], *self.decompose())
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues (K, D+1), divided by the mean trace, and eigenvectors of C."""
@@ -234,7 +239,7 @@ class ClosedFormNoco(Detector):
     def set_time(self, time: float, values: Tensor, vectors: Tensor) -> None:
         """Set the filters to exp(-C s) at s = time / trace(C), both terms of the score."""
         decay = rearrange(torch.exp(-values * time), "k d -> k d 1")
-        if self.sample_w0:
+        if self.options.sample_w0:
             flow = vectors @ (decay * vectors.mT)  # (K, D+1, D+1)
             self.filters.copy_(self._initial @ flow)
             return
@@ -242,7 +247,7 @@ class ClosedFormNoco(Detector):
         spectrum = decay * vectors.mT  # (K, D+1, D+1)
         last = vectors[:, -1:, :] @ spectrum  # (K, 1, D+1), e' exp(-C s)
         first_weight = math.sqrt(1 / 3)  # o v for PyTorch's initialisation
-        self.filters.copy_(torch.cat([first_weight * spectrum, self.norm * last], dim=1))
+        self.filters.copy_(torch.cat([first_weight * spectrum, self.options.norm * last], dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the (root of the) expected squared distance at each position, (B, H, W)."""
@@ -253,13 +258,17 @@ class ClosedFormNoco(Detector):
             scores = _energy(F.linear(positions, weight, bias))  # (P, 1)
         else:
             scores = self._smallest(positions, self.filters, _energy)  # (P, 1)
-        if self.loss_kind == "distance":
+        if self.options.loss == "distance":
             scores = scores.sqrt()
         return rearrange(scores, "(b h w) 1 -> b h w", b=B, h=H, w=W)
 
-    def score_stages(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def score_stages(self, stages: Sequence[Tensor]) -> Scored:
         """See `Detector.score_stages`."""
         return self._scores(stages, self.filters, _energy).squeeze(3), None  # (B, H, W)
+
+    def exported(self) -> nn.Module:
+        """See `Detector.exported`."""
+        return _Exported(self) if len(self.centres) > 1 else self
 
     def _scores(
         self,
@@ -287,7 +296,7 @@ class ClosedFormNoco(Detector):
         else:
             positions = rearrange(join_stages(stages), "b c h w -> (b h w) c")  # (P, D)
             scores = self._smallest(positions, matrices, energies)  # (P, T)
-        if self.loss_kind == "distance":
+        if self.options.loss == "distance":
             scores = scores.sqrt()
         return rearrange(scores, "(b h w) t -> b h w t", h=H, w=W)
 
@@ -329,3 +338,61 @@ def _energy(filtered: Tensor, k: int = 0) -> Tensor:
     """Return the squared lengths (P, 1) of features behind the filters, (P, R)."""
     del k  # every centre's filter has its weights in it
     return torch.linalg.vector_norm(filtered, dim=1, keepdim=True).square_()
+
+
+class _Exported(nn.Module):
+    """`NocoCf` with several centres, for a graph that any number of images can go through.
+
+    Where the detector sorts features by their nearest centres, this picks each centre's features
+    out of all.
+    """
+
+    centres: Tensor
+    filters: Tensor
+    lengths: Tensor
+
+    def __init__(self, detector: NocoCf) -> None:
+        super().__init__()
+        self.nearest = detector.nearest
+        self.takes_root = detector.options.loss == "distance"
+        self.register_buffer("centres", detector.centres)
+        self.register_buffer("filters", detector.filters)
+        self.register_buffer("lengths", detector.centres.square().sum(dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return maps (B, H, W) of features (B, C, H, W)."""
+        B, _, H, W = features.shape
+        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
+        distance = torch.addmm(self.lengths, positions, self.centres.T, alpha=-2)  # (P, K)
+        near = distance.topk(self.nearest, dim=1, largest=False).indices  # (P, n)
+        smallest = torch.full_like(distance[:, 0], torch.inf)  # (P,)
+        for k, (centre, matrix) in enumerate(zip(self.centres, self.filters, strict=True)):
+            rows = (near == k).any(dim=1).nonzero().squeeze(1)  # (M,)
+            offsets = positions.index_select(0, rows) - centre  # (M, D)
+            filtered = torch.addmm(matrix[:, -1], offsets, matrix[:, :-1].T)  # (M, R)
+            energies = filtered.square().sum(dim=1)  # (M,)
+            energies = torch.minimum(energies, smallest.index_select(0, rows))
+            smallest = smallest.scatter(0, rows, energies)
+        scores = smallest.sqrt() if self.takes_root else smallest
+        return rearrange(scores, "(b h w) -> b h w", b=B, h=H, w=W)
+
+
+METHOD = Method(
+    detector=lambda: NocoCf,
+    options=NocoCfOptions(),
+    experiment={
+        # Prototypes are measured on the strides 8 and 16; the stem's neighbour adds cost, not
+        # accuracy.
+        "structured": {"layers": (2, 3), "select": "synthetic"},
+        "semantic": {"select": "synthetic"},
+    },
+    on={
+        # Pooled features: the norm is nuisance and one centre is enough.
+        "semantic": {
+            "feature_norm": "l2",
+            "prototypes": 1,
+            "time": (1e1, 1e2, 1e3, 1e4),
+            "loss": "squared",
+        },
+    },
+)

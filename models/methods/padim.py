@@ -5,20 +5,33 @@ Source: "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection an
 Mahalanobis distance (eq. 2); 100 channels of ResNet18's 448, 550 of WideResNet50's 1792.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.detector import Detector, FeatureSource, Monitor
+from configs.options import FeatureOptions, OptionalInt, Positive
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.errors import ModelError
 from models.features.matmul import full_precision
+from models.method import Method
 
 READ = 16
 """Images read at once: each batch touches all covariances, so the more the better."""
 CHUNK = 2**22
 """Entries of the covariances that are factorised at once, in float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadimOptions(FeatureOptions):
+    """PaDiM: one Gaussian per position over a random subset of the channels."""
+
+    dims: OptionalInt = 550
+    """Channels drawn at random (paper: 100 of ResNet18's, 550 of WideResNet50's); none, or more
+    than there are, for all."""
+    regularization: Positive = 0.01
+    """Added to the diagonal of each covariance (paper: 0.01)."""
 
 
 class Padim(Detector):
@@ -27,12 +40,6 @@ class Padim(Detector):
     The head has H*W*D^2 numbers; a fit needs little more memory than that. It scores grids of the
     size it was fitted on.
 
-    Args:
-        channels: channels of the features.
-        dims: channels drawn at random, D; None for all. With fewer channels than that it is all of
-            them, and a remark says so.
-        regularization: epsilon, added to the diagonal of each covariance.
-
     Attributes:
         kept: channels drawn, ascending, (D,) int64.
         mean: (H*W, D).
@@ -40,22 +47,18 @@ class Padim(Detector):
         remarks: that there are fewer channels than `dims`.
     """
 
+    sized_by_fit = ("mean", "whitening")
+
     kept: Tensor
     mean: Tensor
     whitening: Tensor
 
-    def __init__(
-        self, channels: int, *, dims: int | None = 550, regularization: float = 0.01
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: PadimOptions) -> None:
         super().__init__()
-        if dims is not None and dims < 1:
-            raise ModelError(f"dims {dims} must be at least 1, or none for all channels")
-        if not regularization > 0:
-            raise ModelError(f"regularization {regularization} must be above 0")
+        self.options = options
+        channels, dims = features.channels, options.dims
         self.channels = channels
-        self.regularization = regularization
         D = channels if dims is None else min(dims, channels)
-        self.remarks: list[str] = []
         if dims is not None and dims > channels:
             self.remarks.append(
                 f"all {channels} channels are used: there are fewer than --method.dims {dims}"
@@ -100,15 +103,10 @@ class Padim(Detector):
     def _invert(self, sums: Tensor, count: int) -> None:
         """Turn sums of squares (P, D, D) into the inverse Cholesky factors, in place."""
         covariances = sums.double() / (count - 1)
-        covariances.diagonal(dim1=1, dim2=2).add_(self.regularization)
+        covariances.diagonal(dim1=1, dim2=2).add_(self.options.regularization)
         factors = torch.linalg.cholesky(covariances)
         identity = torch.eye(sums.shape[1], dtype=factors.dtype, device=factors.device)
         sums.copy_(torch.linalg.solve_triangular(factors, identity, upper=False))
-
-    def stopped_at(self, step: int) -> dict[str, Any]:
-        """There is one step; see `Detector.stopped_at`."""
-        del step
-        return {}
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the Mahalanobis distance at each position, (B, H, W).
@@ -128,17 +126,41 @@ class Padim(Detector):
         distances = torch.linalg.vector_norm(whitened, dim=2)  # (H*W, B)
         return rearrange(distances, "(h w) b -> b h w", h=H, w=W)
 
+    def exported(self) -> nn.Module:
+        """See `Detector.exported`."""
+        return _Exported(self)
+
     def _positions(self, features: Tensor) -> Tensor:
         """Return the drawn channels by position, (H*W, B, D), of features (B, C, H, W)."""
         # As a view, with a position's images far apart, the products take four times as long.
         return rearrange(features[:, self.kept], "b d h w -> (h w) b d").contiguous()
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
-    ) -> None:
-        """Take the stored number of positions, then the values."""
-        if (stored := state_dict.get(f"{prefix}mean")) is not None:
-            P, D = len(stored), self.mean.shape[1]
-            self.mean = self.mean.new_empty(P, D)
-            self.whitening = self.whitening.new_empty(P, D, D)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+class _Exported(nn.Module):
+    """`Padim`, with its factors on the left so that no copy of them is transposed."""
+
+    kept: Tensor
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(self, detector: Padim) -> None:
+        super().__init__()
+        self.register_buffer("kept", detector.kept)
+        self.register_buffer("mean", detector.mean.unsqueeze(2))  # (H*W, D, 1)
+        self.register_buffer("whitening", detector.whitening)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return maps (B, H, W) of features (B, C, H, W)."""
+        _, _, H, W = features.shape
+        drawn = features.index_select(1, self.kept)  # (B, D, H, W)
+        centred = rearrange(drawn, "b d h w -> (h w) d b") - self.mean  # (H*W, D, B)
+        distances = torch.linalg.vector_norm(self.whitening @ centred, dim=1)  # (H*W, B)
+        return rearrange(distances, "(h w) b -> b h w", h=H, w=W)
+
+
+METHOD = Method(
+    detector=lambda: Padim,
+    options=PadimOptions(),
+    published_as="PaDiM",
+    experiment={"structured": {"patch_size": 1}},  # paper: the stages' maps as they are
+)

@@ -14,12 +14,16 @@ patch score, without the weight of eq. 7. That is `num_neighbors = 1` here.
 | s (eq. 7) | image scores | (1 - exp(s*) / sum over N_b of exp ||m^test - m||) s* |
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from configs.options import FeatureOptions, PositiveInt, Share
+from models.deployment.memory import Memory
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.features.coreset import (
     count_positions,
     draw_projection,
@@ -27,55 +31,44 @@ from models.features.coreset import (
     read_positions,
     read_projected,
 )
-from models.detector import Detector, FeatureSource, Monitor
-from models.errors import ModelError
 from models.features.nearest import check_search, direct_distances, nearest
+from models.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchCoreOptions(FeatureOptions):
+    """PatchCore: a coreset of normal patch features, distance to the nearest."""
+
+    coreset_ratio: Share = 0.1
+    """Share of the normal features kept, rounded down, at least one; 1 keeps all (released commands
+    for images of 224 pixels: 0.1; paper: 0.01, 0.1, 0.25)."""
+    num_neighbors: PositiveInt = 9
+    """Neighbours of the nearest kept feature that re-weight the image score; 1 for none (eq. 7)."""
+    projection_dim: PositiveInt = 128
+    """Dimensions the coreset is chosen in, by random projection (released code: 128)."""
+    search: Literal["exact", "faiss"] = "exact"
+    """Nearest neighbours by one product per block, or by the package faiss."""
 
 
 class PatchCore(Detector):
     """Nearest-neighbour distances to a coreset of all positions.
 
-    Args:
-        channels: channels of the features.
-        coreset_ratio: share of the normal positions kept, rounded down; at least one is, and 1
-            keeps all. The paper's tables have 0.01, 0.1 and 0.25; 0.1 is that of the released
-            commands for images of 224 pixels.
-        num_neighbors: b of eq. 7 (paper: 9). 1 leaves the weight out. Where the memory is smaller
-            it is all of it.
-        projection_dim: dimensions the coreset is chosen in (released code: 128).
-        search: "exact" or "faiss", see `models.features.nearest.nearest`.
+    Where the memory is smaller than `num_neighbors` all of it are neighbours.
 
     Attributes:
         memory: (M, C) float32, in the order of choice.
         remarks: that fewer positions differ than the ratio asks for.
     """
 
+    sized_by_fit = ("memory",)
+
     memory: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        coreset_ratio: float = 0.1,
-        num_neighbors: int = 9,
-        projection_dim: int = 128,
-        search: str = "exact",
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: PatchCoreOptions) -> None:
         super().__init__()
-        if not 0 < coreset_ratio <= 1:
-            raise ModelError(f"coreset ratio {coreset_ratio} must be above 0 and at most 1")
-        if num_neighbors < 1 or projection_dim < 1:
-            raise ModelError(
-                f"num neighbors {num_neighbors} and projection dim {projection_dim} must be at "
-                "least 1"
-            )
-        check_search(search)
-        self.coreset_ratio = coreset_ratio
-        self.num_neighbors = num_neighbors
-        self.projection_dim = projection_dim
-        self.search = search
-        self.remarks: list[str] = []
-        self.register_buffer("memory", torch.zeros(0, channels))
+        check_search(options.search)
+        self.options = options
+        self.register_buffer("memory", torch.zeros(0, features.channels))
 
     def fit(
         self,
@@ -88,7 +81,7 @@ class PatchCore(Detector):
 
         The features themselves are never held, only their projection.
         """
-        count = max(1, int(count_positions(bank) * self.coreset_ratio))
+        count = max(1, int(count_positions(bank) * self.options.coreset_ratio))
         chosen = self._choose(bank, count, generator)
         self.memory = read_positions(bank, chosen).to(self.memory)
         self.remarks = []
@@ -102,16 +95,11 @@ class PatchCore(Detector):
 
     def _choose(self, bank: FeatureSource, count: int, generator: torch.Generator) -> Tensor:
         """Return the positions of the coreset, (count,) or fewer."""
-        if self.coreset_ratio == 1:
+        if self.options.coreset_ratio == 1:
             return torch.arange(count)
-        projection = draw_projection(bank.channels, self.projection_dim, generator)
+        projection = draw_projection(bank.channels, self.options.projection_dim, generator)
         points = read_projected(bank, projection)  # (N*H*W, dim)
         return greedy_k_centre(points, count, generator=generator)
-
-    def stopped_at(self, step: int) -> dict[str, Any]:
-        """There is one step; see `Detector.stopped_at`."""
-        del step
-        return {}
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the distance to the nearest in the memory at each position, (B, H, W)."""
@@ -122,11 +110,13 @@ class PatchCore(Detector):
         """Return anomaly maps (B, H, W) and the image scores of eq. 7, (B,)."""
         maps, rows = self._nearest(features)  # (B, H, W) each
         peaks, where = maps.flatten(1).max(dim=1)  # (B,) each
-        count = min(self.num_neighbors, len(self.memory))
+        count = min(self.options.num_neighbors, len(self.memory))
         if count == 1:
             return maps, peaks
         nearest_rows = rows.flatten(1).gather(1, where.unsqueeze(1)).squeeze(1)  # (B,)
-        _, neighbours = nearest(self.memory[nearest_rows], self.memory, count, search=self.search)
+        _, neighbours = nearest(
+            self.memory[nearest_rows], self.memory, count, search=self.options.search
+        )
         positions = rearrange(features, "b c h w -> b (h w) c")
         farthest = positions[torch.arange(len(positions), device=where.device), where]  # (B, C)
         # (B, 1, C) to (B, b, C)
@@ -135,21 +125,51 @@ class PatchCore(Detector):
         weights = -torch.expm1(peaks - torch.logsumexp(distances, dim=1))  # (B,)
         return maps, weights * peaks
 
+    def exported(self) -> nn.Module:
+        """See `Detector.exported`."""
+        return _Exported(self)
+
     def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return distance and row of the nearest in the memory, (B, H, W) each."""
         B, _, H, W = features.shape
         positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
-        distances, rows = nearest(positions, self.memory, 1, search=self.search)  # (P, 1) each
+        distances, rows = nearest(positions, self.memory, 1, search=self.options.search)  # (P, 1) each
         shape = {"b": B, "h": H, "w": W}
         return (
             rearrange(distances, "(b h w) 1 -> b h w", **shape),
             rearrange(rows, "(b h w) 1 -> b h w", **shape),
         )
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
-    ) -> None:
-        """Take the size of the stored memory, then its values."""
-        if (stored := state_dict.get(f"{prefix}memory")) is not None:
-            self.memory = self.memory.new_empty(len(stored), self.memory.shape[1])
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+class _Exported(nn.Module):
+    """`PatchCore` on `Memory`, with the image scores of eq. 7."""
+
+    def __init__(self, detector: PatchCore) -> None:
+        super().__init__()
+        self.memory = Memory(detector.memory)
+        self.count = min(detector.options.num_neighbors, len(detector.memory))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return maps and image scores of features (B, C, H, W)."""
+        B, C, H, W = features.shape
+        positions = rearrange(features, "b c h w -> (b h w) c") - self.memory.shift  # (P, C)
+        distances, rows = self.memory(positions, 1)  # (P, 1) each
+        maps = rearrange(distances, "(b h w) 1 -> b h w", b=B, h=H, w=W)
+        peaks, where = maps.flatten(1).max(dim=1, keepdim=True)  # (B, 1) each
+        if self.count == 1:
+            return maps, peaks[:, 0]
+        nearest = rearrange(rows, "(b p) 1 -> b p", p=H * W).gather(1, where)[:, 0]  # (B,)
+        _, neighbours = self.memory(self.memory.memory[nearest], self.count)  # (B, b)
+        by_image = rearrange(positions, "(b p) c -> b p c", p=H * W)
+        farthest = by_image.gather(1, where.unsqueeze(2).expand(-1, 1, C))[:, 0]  # (B, C)
+        distances = self.memory.distances(farthest, neighbours)  # (B, b)
+        weights = 1 - torch.exp(peaks[:, 0] - torch.logsumexp(distances, dim=1))  # (B,)
+        return maps, weights * peaks[:, 0]
+
+
+METHOD = Method(
+    detector=lambda: PatchCore,
+    options=PatchCoreOptions(),
+    published_as="PatchCore",
+    experiment={"structured": {"layers": (2, 3)}},  # paper, section 4.2
+)

@@ -15,19 +15,48 @@ The score multiplies the stages' maps, so a position is anomalous where all scal
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from models.detector import Detector, FeatureSource, Monitor
-from models.errors import ModelError
-from models.backbone.extractor import FrozenExtractor, channels_first
-from models.training.mixed_precision import bfloat16_autocast
-from models.methods.noco import mean_of_finite
+from configs.options import Fraction, MethodOptions, NotNegative, Positive, PositiveInt
+from models.backbone.extractor import channels_first
+from models.backbone.rewriting import accelerated
 from models.backbone.weights import load_backbone
+from models.deployment.memory import normalised_pixels
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor
+from models.errors import ModelError
+from models.method import Method
+from models.training.epochs import epochs, mean_of_finite
+from models.training.mixed_precision import bfloat16_autocast
+
+EXAMPLE_SIDE = 224
+"""Pixels of the image by which networks are rewritten for export."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StpmOptions(MethodOptions):
+    """STPM: a student learns the frozen teacher's pyramid on normal images."""
+
+    learning_rate: Positive = 0.4
+    """Of SGD (paper, section 4)."""
+    momentum: Fraction = 0.9
+    """Of SGD (paper)."""
+    weight_decay: NotNegative = 1e-4
+    """Of SGD (paper)."""
+    batch_size: PositiveInt = 32
+    """Images per step (paper)."""
+    epochs: PositiveInt = 100
+    """Passes over the training images (paper)."""
+    validation_share: Fraction = 0.2
+    """Normal training images held out; the epoch of least loss on them is kept (paper: 0.2), the
+    last with 0."""
+    mixed_precision: bool = True
+    """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
+    elsewhere."""
 
 
 class Stpm(Detector):
@@ -35,45 +64,16 @@ class Stpm(Detector):
 
     The student trains with batch statistics and scores with running ones; the teacher never leaves
     eval mode. A share of the normal images is held out and the epoch of least loss on them is kept,
-    as published: no anomaly takes part. `diagnostics` says which epoch that was.
-
-    Args:
-        backbone: the teacher, and the architecture of the student.
-        learning_rate: of SGD.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        batch_size: images per step.
-        epochs: passes over the training images.
-        validation_share: of the normal images, held out; 0 keeps the last epoch.
-        mixed_precision: train the student under bfloat16 autocast where a CUDA device computes in
-            it; scores are float32.
+    as published: no anomaly takes part. `diagnostics` says which epoch that was, "kept_epoch".
     """
 
-    takes: ClassVar[Literal["features", "images"]] = "images"
-
-    def __init__(
-        self,
-        backbone: FrozenExtractor,
-        *,
-        learning_rate: float = 0.4,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        batch_size: int = 32,
-        epochs: int = 100,
-        validation_share: float = 0.2,
-        mixed_precision: bool = True,
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: StpmOptions) -> None:
         super().__init__()
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.validation_share = validation_share
-        self.mixed_precision = mixed_precision
-        self._teacher = (backbone,)  # in a tuple, so that its weights are not part of this head
-        self.student = copy.deepcopy(backbone.net).requires_grad_(True)
-        self._diagnostics: dict[str, list[float]] = {}
+        assert features.backbone is not None
+        self.options = options
+        # In a tuple, so that its weights are not part of this head.
+        self._teacher = (features.backbone,)
+        self.student = copy.deepcopy(features.backbone.net).requires_grad_(True)
         self.eval()  # a loaded head scores; only `fit` trains
 
     def fit(
@@ -89,20 +89,21 @@ class Stpm(Detector):
             FloatingPointError: the loss left the finite numbers.
             ModelError: too few images to hold any out, or to train on.
         """
+        options = self.options
         self._initialise(generator)
         training, held = self._hold_out(bank, generator)
         optimizer = torch.optim.SGD(
             self.student.parameters(),
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
+            lr=options.learning_rate,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
         )
-        least, kept_epoch, kept = math.inf, self.epochs, None
-        for epoch in tqdm(range(1, self.epochs + 1), desc="epochs", leave=False, disable=None):
+        least, kept_epoch, kept = math.inf, options.epochs, None
+        for epoch in epochs(options.epochs):
             self.student.train()
             losses = []
-            for images in training.batches(self.batch_size, generator=generator):
-                with bfloat16_autocast(images.device, wanted=self.mixed_precision):
+            for images in training.batches(options.batch_size, generator=generator):
+                with bfloat16_autocast(images.device, wanted=options.mixed_precision):
                     loss = self._loss(images)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -119,7 +120,7 @@ class Stpm(Detector):
                 monitor(epoch, values)
         if kept is not None:
             self.student.load_state_dict(kept)
-        self._diagnostics = {"kept_epoch": [float(kept_epoch)]}
+        self.diagnostics = {"kept_epoch": [float(kept_epoch)]}
 
     def stage_maps(self, images: Tensor) -> Iterator[Tensor]:
         """Yield half the squared distance of teacher and student, (B, H_l, W_l), of each stage."""
@@ -144,9 +145,9 @@ class Stpm(Detector):
         """A step is an epoch, and the last one counts; see `Detector.stopped_at`."""
         return {"epochs": step, "validation_share": 0.0}
 
-    def diagnostics(self) -> dict[str, list[float]]:
-        """Return the epoch that was kept, as "kept_epoch". Empty before `fit`."""
-        return self._diagnostics
+    def exported(self) -> nn.Module:
+        """See `Detector.exported`."""
+        return _Exported(self)
 
     def _initialise(self, generator: torch.Generator) -> None:
         """Give the student random weights, those timm draws for its architecture."""
@@ -163,12 +164,13 @@ class Stpm(Detector):
         self, bank: FeatureSource, generator: torch.Generator
     ) -> tuple[FeatureSource, FeatureSource | None]:
         """Split the images into those trained on and those that choose the epoch."""
-        num_held = round(self.validation_share * len(bank))
+        num_held = round(self.options.validation_share * len(bank))
         if num_held == 0:
             return bank, None
         if num_held == len(bank):
             raise ModelError(
-                f"--method.validation-share {self.validation_share} leaves no image to train on"
+                f"a validation share of {self.options.validation_share} leaves no image to train on",
+                {"validation_share": "lower"},
             )
         order = torch.randperm(len(bank), generator=generator)
         return bank.subset(order[num_held:]), bank.subset(order[:num_held])
@@ -179,5 +181,46 @@ class Stpm(Detector):
 
     @torch.no_grad()
     def _validate(self, held: FeatureSource, epoch: int) -> float:
-        losses = [self._loss(images) * len(images) for images in held.batches(self.batch_size)]
+        losses = [self._loss(images) * len(images) for images in held.batches(self.options.batch_size)]
         return mean_of_finite(losses, epoch) * len(losses) / len(held)
+
+
+class _Exported(nn.Module):
+    """`Stpm` with teacher and student side by side."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, detector: Stpm) -> None:
+        super().__init__()
+        (teacher,) = detector._teacher
+        self.register_buffer("mean", teacher.mean)
+        self.register_buffer("std", teacher.std)
+        # Of any size: it shows which layer follows which.
+        pixels = torch.zeros(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)
+        self.teacher = accelerated(teacher.net, pixels)
+        self.student = accelerated(detector.student, pixels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return maps (B, S, S) of uint8 images (B, 3, S, S)."""
+        pixels = normalised_pixels(images, self.mean, self.std)
+        pyramids = [channels_first(net, net(pixels)) for net in (self.teacher, self.student)]
+        maps = []
+        for wanted, learned in zip(*pyramids, strict=True):
+            difference = F.normalize(wanted, dim=1) - F.normalize(learned, dim=1)
+            stage_map = difference.square().sum(dim=1, keepdim=True) / 2  # (B, 1, H_l, W_l)
+            maps.append(F.interpolate(stage_map, images.shape[2:], mode="bilinear"))
+        return torch.cat(maps, dim=1).prod(dim=1)  # (B, S, S)
+
+
+METHOD = Method(
+    detector=lambda: Stpm,
+    options=StpmOptions(),
+    tasks=frozenset({"structured"}),
+    takes=frozenset({"images"}),
+    published_as="STPM",
+    # Paper: whole images of 256, the product of the maps unblurred.
+    experiment={
+        "structured": {"image_size": 256, "crop_size": None, "patch_size": 1, "blur_sigma": 0.0}
+    },
+)

@@ -5,20 +5,6 @@ import math
 import torch
 from torch import nn
 
-from models.errors import ModelError
-
-INITS = ("default", "xavier")
-
-
-def check_init(init: str) -> None:
-    """Refuse an unknown way to initialise.
-
-    Raises:
-        ModelError: `init` is not in INITS.
-    """
-    if init not in INITS:
-        raise ModelError(f"init {init!r} is not one of {', '.join(INITS)}")
-
 
 @torch.no_grad()
 def draw_linear(linear: nn.Linear, init: str, generator: torch.Generator) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from figures import compare
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.runs.run import Run
 
 FACTS = {

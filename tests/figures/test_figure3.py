@@ -9,7 +9,7 @@ from matplotlib.patches import Arc
 from PIL import Image
 
 from figures import figure3
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.runs.run import Run
 
 LABELS = np.array([0, 0, 1, 1])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from figures import heatmaps
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.runs.run import Run
 
 SIZE = 16

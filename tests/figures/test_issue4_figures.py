@@ -11,7 +11,7 @@ from figures import closed_form_proof
 
 from figures import selection_curve
 from figures.shared.run_log import read_runs
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.runs.run import Run
 
 TIMES = (10.0, 100.0, 1000.0)

@@ -17,7 +17,7 @@ from figures import patch_size
 from figures import sigma_sweep
 from figures.shared.option_curves import Curve, Point, Sweep, read_curves
 from figures.shared.option_tables import near_best, shared_lines, to_csv, to_markdown
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.runs.run import Run
 
 SWEEP = Sweep(

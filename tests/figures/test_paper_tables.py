@@ -36,7 +36,7 @@ from tests.test_readme import (
     parse_only,  # noqa: F401
 )
 from utils.tables.published import PUBLISHED_FILE, published_table
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from figures import instability
 from figures import loss_curve
 from figures.shared.drawing import grid_rows, save_figure, style
 from figures.shared.run_log import read_runs
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.runs.run import Run
 
 AUROCS = {0: [0.6, 0.9, 0.7], 1: [0.5, 0.4, 0.8]}

@@ -23,7 +23,7 @@ from datasets.reading.transforms import PairTransform
 from pipeline.finished import load_run
 from tests.datasets.trees import draw_mvtec_category
 from models.deployment import formats as exported
-from utils.cli import UsageError
+from utils.errors import UsageError
 from models.deployment.formats import ONNX_PACKAGES, example_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")

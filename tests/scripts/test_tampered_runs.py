@@ -17,7 +17,8 @@ from figures import compare
 from figures import loss_curve
 from figures.compare import lines_of, read_runs_by_data
 from figures.shared.run_log import read_runs
-from utils.runs.run import Run, RunError
+from utils.runs.run import Run
+from utils.errors import RunError
 
 CONFIG = structured_experiment("folder", "noco").to_json()
 METRICS = {"image_auroc": 0.9, "pixel_auroc": 0.8, "aupro": 0.7}

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.cli import UsageError, exits_cleanly, pick_device
+from utils.cli import exits_cleanly
+from utils.errors import UsageError
+from utils.device import pick_device
 
 
 class KnownError(Exception):

@@ -1,1 +1,1 @@
-"""Scores of test images, what is chosen by them, and thresholds; no files, no metrics of its own."""
+"""Scores of images, metrics of a test set, what is chosen by them, and thresholds from normals."""

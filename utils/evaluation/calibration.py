@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from scipy.stats import betabinom
 
-from utils.cli import UsageError
-from utils.runs.files import RunError, corrupt, file_stem, read_object, write_text
+from utils.errors import RunError, UsageError
+from utils.evaluation.selection import split_off
+from utils.runs.files import corrupt, file_stem, read_object, write_text
 
 UNLIKELY = 1e-3
 """Probability of as many false alarms as seen below which a table remarks on them."""
@@ -166,8 +167,7 @@ def held_out_for_calibration(
             f"{needed} held out, and a fit 2: change one of the two, or leave both out and "
             "calibrate with other normal images (predict.py RUN IMAGES... --calibrate)"
         )
-    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
-    return order[num_held:].sort().values, order[:num_held].sort().values
+    return split_off(num_images, num_held)
 
 
 def calibration_file(run_folder: Path, category: str, seed: int, suffix: str = "") -> Path:

@@ -3,11 +3,11 @@
 import csv
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
+from models.detector import Detector, LearnsOnline
 from utils.evaluation.test_set import TestSet
 from utils.features.features import Features
 from utils.runs.files import atomic_path, write_text
@@ -22,12 +22,12 @@ def checkpoints(num_images: int) -> list[int]:
 
 
 def online_curve(
-    detector: Any, train: Features, test: TestSet, *, generator: torch.Generator
+    detector: Detector, train: Features, test: TestSet, *, generator: torch.Generator
 ) -> list[dict[str, float]]:
     """Feed normal images in random order and evaluate after 1, 2, 5, 10, ... of them.
 
     Args:
-        detector: has `start`, `partial_fit` and `solve`.
+        detector: one that learns online.
         train: normal features.
         test: what to evaluate on.
         generator: draws the order of arrival.
@@ -35,6 +35,7 @@ def online_curve(
     Returns:
         One row per checkpoint, with the keys of `COLUMNS`.
     """
+    assert isinstance(detector, LearnsOnline)
     order = torch.randperm(len(train), generator=generator)
     detector.start(generator)
     rows, seen = [], 0
@@ -43,7 +44,7 @@ def online_curve(
             detector.partial_fit(stages)
         seen = num_images
         detector.solve()
-        values = test.metrics(test.score(detector)).values()
+        values = test.measure(test.score(detector)).values
         rows.append({"num_images": num_images} | {name: values[name] for name in COLUMNS[1:]})
     return rows
 

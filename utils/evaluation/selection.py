@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
 import torch
 
-from utils.cli import UsageError
-from utils.evaluation.test_set import Scores, TestSet
+from models.detector import Detector, KnowsSteps
+from utils.errors import UsageError
+from utils.evaluation.scoring import Scores, Scoring, score_all_steps
+from utils.evaluation.test_set import TestSet
 from utils.features.features import Features
 from utils.seeding import seed_everything
 
@@ -51,8 +53,12 @@ def hold_out(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
             "--select synthetic needs at least two normal training images, one to hold out; "
             "use --select last"
         )
+    return split_off(num_images, max(1, round(HELD_OUT_SHARE * num_images)))
+
+
+def split_off(num_images: int, num_held: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split positions 0 .. N-1 at random, the same for every seed: kept ones, held-out ones."""
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
-    num_held = max(1, round(HELD_OUT_SHARE * num_images))
     return order[num_held:].sort().values, order[:num_held].sort().values
 
 
@@ -66,10 +72,8 @@ def validation_set(
     kept: torch.Tensor,
     held: torch.Tensor,
     anomalies: Features,
+    scoring: Scoring,
     masks: torch.Tensor | None = None,
-    map_size: int | None = None,
-    blur_sigma: float = 0.0,
-    batch_size: int = 32,
 ) -> Validation:
     """Join held-out normals and the synthetic anomalies made from them.
 
@@ -78,10 +82,8 @@ def validation_set(
         kept: rows to fit candidates on.
         held: rows held out.
         anomalies: features of the synthetic anomalies.
+        scoring: as the test set has it.
         masks: (num anomalies, S, S) bool, where they were drawn; None on a 1 x 1 grid.
-        map_size: as `TestSet` has it.
-        blur_sigma: as `TestSet` has it.
-        batch_size: as `TestSet` has it.
     """
     held_bank = normals.subset(held)
     names = [f"normal/{i}" for i in held_bank.indices] + [
@@ -99,16 +101,13 @@ def validation_set(
         names=names,
         kinds=kinds,
         masks=masks,
-        map_size=map_size,
-        blur_sigma=blur_sigma,
-        batch_size=batch_size,
-        stride=1 if map_size is None else STRIDE,
+        scoring=replace(scoring, stride=1 if scoring.map_size is None else STRIDE),
     )
     return Validation(normals.subset(kept), test)
 
 
 def choose(
-    build: Callable[[dict[str, Any]], Any],
+    build: Callable[[dict[str, Any]], Detector],
     candidates: Sequence[dict[str, Any]],
     validation: Validation,
     *,
@@ -136,43 +135,63 @@ def choose(
     choices: list[Choice] = []
     for options in candidates:
         generator = seed_everything(seed)
-        detector = build(options)
-
-        def judge(
-            step: int,
-            values: dict[str, float],
-            scores: Scores | None = None,
-            watched_scores: Scores | None = None,
-            options: dict[str, Any] = options,
-            detector: Any = detector,
-        ) -> None:
-            image, pixel = validation.test.aurocs(
-                validation.test.score(detector) if scores is None else scores
-            )
-            auroc = image if math.isnan(pixel) else pixel
-            choices.append(Choice(options | detector.stopped_at(step), auroc, image))
-            record: dict[str, float] = {}
-            if watched is not None:
-                metrics = watched.metrics(
-                    watched.score(detector) if watched_scores is None else watched_scores
-                )
-                record = {f"test_{name}": value for name, value in metrics.values().items()}
-            log(
-                event="selection",
-                step=step,
-                options=options,
-                synthetic_auroc=auroc,
-                synthetic_image_auroc=image,
-                **values,
-                **record,
-            )
-
-        if steps := detector.steps():
-            detector.fit(validation.kept, generator=generator)
-            scores = validation.test.score_steps(detector)
-            beside = repeat(None) if watched is None else watched.score_steps(detector)
-            for step, found in enumerate(zip(steps, scores, beside, strict=False), start=1):
-                judge(step, *found)
-        else:
+        judge = _Judge(build(options), options, validation, choices, log, watched)
+        detector = judge.detector
+        steps = detector.steps() if isinstance(detector, KnowsSteps) else []
+        if not steps:
             detector.fit(validation.kept, generator=generator, monitor=judge)
+            continue
+        assert isinstance(detector, KnowsSteps)
+        detector.fit(validation.kept, generator=generator)
+        test = validation.test
+        scores = score_all_steps(detector, test.bank, test.scoring)
+        beside = (
+            repeat(None)
+            if watched is None
+            else score_all_steps(detector, watched.bank, watched.scoring)
+        )
+        for step, (values, found, seen) in enumerate(
+            zip(steps, scores, beside, strict=False), start=1
+        ):
+            judge.record(step, values, found, seen)
     return max(choices, key=lambda choice: (choice.auroc, choice.tie_break))
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Judges each step of a candidate's fit, and adds it to the choices."""
+
+    detector: Detector
+    options: dict[str, Any]
+    validation: Validation
+    choices: list[Choice]
+    log: Callable[..., None]
+    watched: TestSet | None
+    scores_steps: bool = True
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        """Score the detector as it is now; see `models.detector.Monitor`."""
+        watched = None if self.watched is None else self.watched.score(self.detector)
+        self.record(step, values, self.validation.test.score(self.detector), watched)
+
+    def record(
+        self, step: int, values: dict[str, float], scores: Scores, watched: Scores | None
+    ) -> None:
+        """Add what scores of the validation set say, and log it with those of the test set."""
+        image, pixel = self.validation.test.aurocs(scores)
+        auroc = image if math.isnan(pixel) else pixel
+        options = self.options | self.detector.stopped_at(step)
+        self.choices.append(Choice(options, auroc, image))
+        beside: dict[str, float] = {}
+        if self.watched is not None and watched is not None:
+            measured = self.watched.measure(watched)
+            beside = {f"test_{name}": value for name, value in measured.values.items()}
+        self.log(
+            event="selection",
+            step=step,
+            options=self.options,
+            synthetic_auroc=auroc,
+            synthetic_image_auroc=image,
+            **values,
+            **beside,
+        )

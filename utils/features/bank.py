@@ -19,9 +19,12 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.cli import UsageError, exits_cleanly
+from utils.cli import exits_cleanly
+from utils.errors import UsageError
 from utils.features.store import Entry, EntryWriter, FeatureStore, default_folder
-from utils.features.features import Extractor, Features, ImageLoader, Rows, rounded_maps
+from datasets.samples import ImageLoader
+from models.detector import Extractor
+from utils.features.features import Features, Rows, rounded_maps
 
 STORES = ("auto", "device", "host", "disk")
 DEVICE_SHARE = 0.4
@@ -60,7 +63,7 @@ class FeatureBank(Features):
     ) -> None:
         super().__init__(
             indices,
-            sum(stage.shape[-1] for stage in stages),
+            sum(s.shape[-1] for s in stages if s.is_floating_point()) or stages[-1].shape[-1],
             assemble,
             extract_seconds=extract_seconds,
             pass_seconds=pass_seconds,

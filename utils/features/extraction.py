@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from utils.features.bank import STORES, FeatureBank
-from utils.features.features import Extractor, Features, ImageLoader
+from datasets.samples import ImageLoader
+from models.detector import Extractor
+from utils.features.features import Features
 from utils.features.streamed import StreamedFeatures
 
 CACHES = (*STORES, "none")

@@ -2,87 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from models.detector import Extractor
+
 Rows = Sequence[int] | np.ndarray | Tensor
 SomeFeatures = TypeVar("SomeFeatures", bound="Features")
-
-
-class Extractor(Protocol):
-    """What features need of a backbone."""
-
-    stage_channels: tuple[int, ...]
-    """Channels of each stage's map."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs, and where the heads will."""
-        ...
-
-    def assemble(self, maps: list[Tensor]) -> Tensor:
-        """Join the stages' maps into features (B, C, H, W), float32."""
-        ...
-
-    def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Run the backbone on uint8 images (B, 3, S, S); one (B, C_l, H_l, W_l) per stage."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return everything the features depend on beside the images, as JSON values."""
-        ...
-
-
-class ImageBatch(Protocol):
-    """A batch of a loader."""
-
-    @property
-    def indices(self) -> list[int]:
-        """Positions in the data set."""
-        ...
-
-    @property
-    def images(self) -> Tensor:
-        """Images (B, 3, S, S), uint8."""
-        ...
-
-
-class ImageLoader(Protocol):
-    """Batches of images in a fixed order; `num_images` counts unreadable ones too."""
-
-    num_images: int
-    batch_size: int
-
-    @property
-    def indices(self) -> list[int]:
-        """Positions in the data set of all images, unreadable ones too, in the order of reading."""
-        ...
-
-    @property
-    def skipped(self) -> Sequence[tuple[Any, str]]:
-        """Image and error of each unreadable image that the last iteration left out."""
-        ...
-
-    @property
-    def skips_unreadable(self) -> bool:
-        """Whether an unreadable image is left out; else it ends the iteration with an error."""
-        ...
-
-    def at(self, rows: Sequence[int]) -> "ImageLoader":
-        """Return a loader of the images at `rows` of `indices`, in that order."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return what tells these images from any others, as JSON values."""
-        ...
-
-    def __iter__(self) -> Iterator[ImageBatch]:
-        """Yield the batches."""
-        ...
 
 
 class Features(ABC):
@@ -91,7 +21,7 @@ class Features(ABC):
     Attributes:
         indices: position in the data set of each image; an unreadable image that was left out is
             missing here.
-        channels: channels of the joined features.
+        channels: of the joined features; 3 where only images are taken.
         extract_seconds: time until the features could be read, of the whole where this is a subset.
         pass_seconds: time the backbone took for what is stored, be it in an earlier run.
         skipped: unreadable images that were left out, with the reason.

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import platformdirs
 import psutil
 import torch
 from torch import Tensor
 
-from utils.cli import UsageError
+from configs.cache import cache_folder
+
+from utils.errors import UsageError
 
 FORMAT = 2
 """Part of every key: raise it when the content of the files changes its meaning."""
@@ -41,8 +42,7 @@ STALE_SECONDS = 7 * 24 * 3600
 
 def default_folder() -> Path:
     """Return where features are kept: below $NOCO_CACHE or the platform's cache folder."""
-    cache = os.environ.get("NOCO_CACHE") or platformdirs.user_cache_dir("noco", appauthor=False)
-    return Path(cache) / "features"
+    return cache_folder() / "features"
 
 
 @dataclass(frozen=True)

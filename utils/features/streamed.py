@@ -10,8 +10,10 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.cli import UsageError
-from utils.features.features import Extractor, Features, ImageLoader, Rows, rounded_maps
+from utils.errors import UsageError
+from datasets.samples import ImageLoader
+from models.detector import Extractor
+from utils.features.features import Features, Rows, rounded_maps
 
 
 class StreamedFeatures(Features):
@@ -46,7 +48,7 @@ class StreamedFeatures(Features):
         """Give image i the row `rows[i]` of `sources[owners[i]]`; see `of` and `join`."""
         super().__init__(
             indices,
-            sum(sources[0].extractor.stage_channels),
+            sources[0].extractor.channels,
             sources[0].extractor.assemble,
             extract_seconds=extract_seconds,
             pass_seconds=0.0,

@@ -9,13 +9,14 @@ and equal scores are one threshold (-0.0 and 0.0 are equal).
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from utils.metrics.curve import Curve
 
 PART_SIZE = 2**19
 """Scores that are worth a thread on the CPU: sorting them takes two milliseconds."""
@@ -53,28 +54,6 @@ def threaded_map(num_threads: int) -> Iterator[Callable[..., Iterable[Any]]]:
     else:
         with ThreadPoolExecutor(num_threads) as pool:
             yield pool.map
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Counts at the K distinct anomalous scores, from the highest down.
-
-    `order` (P,) ranks the anomalous scores from the highest down; the other arrays are (K,).
-    `normal_above` counts the normal scores > threshold, `false_positives` those >= threshold,
-    `true_positives` the anomalous scores >= threshold, all int64.
-    """
-
-    order: np.ndarray
-    thresholds: np.ndarray
-    true_positives: np.ndarray
-    normal_above: np.ndarray
-    false_positives: np.ndarray
-    num_normal: int
-
-    @property
-    def num_anomalous(self) -> int:
-        """How many scores are anomalous, P."""
-        return len(self.order)
 
 
 def count_at_thresholds(scores: Tensor, labels: Tensor) -> Curve:

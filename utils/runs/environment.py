@@ -11,12 +11,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def environment_record(command: Sequence[str], device: str) -> dict[str, Any]:
     """Return what environment.json records of one start; commit is None outside a checkout."""
-    commit, dirty = _git_state(Path(__file__).parents[1])
+    import torch  # only who computes records this
+
+    commit, dirty = _git_state(Path(__file__).parents[2])
     packages = ("torch", "torchvision", "timm", "numpy")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name()
     return {

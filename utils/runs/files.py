@@ -10,12 +10,15 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
+
+from utils.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SELECTS = ("last", "best_test", "synthetic")
 _TOP_FILES = (
@@ -24,6 +27,7 @@ _TOP_FILES = (
     "table.md",
     "table.tex",
     "table.csv",
+    "table.json",
     "evaluation.csv",
     "report.html",
     "environment.json",
@@ -33,10 +37,6 @@ _STEM = r".+-seed-?\d+"
 _SUFFIX = r"(-[a-z_]+)?"
 _INT = re.compile(r"-?[0-9]+")
 _FLOAT = re.compile(r"-?(?:[0-9]+\.[0-9]+(?:e[+-]?[0-9]+)?|[0-9]+e[+-]?[0-9]+|inf)|nan")
-
-
-class RunError(Exception):
-    """The run folder cannot be used; the message names the file or option and the way out."""
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def file_stem(category: str, seed: int, suffix: str = "") -> str:
 
 def delete_leftovers(folder: Path) -> None:
     """Delete the temporary files a killed run left behind."""
-    below = (folder / name for name in ("scores", "heads", "calibration"))
+    below = (folder / name for name in ("scores", "heads", "calibration", "online"))
     for place in (folder, *below, *(folder / "overlays").glob("*")):
         for path in place.glob(".*.tmp"):
             if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
@@ -118,6 +118,7 @@ def delete_run(folder: Path) -> None:
         *(p for p in folder.glob("heads/*.safetensors") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
         *(p for p in folder.glob("calibration/*.json") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
         *(p for p in folder.glob("overlays/*/*.png") if re.fullmatch(_STEM, p.parent.name)),
+        *(p for p in folder.glob("online/*") if re.fullmatch(_STEM, p.stem)),
         folder / _TOP_FILES[-1],
     ]
     delete_leftovers(folder)
@@ -125,7 +126,7 @@ def delete_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
     for place in (
         *folder.glob("overlays/*"),
-        *map(folder.joinpath, ("overlays", "scores", "heads", "calibration")),
+        *map(folder.joinpath, ("overlays", "scores", "heads", "calibration", "online")),
     ):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
@@ -272,10 +273,10 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return leaves
 
 
-def as_array(values: ArrayLike | Tensor) -> np.ndarray:
+def as_array(values: "ArrayLike | Tensor") -> np.ndarray:
     """Return an array; a tensor may lie on any device and require gradients."""
-    if isinstance(values, Tensor):
+    if hasattr(values, "detach"):
         values = values.detach().cpu()
         # numpy has no bfloat16; float32 holds each of its values.
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
     return np.asarray(values)

@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from utils.cli import UsageError
-from utils.runs.files import RunError, read_records
+from utils.errors import UsageError
+from utils.runs.files import read_records
+from utils.errors import RunError
 from utils.runs.run import Run
 
 

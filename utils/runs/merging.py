@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.runs.files import RunError, atomic_path, flat, read_object, write_text
+from utils.runs.files import atomic_path, flat, read_object, write_text
+from utils.errors import RunError
 from utils.runs.run import Run
 
 Pair = tuple[str, int]

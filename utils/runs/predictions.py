@@ -21,7 +21,8 @@ import matplotlib as mpl
 import numpy as np
 
 from utils.evaluation.calibration import DecisionRule
-from utils.runs.files import RunError, atomic_path, write_text
+from utils.runs.files import atomic_path, write_text
+from utils.errors import RunError
 
 COLUMNS = ("number", "path", "score", "p_value", "decision", "map", "error")
 LEVELS = 65534

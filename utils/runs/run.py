@@ -17,19 +17,16 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from configs.earlier import upgraded
+from utils.errors import RunError
 from utils.runs.environment import environment_record
 from utils.runs.files import (
     SELECTS,
-    RunError,
     append_text,
     as_array,
     atomic_path,
@@ -44,6 +41,9 @@ from utils.runs.files import (
     write_rows,
     write_text,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Run:
@@ -107,14 +107,14 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """Read an existing run; what writes refuses every pair.
+        """Read an existing run, of an earlier version too; what writes refuses every pair.
 
         Raises:
             RunError: The folder holds no run, or config.json is corrupt.
         """
         if not (folder / "config.json").is_file():
             raise RunError(f"{folder}: not a run folder, config.json is missing")
-        return cls(folder, read_object(folder / "config.json"), (), ())
+        return cls(folder, upgraded(read_object(folder / "config.json")), (), ())
 
     def pending(self, category: str) -> list[int]:
         """Return the requested seeds of a category that are not finished, in order."""
@@ -138,13 +138,13 @@ class Run:
         seed: int,
         *,
         paths: Sequence[Path | str],
-        labels: ArrayLike | Tensor,
-        scores: ArrayLike | Tensor,
+        labels: "ArrayLike | Tensor",
+        scores: "ArrayLike | Tensor",
         defects: Sequence[str],
-        maps: ArrayLike | Tensor | None = None,
-        masks: ArrayLike | Tensor | None = None,
-        norms: ArrayLike | Tensor | None = None,
-        angles: ArrayLike | Tensor | None = None,
+        maps: "ArrayLike | Tensor | None" = None,
+        masks: "ArrayLike | Tensor | None" = None,
+        norms: "ArrayLike | Tensor | None" = None,
+        angles: "ArrayLike | Tensor | None" = None,
         suffix: str = "",
     ) -> Path:
         """Write the score of each test image: raw, as the metrics saw it.
@@ -203,11 +203,15 @@ class Run:
         self,
         category: str,
         seed: int,
-        state: Mapping[str, Tensor],
+        state: "Mapping[str, Tensor]",
         metadata: Mapping[str, str],
         suffix: str = "",
     ) -> Path:
         """Write a head's state as safetensors; tensors may lie on any device and share memory."""
+        import torch  # as safetensors.torch: only heads need them
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
         self._check_pair(category, seed)
         path = self.head_path(category, seed, suffix)
         tensors = {
@@ -223,11 +227,13 @@ class Run:
 
     def load_head(
         self, category: str, seed: int, suffix: str = ""
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    ) -> "tuple[dict[str, Tensor], dict[str, str]]":
         """Return the state (CPU tensors) and the metadata that `save_head` was given."""
         path = self.head_path(category, seed, suffix)
         if not path.is_file():
             raise RunError(f"{path}: no head of {category!r}, seed {seed}; train it first")
+        from safetensors import safe_open
+
         try:
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())  # the file is no mapping: iterating it fails
@@ -312,7 +318,7 @@ class Run:
                 )
             write_text(path, json.dumps(self.config, indent=2) + "\n")
             return
-        old, new = flat(read_object(path)), flat(self.config)
+        old, new = flat(upgraded(read_object(path))), flat(self.config)
         differences = [
             f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
             for key in {**old, **new}

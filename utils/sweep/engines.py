@@ -21,10 +21,10 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from utils.cli import UsageError
+from utils.errors import UsageError
 from utils.sweep.jobs import Ended, Job, Started, run_job
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Event = Started | Ended
 
 

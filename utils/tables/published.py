@@ -5,42 +5,12 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from utils.runs.files import RunError
+from utils.errors import RunError
 
 Key = tuple[str, str, str, str]
 """Method, data set, category, metric."""
 
-PUBLISHED_FILE = Path(__file__).parents[1] / "figures" / "published.csv"
-
-# How many categories a published mean is over; beside the mean of fewer it would mislead.
-# CIFAR-100: the 100 fine classes, as in NoCo's released code.
-NUM_CATEGORIES = {
-    "mvtec": 15,
-    "mpdd": 6,
-    "visa": 12,
-    "cifar10": 10,
-    "cifar100": 100,
-    "fashion_mnist": 10,
-    "cats_vs_dogs": 2,
-}
-
-# Our name of a method (of a library's model what follows the colon) -> its name in the file.
-NAMES = {
-    "patchcore": "PatchCore",
-    "padim": "PaDiM",
-    "stpm": "STPM",
-    "stfpm": "STPM",
-    "deep_svdd": "DSVDD",
-    "panda": "PANDA",
-    "panda_ewc": "PANDA",
-    "mean_shifted": "MS",
-    "draem": "DRAEM",
-    "cfa": "CFA",
-    "csflow": "CS-Flow",
-    "fastflow": "FastFlow",
-    "reverse_distillation": "RevDist",
-}
-
+PUBLISHED_FILE = Path(__file__).parents[2] / "figures" / "published.csv"
 
 def published_by_paper(dataset: str, category: str, metric: str, method: str) -> dict[str, float]:
     """Return a compared method's value in percent, as each paper prints it.
@@ -49,18 +19,18 @@ def published_by_paper(dataset: str, category: str, metric: str, method: str) ->
         dataset: As on the command line.
         category: A category, or a mean.
         metric: "image_auroc" or "pixel_auroc".
-        method: As on the command line; one that no paper compares with gives an empty answer.
+        method: As in the file's first column; one that no paper compares with gives an empty
+            answer.
 
     Raises:
         RunError: The file is missing or unreadable, or a paper contradicts itself.
     """
-    name = NAMES.get(method.rpartition(":")[2])
-    found = _read(PUBLISHED_FILE).get((name or "", dataset, category, metric), {})
+    found = _read(PUBLISHED_FILE).get((method, dataset, category, metric), {})
     values: dict[str, float] = {}
     for source, value in found.items():
         paper = source.partition(" ")[0]
         if values.setdefault(paper, value) != value:
-            raise RunError(f"{PUBLISHED_FILE}: {name} on {dataset} {category} {metric} is {found}")
+            raise RunError(f"{PUBLISHED_FILE}: {method} on {dataset} {category} {metric} is {found}")
     return values
 
 

@@ -1,24 +1,18 @@
 """Builds the results table: a line per category, then the means, ours beside the papers'."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from einops import rearrange
 
-from utils.tables.published import NAMES, NUM_CATEGORIES, published_by_paper, published_values
-from utils.runs.files import SELECTS, RunError
-from utils.tables.table import Cell, Column, Line, Table
+from utils.errors import RunError
+from utils.metrics.metrics import heading_of, metric_names
+from utils.runs.files import SELECTS
+from utils.tables.published import published_by_paper, published_values
+from utils.tables.table import Cell, Column, Row, Table
 
-METRIC_LABELS = {
-    "image_auroc": "image AUROC",
-    "image_ap": "image AP",
-    "image_f1_max": "image F1-max",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_ap": "pixel AP",
-    "aupro": "AUPRO",
-}
 SELECT_LABELS = {
     "last": "last",
     "best_test": "best on test (optimistic)",
@@ -41,19 +35,45 @@ class _Average:
     is_comparable: bool = True  # a paper's number of this name is over the same categories
 
 
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What a table is about.
+
+    Attributes:
+        title: First sentence of the caption, without its full stop.
+        categories: The lines, in order.
+        seeds: The seeds each number is over.
+        metrics: Names of metrics, in order.
+        labels: Printed names of categories, where they differ.
+        groups: All categories of each group, as {"mean_textures": [...], "mean_objects": [...]}; a
+            group gets a mean line over those of its categories that are in the table.
+        dataset: Whose published values to show; None for a protocol the papers do not have.
+        num_categories: Of the data set: a published mean is over all of them.
+        published_as: The method in figures/published.csv; what papers print of it stands beside it,
+            a column for each paper, since each ran it itself. "" where none does.
+    """
+
+    title: str
+    categories: Sequence[str]
+    seeds: Sequence[int]
+    metrics: Sequence[str]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    dataset: str | None = None
+    num_categories: int = 0
+    published_as: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.categories and self.seeds and self.metrics):
+            raise ValueError("a table needs a category, a seed and a metric")
+
+
 def build_table(
     rows: Sequence[Mapping[str, Any]],
+    about: Benchmark,
     *,
-    title: str,
-    categories: Sequence[str],
-    seeds: Sequence[int],
-    metrics: Sequence[str],
-    dataset: str | None,
-    groups: Mapping[str, Sequence[str]] | None = None,
     notes: Sequence[str] = (),
-    display: Mapping[str, str] | None = None,
     nan_reasons: Sequence[str] = (),
-    method: str = "",
 ) -> Table:
     """Build the table of a run.
 
@@ -65,75 +85,88 @@ def build_table(
     Args:
         rows: As `Run.rows` returns them; metrics are fractions. Other categories and seeds than
             those asked for are left out.
-        title: First sentence of the caption, without its full stop.
-        categories: The lines, in order.
-        seeds: The seeds each number is over.
-        metrics: Keys of METRIC_LABELS, in order.
-        dataset: Whose published values to show; None for a protocol the papers do not have.
-        groups: All categories of each group, as {"mean_textures": [...], "mean_objects": [...]}; a
-            group gets a mean line over those of its categories that are in the table.
+        about: What the table is about.
         notes: Printed below: random weights, skipped images, empty masks.
-        display: Printed names of categories, where they differ.
         nan_reasons: Why values are undefined, for the footnote of the dash.
-        method: On the command line; what papers print of it stands beside it, a column for each
-            paper, since each ran it itself.
 
     Raises:
         RunError: A (category, seed) has no row, or a metric no column; it names what is missing.
     """
-    if unknown := set(metrics) - set(METRIC_LABELS):
-        raise ValueError(f"unknown metrics {sorted(unknown)}; there are {list(METRIC_LABELS)}")
-    if not (categories and seeds and metrics):
-        raise ValueError("a table needs a category, a seed and a metric")
-    values = _values(rows, categories, seeds, metrics)
+    values = _values(rows, about)
     averages = [
-        *(
-            _Average(name, (display or {}).get(name, name), [k])
-            for k, name in enumerate(categories)
-        ),
-        *_means(categories, groups or {}, dataset),
+        *(_Average(name, about.labels.get(name, name), [k]) for k, name in enumerate(about.categories)),
+        *_means(about),
     ]
     columns, cells, remarks = [], [], []
     for select in values:
-        for metric, array in zip(metrics, values[select], strict=True):
-            key, name = f"{select}_{metric}", METRIC_LABELS[metric]
-            columns.append(Column(key, SELECT_LABELS[select], name, has_std=len(seeds) > 1))
+        for metric, array in zip(about.metrics, values[select], strict=True):
+            key, group = f"{select}_{metric}", SELECT_LABELS[select]
+            columns.append(Column(key, heading_of(metric), group, metric))
             cells.append([_cell(array[average.places]) for average in averages])
-    for paper in _PAPERS:
-        for metric in metrics:
-            numbers = [_compared(dataset, average, metric, method, paper) for average in averages]
+    # The two papers whose method this is have columns of their own.
+    compared = about.published_as if about.published_as not in _PAPERS else ""
+    for paper in _PAPERS if compared else ():
+        for metric in about.metrics:
+            numbers = [_compared(about, average, metric, paper) for average in averages]
             if any(cell.mean is not None for cell in numbers):
-                name = NAMES[method.rpartition(":")[2]]
-                key, group = f"{name}_in_{paper}_paper_{metric}".lower(), f"{name} ({paper} paper)"
-                columns.append(Column(key, group, METRIC_LABELS[metric], has_std=False))
+                key, group = f"{compared}_in_{paper}_paper_{metric}", f"{compared} ({paper} paper)"
+                columns.append(Column(key.lower(), heading_of(metric), group, metric))
                 cells.append(numbers)
     for paper, remark in _PAPERS.items():
-        for metric in metrics:
-            numbers = [_published(dataset, average, metric, paper) for average in averages]
+        for metric in about.metrics:
+            numbers = [_published(about, average, metric, paper) for average in averages]
             if any(cell.mean is not None for cell in numbers):
-                key, name = f"{paper.lower()}_paper_{metric}", METRIC_LABELS[metric]
-                columns.append(Column(key, f"{paper} (paper)", name, has_std=False))
+                key, group = f"{paper.lower()}_paper_{metric}", f"{paper} (paper)"
+                columns.append(Column(key, heading_of(metric), group, metric))
                 cells.append(numbers)
                 remarks += [remark] if remark not in remarks else []
-    lines = [
-        Line(average.key, average.label, line, average.is_mean)
+    lines = tuple(
+        Row(average.key, average.label, line, block="means" if average.is_mean else "")
         for average, line in zip(averages, zip(*cells, strict=True), strict=True)
-    ]
-    return Table(
-        caption=_caption(title, seeds, averages, remarks),
-        header=tuple(columns),
-        lines=tuple(lines),
-        notes=(*_dash_note(lines, nan_reasons), *_subset_note(dataset, averages, metrics), *notes),
     )
+    table = Table("category", _caption(about, averages, remarks), tuple(columns), lines)
+    below = (*_dash_note(table, nan_reasons), *_subset_note(about, averages), *notes)
+    return replace(table, notes=below)
 
 
-def _values(
-    rows: Sequence[Mapping[str, Any]],
-    categories: Sequence[str],
-    seeds: Sequence[int],
-    metrics: Sequence[str],
-) -> dict[str, np.ndarray]:
+def row_notes(rows: Sequence[Mapping[str, Any]], *, shared_images: bool = False) -> list[str]:
+    """Say what the numbers leave out: unreadable images, and defects no map can find.
+
+    Args:
+        rows: of a run.
+        shared_images: the tasks share one set of images, so an unreadable one is in every row.
+    """
+    count = max if shared_images else sum
+    notes = []
+    per_category = {row["category"]: row for row in rows}
+    if skipped := count(row["skipped"] for row in per_category.values()):
+        notes.append(
+            f"{skipped} unreadable images were left out (--skip-unreadable); metrics.jsonl names "
+            "them."
+        )
+    if empty := sum(row["empty_masks"] for row in per_category.values()):
+        notes.append(
+            f"{empty} anomalous test images have an empty mask at this size (defect cropped away "
+            "or thinner than a pixel): they count as anomalous, but no map can find them; "
+            "metrics.jsonl names them."
+        )
+    return notes
+
+
+def undefined_reasons(rows: Sequence[Mapping[str, object]]) -> dict[str, str]:
+    """Collect why metrics of a table are nan, from the rows' `undefined` column."""
+    reasons: dict[str, str] = {}
+    for row in rows:
+        for item in str(row.get("undefined", "")).split("; "):
+            name, _, reason = item.partition(": ")
+            if name in metric_names() and reason:
+                reasons[name] = reason
+    return reasons
+
+
+def _values(rows: Sequence[Mapping[str, Any]], about: Benchmark) -> dict[str, np.ndarray]:
     """Return {select: percent (metrics, categories, seeds)}, or refuse rows with a hole."""
+    categories, seeds, metrics = about.categories, about.seeds, about.metrics
     pairs = [(category, seed) for category in categories for seed in seeds]
     found = {(row["category"], row["seed"], row["select"]): row for row in rows}
     present = {select for category, seed, select in found if (category, seed) in pairs}
@@ -159,11 +192,9 @@ def _values(
     return dict(zip(selects, by_select, strict=True))
 
 
-def _means(
-    categories: Sequence[str], groups: Mapping[str, Sequence[str]], dataset: str | None
-) -> list[_Average]:
-    means = []
-    for key, members in groups.items():
+def _means(about: Benchmark) -> list[_Average]:
+    means, categories = [], about.categories
+    for key, members in about.groups.items():
         places = [place for place, category in enumerate(categories) if category in members]
         label, is_whole = key.replace("_", " "), len(places) == len(members)
         if not is_whole:
@@ -171,7 +202,7 @@ def _means(
         if places:
             means.append(_Average(key, label, places, is_mean=True, is_comparable=is_whole))
     if len(categories) > 1:
-        is_whole = NUM_CATEGORIES.get(dataset or "") == len(categories)
+        is_whole = about.num_categories == len(categories)
         places = list(range(len(categories)))
         means.append(_Average("mean", "mean", places, is_mean=True, is_comparable=is_whole))
     return means
@@ -184,21 +215,21 @@ def _cell(values: np.ndarray) -> Cell:
     return Cell(float(per_seed.mean()), std)
 
 
-def _published(dataset: str | None, average: _Average, metric: str, method: str) -> Cell:
-    if dataset is None or not average.is_comparable:
+def _published(about: Benchmark, average: _Average, metric: str, method: str) -> Cell:
+    if about.dataset is None or not average.is_comparable:
         return Cell(None)
-    return Cell(published_values(dataset, average.key, metric, [method]).get(method))
+    return Cell(published_values(about.dataset, average.key, metric, [method]).get(method))
 
 
-def _compared(dataset: str | None, average: _Average, metric: str, method: str, paper: str) -> Cell:
-    if dataset is None or not average.is_comparable:
+def _compared(about: Benchmark, average: _Average, metric: str, paper: str) -> Cell:
+    if about.dataset is None or not average.is_comparable:
         return Cell(None)
-    return Cell(published_by_paper(dataset, average.key, metric, method).get(paper))
+    found = published_by_paper(about.dataset, average.key, metric, about.published_as)
+    return Cell(found.get(paper))
 
 
-def _caption(
-    title: str, seeds: Sequence[int], averages: Sequence[_Average], remarks: Sequence[str]
-) -> str:
+def _caption(about: Benchmark, averages: Sequence[_Average], remarks: Sequence[str]) -> str:
+    title, seeds = about.title, about.seeds
     if len(seeds) == 1:
         sentences = [f"{title}.", f"Percent; a single run (n = 1, seed {seeds[0]})."]
     else:
@@ -214,23 +245,20 @@ def _caption(
     return " ".join(sentences)
 
 
-def _dash_note(lines: Sequence[Line], reasons: Sequence[str]) -> list[str]:
-    cells = [str(cell) for line in lines for cell in line.cells]
-    if "–" not in cells:
+def _dash_note(table: Table, reasons: Sequence[str]) -> list[str]:
+    if not any("–" in texts for texts in table.texts()):
         return []
     return [f"–: undefined ({'; '.join(dict.fromkeys(reasons)) or 'NaN, no reason was given'})."]
 
 
-def _subset_note(
-    dataset: str | None, averages: Sequence[_Average], metrics: Sequence[str]
-) -> list[str]:
+def _subset_note(about: Benchmark, averages: Sequence[_Average]) -> list[str]:
     """Say why a published mean is missing beside ours."""
     left_out = [
         average.label
         for average in averages
-        if dataset is not None
+        if about.dataset is not None
         and not average.is_comparable
-        and any(published_values(dataset, average.key, metric) for metric in metrics)
+        and any(published_values(about.dataset, average.key, metric) for metric in about.metrics)
     ]
     if not left_out:
         return []

@@ -1,151 +1,183 @@
-"""A finished results table and the four ways to print it: Markdown, LaTeX, csv and terminal."""
+"""A table: columns, rows of numbers, what is best of them, and how each is printed.
 
-import csv
-import io
+`utils.tables.formats` writes it; `figures.shared.table_picture` draws it.
+"""
+
+import json
 import math
-import re
-import textwrap
-import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from itertools import groupby
-from pathlib import Path
+from typing import Any, Literal
 
-from utils.runs.files import write_text
+Mark = Literal["best", "second", ""]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number in percent: None is a blank, NaN is printed as a dash."""
+    """A number, or a text in its place.
 
-    mean: float | None
+    Attributes:
+        mean: as it is printed, mostly in percent; None where there is none, nan where undefined.
+        std: over seeds; None for one seed and for published numbers.
+        num_seeds: 0 where it is not told.
+        found: how many of `total` categories the mean is over, where it is not over all.
+        total: categories of the data set.
+        is_ranked: takes part where the best is marked.
+        text: in place of a number; None for a number.
+    """
+
+    mean: float | None = None
     std: float | None = None
+    num_seeds: int = 0
+    found: int | None = None
+    total: int | None = None
+    is_ranked: bool = True
+    text: str | None = None
 
-    def __str__(self) -> str:
-        if self.mean is None:
-            return ""
-        if math.isnan(self.mean):
-            return "–"
-        return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
+    @property
+    def is_complete(self) -> bool:
+        """A number over all of its categories, which may be ranked."""
+        return self.mean is not None and self.found is None
 
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of a group of columns: `key` names it in the csv, `group` and `name` in print."""
+    """A column of a table.
+
+    Attributes:
+        key: in the csv.
+        name: heading.
+        group: heading over neighbouring columns; "" for none.
+        metric: what it holds; where rows are ranked, only cells of one metric compete.
+        digits: format of its numbers, as "{:.1f}" has it after the colon.
+        is_ours: filled from run folders only.
+        is_ranked: whether its best value means anything.
+    """
 
     key: str
-    group: str
     name: str
-    has_std: bool
+    group: str = ""
+    metric: str = "image_auroc"
+    digits: str = ".1f"
+    is_ours: bool = False
+    is_ranked: bool = True
+
+    def text_of(self, cell: Cell, hole: str) -> str:
+        """Print a cell: `99.2`, `97.1 ± 0.2`, `97.1 (3 of 15)`, a dash where it is undefined."""
+        if cell.text is not None:
+            return cell.text
+        if cell.mean is None:
+            return hole
+        if math.isnan(cell.mean):
+            return "–"
+        digits = self.digits
+        if digits == ".1f" and self.metric == "trainable" and 0 < cell.mean < 0.1:
+            digits = ".2g"
+        text = f"{cell.mean:{digits}}"
+        if cell.found is not None:
+            is_all = cell.found == cell.total
+            reason = "no seed complete" if is_all else f"{cell.found} of {cell.total}"
+            return f"{text} ({reason})"
+        return text if cell.std is None else f"{text} ± {cell.std:{digits}}"
 
 
 @dataclass(frozen=True)
-class Line:
-    """One category, or one mean over categories: `key` in the csv, `label` in print."""
+class Row:
+    """A row of a table: `key` in the csv, `label` in print; a rule sets blocks apart."""
 
     key: str
     label: str
     cells: tuple[Cell, ...]
-    is_mean: bool = False
+    block: str = ""
+    is_ours: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A results table, categories first, then the means."""
+    """A table.
 
+    Attributes:
+        corner: heading of the first column.
+        caption: above it.
+        columns: in order.
+        rows: in order.
+        notes: below it.
+        rank_along: which cells compete: those of a column, those of a row and one metric, or none.
+        hole: what stands where there is no number.
+    """
+
+    corner: str
     caption: str
-    header: tuple[Column, ...]
-    lines: tuple[Line, ...]
-    notes: tuple[str, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    rank_along: Literal["column", "row", "nothing"] = "nothing"
+    hole: str = ""
 
-    def to_markdown(self) -> str:
-        """Return a GitHub table with its caption above and its notes below."""
-        rows = [["category", *(f"{column.name}<br>{column.group}" for column in self.header)]]
-        rows += [[markdown_text(line.label), *map(str, line.cells)] for line in self.lines]
-        widths = _widths(rows)
-        rule = "|".join([":" + "-" * (widths[0] + 1), *("-" * (w + 1) + ":" for w in widths[1:])])
-        body = ["| " + " | ".join(_padded(row, widths)) + " |" for row in rows]
-        notes = ["", *(f"- {markdown_text(note)}" for note in self.notes)] if self.notes else []
-        lines = [markdown_text(self.caption), "", body[0], f"|{rule}|", *body[1:], *notes]
-        return "\n".join(lines) + "\n"
-
-    def to_latex(self) -> str:
-        r"""Return a booktabs `tabular` for `\input`; the caption is a comment, notes come below."""
-        groups, rules = [""], []
-        for group, start, end in neighbours(column.group for column in self.header):
-            groups.append(rf"\multicolumn{{{end - start}}}{{c}}{{{latex_text(group)}}}")
-            rules.append(rf"\cmidrule(lr){{{start + 2}-{end + 1}}}")
-        heads = ["category", *(latex_text(column.name) for column in self.header)]
-        body: list[str] = []
-        for _is_mean, lines in groupby(self.lines, key=lambda line: line.is_mean):
-            body += [r"\midrule"]
-            body += [_latex_row([line.label, *map(str, line.cells)]) for line in lines]
-        notes = [rf"{{\footnotesize {latex_text(note)}\par}}" for note in self.notes]
-        return "\n".join(
-            [
-                r"% needs \usepackage{booktabs}",
-                rf"% \caption{{{latex_text(self.caption)}}}",
-                rf"\begin{{tabular}}{{@{{}}l{'r' * len(self.header)}@{{}}}}",
-                r"\toprule",
-                " & ".join(groups) + r" \\",
-                " ".join(rules),
-                " & ".join(heads) + r" \\",
-                *body,
-                r"\bottomrule",
-                r"\end{tabular}",
-                *([r"\par\smallskip", *notes] if notes else []),
-                "",
-            ]
-        )
-
-    def to_csv(self) -> str:
-        """Return percent, not rounded: `<group>_<metric>` and, over several seeds, its `_std`."""
-        names = ["category"]
-        for column in self.header:
-            names += [column.key, f"{column.key}_std"] if column.has_std else [column.key]
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(names)
-        for line in self.lines:
-            fields = [line.key]
-            for column, cell in zip(self.header, line.cells, strict=True):
-                values = (cell.mean, cell.std) if column.has_std else (cell.mean,)
-                fields += ["" if value is None else repr(value) for value in values]
-            writer.writerow(fields)
-        return text.getvalue()
-
-    def to_text(self) -> str:
-        """Return the table for a terminal: aligned, the heads on three lines."""
-        heads = [column.name.rpartition(" ")[::2] for column in self.header]
-        rows = [["", *(first for first, _ in heads)], ["category", *(last for _, last in heads)]]
-        rows += [[line.label, *map(str, line.cells)] for line in self.lines]
-        widths = _widths(rows)
-        banner = " " * widths[0]
-        for group, start, end in neighbours(column.group for column in self.header):
-            # A heading wider than its columns widens the first of them.
-            space = sum(widths[start + 1 : end + 1]) + 2 * (end - start - 1)
-            widths[start + 1] += max(0, len(group) + 4 - space)
-            banner += "  " + f" {group} ".center(max(space, len(group) + 4), "-")
-        printed = ["  ".join(_padded(row, widths)) for row in rows]
-        rule = "-" * len(banner)
-        body = printed[:2]
-        for _, lines in groupby(
-            zip(self.lines, printed[2:], strict=True), key=lambda pair: pair[0].is_mean
-        ):
-            body += [rule, *(text for _, text in lines)]
-        wrapped = [
-            textwrap.fill(note, 100, initial_indent="- ", subsequent_indent="  ")
-            for note in self.notes
+    def texts(self) -> list[list[str]]:
+        """Return each cell as printed."""
+        return [
+            [c.text_of(cell, self.hole) for cell, c in zip(row.cells, self.columns, strict=True)]
+            for row in self.rows
         ]
-        lines_out = [textwrap.fill(self.caption, 100), "", banner, *body, rule, *wrapped]
-        return "\n".join(line.rstrip() for line in lines_out) + "\n"
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write table.md, table.tex and table.csv atomically and return their paths."""
-        texts = {"md": self.to_markdown(), "tex": self.to_latex(), "csv": self.to_csv()}
-        for extension, text in texts.items():
-            write_text(folder / f"table.{extension}", text)
-        return [folder / f"table.{extension}" for extension in texts]
+    def marks(self) -> list[list[Mark]]:
+        """Mark the best and the second best of what competes, by the values as printed.
+
+        Equal values share their mark; a number without a competitor has none.
+        """
+        competing: dict[tuple[int, str], list[tuple[int, int, float]]] = {}
+        for r, row in enumerate(self.rows if self.rank_along != "nothing" else ()):
+            for c, (cell, column) in enumerate(zip(row.cells, self.columns, strict=True)):
+                is_in = column.is_ranked and cell.is_ranked and cell.is_complete
+                if is_in and cell.mean is not None and not math.isnan(cell.mean):
+                    place = (c, "") if self.rank_along == "column" else (r, column.metric)
+                    value = float(f"{cell.mean:{column.digits}}")
+                    competing.setdefault(place, []).append((r, c, value))
+        marks: list[list[Mark]] = [["" for _ in self.columns] for _ in self.rows]
+        for cells in competing.values():
+            ranks = sorted({value for *_, value in cells}, reverse=True)
+            for r, c, value in cells if len(cells) > 1 else []:
+                marks[r][c] = "best" if value == ranks[0] else ""
+                if len(ranks) > 1 and value == ranks[1]:
+                    marks[r][c] = "second"
+        return marks
+
+    def groups(self) -> list[tuple[str, int, int]]:
+        """Return (group, first column, end column) of neighbours with one heading."""
+        return neighbours(column.group for column in self.columns)
+
+    def blocks(self) -> list[list[int]]:
+        """Return the rows between rules."""
+        return [
+            [place for place, _ in rows]
+            for _, rows in groupby(enumerate(self.rows), key=lambda pair: pair[1].block)
+        ]
+
+    def to_json(self) -> str:
+        """Return all of it as JSON; nan is written as it is, which Python reads."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Table":
+        """Return the table of `to_json`.
+
+        Raises:
+            ValueError: the text is none.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            columns = tuple(Column(**column) for column in values.pop("columns"))
+            rows = tuple(
+                Row(**{**row, "cells": tuple(Cell(**cell) for cell in row["cells"])})
+                for row in values.pop("rows")
+            )
+            if any(len(row.cells) != len(columns) for row in rows):
+                raise ValueError("a row has not the columns' number of cells")
+            return cls(columns=columns, rows=rows, notes=tuple(values.pop("notes")), **values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a table: {error!r}") from error
 
 
 def neighbours(groups: Iterable[str]) -> list[tuple[str, int, int]]:
@@ -155,62 +187,3 @@ def neighbours(groups: Iterable[str]) -> list[tuple[str, int, int]]:
         places = [place for place, _ in columns]
         found.append((group, places[0], places[-1] + 1))
     return found
-
-
-def _width(text: str) -> int:
-    """Return how many terminal columns a text takes: East Asian wide letters two, accents none."""
-    return sum(
-        0
-        if unicodedata.combining(letter)
-        else 2
-        if unicodedata.east_asian_width(letter) in "WF"
-        else 1
-        for letter in text
-    )
-
-
-def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    return [max(map(_width, column)) for column in zip(*rows, strict=True)]
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Return the first cell padded on the right, the others on the left."""
-    spaces = [" " * (width - _width(text)) for text, width in zip(row, widths, strict=True)]
-    return [row[0] + spaces[0], *(s + text for s, text in zip(spaces[1:], row[1:], strict=True))]
-
-
-def markdown_text(text: str) -> str:
-    """Return text as it stands in Markdown, on one line."""
-    text = re.sub(r"[\\`*\[\]<>|]", r"\\\g<0>", " ".join(text.split()))
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # an underscore within a word is harmless
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    **{letter: "\\" + letter for letter in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "–": "--",
-    "…": r"\ldots{}",
-    # After the \\ of the line before, these two would be read as its argument.
-    "[": "{[}",
-    "*": "{*}",
-    "\0": "{}",
-}
-
-
-def latex_text(text: str) -> str:
-    """Return text as it stands in LaTeX, on one line."""
-    # Two hyphens, as in an option's name, would be set as one dash: {} goes between them.
-    text = re.sub("-(?=-)", "-\0", " ".join(text.split()))
-    return "".join(_LATEX.get(letter, letter) for letter in text)
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(map(latex_text, cells)) + r" \\"

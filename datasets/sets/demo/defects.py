@@ -16,7 +16,6 @@ import numpy as np
 from scipy import ndimage
 from skimage import draw, filters
 
-DEFECTS = ("foreign", "hole", "scratch", "smear", "stain")
 CHANGE_THRESHOLD = 4
 _PLAIN_CHANGE = 12
 _MIN_AREA = 100
@@ -32,7 +31,7 @@ def draw_defect(
     of it the crop is left as it was.
 
     Args:
-        kind: One of DEFECTS.
+        kind: One of `datasets.sets.demo.demo.DEFECTS`.
         crop: (H, W) uint8.
         foreign: A crop of another texture, (H, W) uint8.
         rng: Where the defect is drawn, and how.

@@ -3,21 +3,21 @@
 Brick, grass and gravel are photographs of 512 x 512 grey pixels. The left half gives the training
 crops, the right half the test crops, so no pixel is in both. Crops are flipped (brick) or flipped
 and turned (grass and gravel) and vary a little in brightness, alike for training and test. The
-kinds of defects are described in `datasets/demo_defects.py`.
+kinds of defects are described in `datasets/sets/demo/defects.py`.
 """
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from skimage import data
 
-from datasets.sets.demo.defects import DEFECTS, draw_defect
+from datasets.data_set import WHOLE_224, StructuredSet
+from datasets.reading.mvtec_layout import read_category
 from datasets.samples import DataError
 
 DEMO_CATEGORIES = ("brick", "grass", "gravel")
+DEFECTS = ("foreign", "hole", "scratch", "smear", "stain")
 
 # Part of the folder's name: raise it with any change of the recipe, and the data set is rebuilt.
 RECIPE_VERSION = 1
@@ -27,11 +27,6 @@ TRAIN_COLUMNS = (0, 256)
 TEST_COLUMNS = (256, 512)
 NUM_TRAIN, NUM_GOOD, NUM_DEFECTIVE = 40, 20, 8
 _GAIN = (0.94, 1.06)
-_TEXTURES: dict[str, Callable[[], np.ndarray]] = {
-    "brick": data.brick,
-    "grass": data.grass,
-    "gravel": data.gravel,
-}
 _NUM_FILES = len(DEMO_CATEGORIES) * (NUM_TRAIN + NUM_GOOD + 2 * NUM_DEFECTIVE * len(DEFECTS))
 
 
@@ -86,8 +81,14 @@ def _build(folder: Path) -> None:
 
 
 def _build_category(folder: Path, category: str, rng: np.random.Generator) -> None:
-    texture = _TEXTURES[category]()  # (512, 512)
-    others = [_TEXTURES[other]() for other in DEMO_CATEGORIES if other != category]
+    # Only here: scikit-image and SciPy take half a second to import.
+    from skimage import data
+
+    from datasets.sets.demo.defects import draw_defect
+
+    textures = {name: getattr(data, name)() for name in DEMO_CATEGORIES}  # (512, 512) each
+    texture = textures[category]
+    others = [textures[other] for other in DEMO_CATEGORIES if other != category]
     turns = category != "brick"
     for index in range(NUM_TRAIN):
         crop = cut_crop(texture, TRAIN_COLUMNS, rng, turns=turns)
@@ -132,3 +133,12 @@ def _save(pixels: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     values = pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels
     Image.fromarray(values).save(path)
+
+
+DATA_SET = StructuredSet(
+    read=read_category,
+    categories=DEMO_CATEGORIES,
+    prepare=build_demo,
+    # It has to run where nothing can be downloaded.
+    experiment={"backbone": "tf_efficientnet_lite0", "layers": (1, 2, 3), **WHOLE_224},
+)

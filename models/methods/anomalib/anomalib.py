@@ -9,20 +9,42 @@ Nothing here imports anomalib until a detector is made.
 import importlib
 import itertools
 import warnings
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.methods.anomalib.weights import holds_weights
-from models.detector import Detector, FeatureSource, Monitor
+from configs.options import Hidden, MethodOptions, OptionalInt
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scored
 from models.errors import ModelError
-from models.backbone.extractor import FrozenExtractor
+from models.method import Method
+from models.methods.anomalib.weights import holds_weights
 
 INSTALL = "pip install -r requirements-anomalib.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnomalibOptions(MethodOptions):
+    """A model of anomalib, on our images and splits, scored by our metrics."""
+
+    model: Hidden[str] = ""
+    """In anomalib's spelling: padim, patchcore, reverse_distillation, ..."""
+    epochs: OptionalInt = None
+    """Passes over the training images; none for what the model's own trainer arguments or anomalib's
+    example configuration say."""
+    batch_size: OptionalInt = None
+    """Images per step; none for what the model's own configuration has."""
+    model_options: tuple[str, ...] = ()
+    """Arguments of the model's constructor as KEY=VALUE words, e.g. coreset_sampling_ratio=0.01."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if wrong := [word for word in self.model_options if "=" not in word]:
+            raise ValueError(f"--method.model-options {wrong[0]!r} must be KEY=VALUE")
 
 
 class AnomalibDetector(Detector):
@@ -37,14 +59,6 @@ class AnomalibDetector(Detector):
     Batch normalisation and dropout are in the mode the model's training puts them in; a fitted or
     loaded detector is in eval mode.
 
-    Args:
-        backbone: the experiment's backbone.
-        name: of the model, in anomalib's spelling: padim, patchcore, reverse_distillation, ...
-        epochs: passes over the training images; None for what the model's own trainer arguments
-            or anomalib's example configuration say.
-        batch_size: images per step; None for that of the example configuration.
-        model_options: arguments of the model's constructor, KEY=VALUE each.
-
     Attributes:
         remarks: what a reader of the fit's numbers must know, in words.
 
@@ -52,33 +66,29 @@ class AnomalibDetector(Detector):
         ModelError: anomalib is not installed, has no such model, or that has no such option.
     """
 
-    takes: ClassVar[Literal["features", "images"]] = "images"
     final_maps: bool = True
 
     image_size: Tensor
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        backbone: FrozenExtractor,
-        *,
-        name: str,
-        epochs: int | None = None,
-        batch_size: int | None = None,
-        model_options: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: AnomalibOptions) -> None:
         super().__init__()
+        backbone = features.backbone
+        assert backbone is not None
         self._backbone = (backbone,)  # in a tuple, so that its weights are not part of this head
         self._recipe = _anomalib("library").LibraryModel(
-            name, backbone, model_options, epochs=epochs, batch_size=batch_size
+            options.model,
+            backbone,
+            options.model_options,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
         )
         mean, std = self._recipe.normalisation()
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
         self.register_buffer("image_size", torch.tensor(0))  # 0: neither fitted nor loaded
         self.model: nn.Module | None = None
-        self.remarks: list[str] = []
         self._side = 0
         self._copies: dict[str, nn.Module] = {}
         self.register_state_dict_post_hook(_without_copies)
@@ -119,11 +129,6 @@ class AnomalibDetector(Detector):
         if monitor is not None:
             monitor(1, {})
 
-    def stopped_at(self, step: int) -> dict[str, Any]:
-        """A fit is one step; see `Detector.stopped_at`."""
-        del step
-        return {}
-
     def forward(self, features: Tensor) -> Tensor:
         """Return anomaly maps (B, S, S) of uint8 images (B, 3, S, S).
 
@@ -131,7 +136,7 @@ class AnomalibDetector(Detector):
         """
         return self.score(features)[0]
 
-    def score(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    def score(self, features: Tensor) -> Scored:
         """Return the maps of `forward` and the model's own image scores (B,)."""
         scores, maps = self._predict(features)
         if maps is None:
@@ -140,6 +145,17 @@ class AnomalibDetector(Detector):
         if maps.shape[-2:] != size:
             maps = F.interpolate(maps.unsqueeze(1), size, mode="bilinear").squeeze(1)  # (B, S, S)
         return maps, scores
+
+    def exported(self) -> nn.Module:
+        """Refuse: see `Detector.exported`.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            f"anomalib's {self._recipe.name} cannot be exported here: its network is another "
+            "library's, which exports it itself; every other method can be"
+        )
 
     def _predict(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return image scores (B,) and, if the model has any, maps (B, h, w), float32."""
@@ -235,10 +251,30 @@ def _anomalib(part: str) -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own dependencies' deprecations
-            return importlib.import_module(f"models.anomalib_{part}")
+            return importlib.import_module(f"models.methods.anomalib.{part}")
     except ImportError as error:
         raise ModelError(f"anomalib is not installed ({error}): {INSTALL}") from error
 
 
 def _per_channel(values: list[float]) -> Tensor:
     return rearrange(torch.tensor(values), "c -> 1 c 1 1")
+
+
+METHOD = Method(
+    detector=lambda: AnomalibDetector,
+    options=AnomalibOptions(),
+    takes=frozenset({"images"}),
+    is_library=True,
+    published_as={
+        "patchcore": "PatchCore",
+        "padim": "PaDiM",
+        "stfpm": "STPM",
+        "draem": "DRAEM",
+        "cfa": "CFA",
+        "csflow": "CS-Flow",
+        "fastflow": "FastFlow",
+        "reverse_distillation": "RevDist",
+    },
+    experiment={"structured": {"layers": (2, 3), "patch_size": 1, "blur_sigma": 0.0}},
+    ignores=frozenset({"blur_sigma"}),
+)

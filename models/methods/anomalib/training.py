@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
-from unittest import mock
 
 import huggingface_hub
 import numpy as np
@@ -152,9 +151,9 @@ def isolated(seed: int) -> Iterator[TextIO]:
         socket.setdefaulttimeout(NETWORK_TIMEOUT)
         if not _hub_answers():
             # Its client would try again for most of a minute. What is in its cache is still found.
-            stack.enter_context(
-                mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-            )
+            constants: Any = huggingface_hub.constants
+            stack.callback(setattr, constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
+            constants.HF_HUB_OFFLINE = True
         yield stderr
 
 

@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
@@ -38,8 +37,11 @@ def experiment_weights(backbone: FrozenExtractor, copies: list[nn.Module]) -> It
             copies.append(net)
         return net
 
-    with mock.patch.object(timm, "create_model", answer):
+    timm.create_model = answer
+    try:
         yield
+    finally:
+        timm.create_model = create
 
 
 def _weights_for(backbone: FrozenExtractor, net: nn.Module) -> dict[str, Tensor]:

@@ -24,17 +24,27 @@ here too).
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from models.detector import Detector, FeatureSource, Monitor
+from configs.options import (
+    Between0And1,
+    Bound,
+    MethodOptions,
+    NotNegative,
+    NotNegativeInt,
+    OnlyWith,
+    Positive,
+    PositiveInt,
+)
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.errors import ModelError
-from models.backbone.extractor import FrozenExtractor
+from models.method import Method
 from models.methods.deep_svdd.lenet import (
     NETWORKS,
     build_decoder,
@@ -42,10 +52,43 @@ from models.methods.deep_svdd.lenet import (
     draw_weights,
     global_contrast_normalise,
 )
-from models.methods.noco import mean_of_finite
+from models.training.epochs import epochs, mean_of_finite
 
-OBJECTIVES = ("one_class", "soft_boundary")
+SOFT = OnlyWith("objective", "soft_boundary", lambda objective: objective == "soft_boundary")
+PRETRAINED = OnlyWith("pretrain_epochs", "above 0", lambda count: count > 0)
 CENTER_MARGIN = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSvddOptions(MethodOptions):
+    """Deep SVDD: a LeNet from random weights, drawn to a fixed centre."""
+
+    network: Literal["cifar", "mnist"] = "cifar"
+    """32 x 32 in colour or 28 x 28 in grey, colours averaged (paper, section 4.2)."""
+    objective: Literal["one_class", "soft_boundary"] = "one_class"
+    """Equation 4, or equation 3 with a radius."""
+    nu: Annotated[Between0And1, SOFT] = 0.1
+    """Share of normal images allowed outside the soft boundary (paper: 0.1 or 0.01)."""
+    warmup_epochs: Annotated[NotNegativeInt, SOFT] = 10
+    """Epochs before its radius leaves 0 (released code)."""
+    leakiness: NotNegative = 0.1
+    """Slope of the leaky ReLU below 0 (paper; released code: 0.01)."""
+    learning_rate: Positive = 1e-4
+    """Of Adam, in both trainings, before the milestones; a tenth of it after (paper)."""
+    milestone: NotNegativeInt = 150
+    """Epochs before the learning rate drops (paper; released code: 50)."""
+    weight_decay: NotNegative = 1e-6
+    """Of Adam (paper; released code: 0.5e-6)."""
+    batch_size: Annotated[int, Bound("at least 2", lambda size: size >= 2)] = 200
+    """Images per step (paper); one has no batch statistics."""
+    epochs: PositiveInt = 250
+    """Passes over the training images (paper: 150 + 100; released code: 150)."""
+    pretrain_epochs: NotNegativeInt = 350
+    """Passes of the autoencoder before (paper: 250 + 100)."""
+    pretrain_milestone: Annotated[NotNegativeInt, PRETRAINED] = 250
+    """Epochs before its learning rate drops (paper)."""
+    pretrain_weight_decay: Annotated[NotNegative, PRETRAINED] = 1e-6
+    """Of its Adam (paper)."""
 
 
 class DeepSvdd(Detector):
@@ -53,82 +96,25 @@ class DeepSvdd(Detector):
 
     Images are normalised to global contrast (L1) and scaled by the least and largest value of the
     normal training images. Both trainings use batch statistics and skip a last batch of a single
-    image, which has none; center and scores use running ones.
-
-    Args:
-        backbone: not used; this method brings its own network.
-        network: "cifar", for 32 x 32 images in colour, or "mnist", for 28 x 28 images in grey
-            (coloured ones are averaged over their channels).
-        objective: "one_class" or "soft_boundary".
-        nu: share of normal images allowed outside the soft boundary.
-        warmup_epochs: epochs before its radius leaves 0.
-        leakiness: slope of the leaky ReLU below 0.
-        learning_rate: of Adam, in both trainings, up to their milestones; a tenth of it after.
-        milestone: epochs before the learning rate drops.
-        weight_decay: of Adam.
-        batch_size: images per step.
-        epochs: passes over the training images.
-        pretrain_epochs: passes of the autoencoder before; 0 for none.
-        pretrain_milestone: epochs before its learning rate drops.
-        pretrain_weight_decay: of its Adam.
-
-    Raises:
-        ModelError: an unknown network or objective, nu not between 0 and 1, or batches of one.
+    image, which has none; center and scores use running ones. `diagnostics` has the loss of each
+    epoch of pretraining, "pretrain_loss".
     """
 
-    takes: ClassVar[Literal["features", "images"]] = "images"
     center: Tensor
     radius: Tensor
     least: Tensor
     largest: Tensor
 
-    def __init__(
-        self,
-        backbone: FrozenExtractor | None = None,
-        *,
-        network: str = "cifar",
-        objective: str = "one_class",
-        nu: float = 0.1,
-        warmup_epochs: int = 10,
-        leakiness: float = 0.1,
-        learning_rate: float = 1e-4,
-        milestone: int = 150,
-        weight_decay: float = 1e-6,
-        batch_size: int = 200,
-        epochs: int = 250,
-        pretrain_epochs: int = 350,
-        pretrain_milestone: int = 250,
-        pretrain_weight_decay: float = 1e-6,
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: DeepSvddOptions) -> None:
         super().__init__()
-        del backbone
-        if network not in NETWORKS:
-            raise ModelError(f"network {network!r} is not one of {', '.join(NETWORKS)}")
-        if objective not in OBJECTIVES:
-            raise ModelError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
-        if not 0 < nu < 1:
-            raise ModelError(f"nu {nu} must lie between 0 and 1")
-        if batch_size < 2:
-            raise ModelError(f"batch size {batch_size} leaves no batch statistics: 2 at least")
-        self.network = network
-        self.objective = objective
-        self.nu = nu
-        self.warmup_epochs = warmup_epochs
-        self.leakiness = leakiness
-        self.learning_rate = learning_rate
-        self.milestone = milestone
-        self.weight_decay = weight_decay
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.pretrain_epochs = pretrain_epochs
-        self.pretrain_milestone = pretrain_milestone
-        self.pretrain_weight_decay = pretrain_weight_decay
-        self.encoder = build_encoder(NETWORKS[network], leakiness)
-        self.register_buffer("center", torch.zeros(NETWORKS[network].code_dim))
+        del features  # this method brings its own network
+        self.options = options
+        self.network = NETWORKS[options.network]
+        self.encoder = build_encoder(self.network, options.leakiness)
+        self.register_buffer("center", torch.zeros(self.network.code_dim))
         self.register_buffer("radius", torch.zeros(()))
         self.register_buffer("least", torch.zeros(()))
         self.register_buffer("largest", torch.ones(()))
-        self._diagnostics: dict[str, list[float]] = {}
         self.eval()  # a loaded head scores; only `fit` trains
 
     def fit(
@@ -148,24 +134,24 @@ class DeepSvdd(Detector):
         """
         if len(bank) < 2:
             raise ModelError("Deep SVDD needs at least two training images for batch statistics")
-        draw_weights(self.encoder, self.leakiness, generator)
+        draw_weights(self.encoder, self.options.leakiness, generator)
         self._measure_range(bank)
         self.radius.zero_()
-        self._diagnostics = {"pretrain_loss": self._pretrain(bank, generator)}
+        self.diagnostics = {"pretrain_loss": self._pretrain(bank, generator)}
         self.center.copy_(self._mean_code(bank))
         for epoch, loss in self._train(
             self.encoder,
             self._loss,
             bank,
             generator,
-            epochs=self.epochs,
-            milestone=self.milestone,
-            weight_decay=self.weight_decay,
+            count=self.options.epochs,
+            milestone=self.options.milestone,
+            weight_decay=self.options.weight_decay,
             description="epochs",
         ):
             if monitor is not None:
                 values = {"loss": loss}
-                if self.objective == "soft_boundary":
+                if self.options.objective == "soft_boundary":
                     values["radius"] = self.radius.item()
                 monitor(epoch, values)
 
@@ -184,7 +170,7 @@ class DeepSvdd(Detector):
     def forward(self, images: Tensor) -> Tensor:
         """Return scores as maps (B, 1, 1); with the soft boundary, above 0 is outside of it."""
         scores = self.squared_distances(images)  # (B,)
-        if self.objective == "soft_boundary":
+        if self.options.objective == "soft_boundary":
             scores = scores - self.radius.square()
         return rearrange(scores, "b -> b 1 1")
 
@@ -192,16 +178,12 @@ class DeepSvdd(Detector):
         """A step is an epoch after pretraining; see `Detector.stopped_at`."""
         return {"epochs": step}
 
-    def diagnostics(self) -> dict[str, list[float]]:
-        """Return the loss of each epoch of pretraining, as "pretrain_loss". Empty before `fit`."""
-        return self._diagnostics
-
     def _contrast(self, images: Tensor) -> Tensor:
-        net = NETWORKS[self.network]
+        net = self.network
         height, width = images.shape[2:]
         if (height, width) != (net.size, net.size):
             raise ModelError(
-                f"Deep SVDD's network {self.network} takes {net.size} x {net.size} images, not "
+                f"Deep SVDD's network {self.options.network} takes {net.size} x {net.size} images, not "
                 f"{height} x {width}: pass --image-size {net.size} --crop-size none"
             )
         pixels = images.float() / 255
@@ -212,7 +194,7 @@ class DeepSvdd(Detector):
     @torch.no_grad()
     def _measure_range(self, bank: FeatureSource) -> None:
         """Find the least and largest value of the normal images after contrast normalisation."""
-        ranges = [torch.aminmax(self._contrast(b)) for b in bank.batches(self.batch_size)]
+        ranges = [torch.aminmax(self._contrast(b)) for b in bank.batches(self.options.batch_size)]
         self.least.copy_(torch.stack([r.min for r in ranges]).min())
         self.largest.copy_(torch.stack([r.max for r in ranges]).max())
         if not self.largest > self.least:
@@ -220,8 +202,9 @@ class DeepSvdd(Detector):
 
     def _pretrain(self, bank: FeatureSource, generator: torch.Generator) -> list[float]:
         """Train encoder and a decoder, then dropped, to reconstruct; return each epoch's loss."""
-        decoder = build_decoder(NETWORKS[self.network], self.leakiness)
-        draw_weights(decoder, self.leakiness, generator)
+        options = self.options
+        decoder = build_decoder(self.network, options.leakiness)
+        draw_weights(decoder, options.leakiness, generator)
         autoencoder = nn.Sequential(self.encoder, decoder.to(self.center.device))
 
         def reconstruction_loss(images: Tensor, epoch: int) -> Tensor:
@@ -234,16 +217,16 @@ class DeepSvdd(Detector):
             reconstruction_loss,
             bank,
             generator,
-            epochs=self.pretrain_epochs,
-            milestone=self.pretrain_milestone,
-            weight_decay=self.pretrain_weight_decay,
+            count=options.pretrain_epochs,
+            milestone=options.pretrain_milestone,
+            weight_decay=options.pretrain_weight_decay,
             description="pretraining",
         )
         return [loss for _, loss in passes]
 
     @torch.no_grad()
     def _mean_code(self, bank: FeatureSource) -> Tensor:
-        batches = bank.batches(self.batch_size)
+        batches = bank.batches(self.options.batch_size)
         totals = [self.encoder(self.normalise(b)).double().sum(dim=0) for b in batches]
         mean = torch.stack(totals).sum(dim=0) / len(bank)  # (D,)
         sign = torch.where(mean < 0, -1.0, 1.0)
@@ -252,11 +235,11 @@ class DeepSvdd(Detector):
     def _loss(self, images: Tensor, epoch: int) -> Tensor:
         """Return the objective; with the soft boundary and after its warm-up, move the radius."""
         distances = self.squared_distances(images)  # (B,)
-        if self.objective == "one_class":
+        if self.options.objective == "one_class":
             return distances.mean()
-        loss = soft_boundary_loss(distances, self.radius, self.nu)
-        if epoch > self.warmup_epochs:
-            self.radius.copy_(torch.quantile(distances.detach().sqrt(), 1 - self.nu))
+        loss = soft_boundary_loss(distances, self.radius, self.options.nu)
+        if epoch > self.options.warmup_epochs:
+            self.radius.copy_(torch.quantile(distances.detach().sqrt(), 1 - self.options.nu))
         return loss
 
     def _train(
@@ -266,20 +249,20 @@ class DeepSvdd(Detector):
         bank: FeatureSource,
         generator: torch.Generator,
         *,
-        epochs: int,
+        count: int,
         milestone: int,
         weight_decay: float,
         description: str,
     ) -> Iterator[tuple[int, float]]:
         """Take Adam steps on `module`; yield each epoch and its mean loss, in eval mode."""
         optimizer = torch.optim.Adam(
-            module.parameters(), lr=self.learning_rate, weight_decay=weight_decay
+            module.parameters(), lr=self.options.learning_rate, weight_decay=weight_decay
         )
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [milestone], gamma=0.1)
-        for epoch in tqdm(range(1, epochs + 1), desc=description, leave=False, disable=None):
+        for epoch in epochs(count, description):
             module.train()
             losses = []
-            for images in bank.batches(self.batch_size, generator=generator):
+            for images in bank.batches(self.options.batch_size, generator=generator):
                 if len(images) == 1:
                     continue
                 loss = loss_of(images, epoch)
@@ -296,3 +279,19 @@ def soft_boundary_loss(distances: Tensor, radius: Tensor, nu: float) -> Tensor:
     """Return R^2 + mean(relu(distance - R^2)) / nu, equation 3, of squared distances (B,)."""
     squared_radius = radius.square()
     return squared_radius + F.relu(distances - squared_radius).mean() / nu
+
+
+METHOD = Method(
+    detector=lambda: DeepSvdd,
+    options=DeepSvddOptions(),
+    tasks=frozenset({"semantic"}),
+    takes=frozenset({"images"}),
+    published_as="DSVDD",
+    # Paper, section 4.2: a LeNet of its own on images of the data sets' own size.
+    experiment={
+        "semantic": {"backbone": "lenet", "layers": (0,), "image_size": 32, "crop_size": None},
+        **dict.fromkeys(("mnist", "fashion_mnist", "digits"), {"image_size": 28}),
+    },
+    on=dict.fromkeys(("mnist", "fashion_mnist", "digits"), {"network": "mnist"}),
+    ignores=frozenset({"backbone", "weights", "layers", "feature_location"}),
+)

@@ -6,11 +6,9 @@ Source: SimpleNet (CVPR 2023), section 3.2 and the ablation of Table 3.
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
-from models.training.initial_weights import check_init, draw_linear
+from models.training.initial_weights import draw_linear
 from models.features.matmul import Linear
 
-ADAPTORS = ("linear", "none", "mlp")
 SLOPE = 0.2
 """Of the leaky rectifiers (the paper's value in the discriminator; the released adaptor's too)."""
 
@@ -24,18 +22,12 @@ class Adaptor(nn.Module):
             layer of C units with a leaky rectifier.
         bias: whether its layers have one (paper: no; released code: yes).
         init: "default" or "xavier", see `draw_linear`.
-
-    Raises:
-        ModelError: kind or init is unknown.
     """
 
     def __init__(
         self, channels: int, kind: str = "linear", *, bias: bool = False, init: str = "default"
     ) -> None:
         super().__init__()
-        if kind not in ADAPTORS:
-            raise ModelError(f"adaptor {kind!r} is not one of {', '.join(ADAPTORS)}")
-        check_init(init)
         self.init = init
         self.layers = nn.Sequential()
         if kind != "none":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.methods.simplenet.adaptor import SLOPE
-from models.training.initial_weights import check_init, draw_linear
+from models.training.initial_weights import draw_linear
 from models.features.matmul import Linear
 
 
@@ -20,9 +20,6 @@ class Discriminator(nn.Module):
         hidden: units of the hidden layer; None for C (paper; released code: 1024).
         last_bias: whether the last layer has a bias (released code: no).
         init: "default" or "xavier", see `draw_linear`.
-
-    Raises:
-        ModelError: init is unknown.
     """
 
     def __init__(
@@ -34,7 +31,6 @@ class Discriminator(nn.Module):
         init: str = "default",
     ) -> None:
         super().__init__()
-        check_init(init)
         self.init = init
         width = channels if hidden is None else hidden
         self.first = Linear(channels, width)

@@ -6,8 +6,6 @@ Source: SimpleNet (CVPR 2023), section 3.3. Used in training only.
 import torch
 from torch import Tensor
 
-from models.errors import ModelError
-
 
 class GaussianNoise:
     """Adds independent noise of one standard deviation to every entry.
@@ -17,19 +15,14 @@ class GaussianNoise:
     same kind of device, and the training images come in the same order whatever the noise is.
 
     Args:
-        sigma: standard deviation of the noise.
+        sigma: standard deviation of the noise, above 0.
         generator: a CPU generator; it advances by one draw.
         device: where the noise is made.
-
-    Raises:
-        ModelError: sigma is not above zero.
     """
 
     def __init__(
         self, sigma: float, generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> None:
-        if sigma <= 0:
-            raise ModelError(f"sigma {sigma} must be above 0: noise makes the anomalous features")
         self.sigma = sigma
         seed = int(torch.randint(2**62, (), generator=generator))
         self.generator = torch.Generator(device).manual_seed(seed)

@@ -26,26 +26,32 @@ which gives each pair a run folder of its own.
 
 import math
 import warnings
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
-from models.methods.simplenet.adaptor import Adaptor
-from models.detector import Detector, FeatureSource, Monitor
-from models.methods.simplenet.discriminator import Discriminator, cross_entropy, truncated_l1
+from configs.options import (
+    FeatureOptions,
+    NotNegative,
+    OnlyWith,
+    OptionalFloat,
+    OptionalInt,
+    Positive,
+    PositiveInt,
+)
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.errors import ModelError
+from models.method import Method
+from models.methods.simplenet.adaptor import Adaptor
+from models.methods.simplenet.discriminator import Discriminator, cross_entropy, truncated_l1
 from models.methods.simplenet.noise import GaussianNoise
+from models.training.epochs import epochs, mean_of_finite
 from models.training.mixed_precision import bfloat16_autocast
-from models.methods.noco import mean_of_finite
 
-LOSSES = ("truncated_l1", "cross_entropy")
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
+ADAPTED = OnlyWith("adaptor", "linear or mlp", lambda adaptor: adaptor != "none")
 REPORTED = ("loss", "normal_logit", "noisy_logit")
 """What the monitor gets, each a mean over the steps since its last call."""
 TRIVIAL_SHARE = 0.98
@@ -59,6 +65,53 @@ class TrivialSolutionWarning(UserWarning):
     """Training ended no better than a discriminator that always answers zero."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SimpleNetOptions(FeatureOptions):
+    """SimpleNet: linear adaptor, Gaussian noise, and a discriminator whose logit is the score."""
+
+    adaptor: Literal["linear", "none", "mlp"] = "linear"
+    """Of the features (paper: linear; Table 3 compares none and one hidden layer)."""
+    adaptor_bias: Annotated[bool, ADAPTED] = False
+    """Give the adaptor's layers a bias (paper: no; released code: yes)."""
+    norm: OptionalFloat = None
+    """Put adapted features on a sphere of this radius, before the noise and before the score; none
+    is SimpleNet, nc_disc has 1. A zero feature stays zero."""
+    sigma: Positive = 0.015
+    """Standard deviation of the noise per entry (paper; Fig. 5)."""
+    hidden: OptionalInt = None
+    """Hidden units of the discriminator; none for as many as channels (released code: 1024)."""
+    last_bias: bool = True
+    """Give the discriminator's last layer a bias (released code: no)."""
+    init: Literal["default", "xavier"] = "default"
+    """Initial weights: PyTorch's default or Xavier-normal (released code)."""
+    loss: Literal["truncated_l1", "cross_entropy"] = "truncated_l1"
+    """Of the discriminator (paper: truncated_l1; Table 3 compares cross_entropy)."""
+    threshold: Annotated[
+        Positive, OnlyWith("loss", "truncated_l1", lambda loss: loss == "truncated_l1")
+    ] = 0.5
+    """th of the truncated L1 loss (paper)."""
+    learning_rate: Positive = 2e-4
+    """Of the discriminator's Adam (paper)."""
+    adaptor_learning_rate: Annotated[Positive, ADAPTED] = 1e-4
+    """Of the adaptor (paper)."""
+    weight_decay: NotNegative = 1e-5
+    """Of the discriminator's Adam (paper)."""
+    adaptor_weight_decay: Annotated[NotNegative, ADAPTED] = 1e-5
+    """Of the adaptor (paper; released code: 1e-2, AdamW's default)."""
+    adaptor_optimizer: Annotated[Literal["adam", "adamw"], ADAPTED] = "adam"
+    """Of the adaptor (paper: adam; released code: adamw)."""
+    batch_size: PositiveInt = 4
+    """Images per step (paper; released code: 8; semantic: 64)."""
+    epochs: PositiveInt = 160
+    """Passes over the training features (paper; released code: 40 x 4)."""
+    report_every: PositiveInt = 1
+    """Epochs between two reports, and two evaluations where the test set is watched (released
+    code: 4)."""
+    mixed_precision: bool = True
+    """Train the head in bfloat16 where a CUDA device computes in it (the noise is added, and scores
+    are computed, in float32); ignored elsewhere."""
+
+
 class SimpleNet(Detector):
     """Adaptor, Gaussian noise and discriminator on stored features; `norm` makes it `nc_disc`.
 
@@ -68,86 +121,27 @@ class SimpleNet(Detector):
     A last batch of a single position (a 1 x 1 grid with one image left over) is skipped: its batch
     statistics would be those of one feature and its noise.
 
-    Args:
-        channels: channels of the features.
-        adaptor: "linear", "none" or "mlp" (one hidden layer).
-        adaptor_bias: whether the adaptor's layers have a bias.
-        norm: the adapted feature becomes norm * q / ||q|| before the noise is added and before it
-            is scored; None leaves it as it is. A zero feature stays zero.
-        sigma: standard deviation of the noise, per entry.
-        hidden: hidden units of the discriminator; None for as many as channels.
-        last_bias: whether the discriminator's last layer has a bias.
-        init: "default" (PyTorch's) or "xavier" (normal), of all linear layers.
-        loss: "truncated_l1" or "cross_entropy".
-        threshold: th of the truncated L1 loss.
-        learning_rate: of the discriminator's Adam.
-        adaptor_learning_rate: of the adaptor's optimizer.
-        weight_decay: of the discriminator's Adam.
-        adaptor_weight_decay: of the adaptor's optimizer.
-        adaptor_optimizer: "adam" or "adamw".
-        batch_size: images per step.
-        epochs: passes over the training features.
-        report_every: epochs between two calls of the monitor.
-        mixed_precision: train under bfloat16 autocast where a CUDA device computes in it (compute
-            capability 8.0 and above); the noise is added, and scores are computed, in float32. No
-            effect elsewhere.
-
-    Attributes:
-        remarks: what a reader of the fit's numbers must know, in words; empty when all is well.
+    `diagnostics` has, after a fit, the standard deviation of each channel over all training
+    positions: "feature_std" of the backbone's features, "adapted_std" of what the discriminator saw
+    after the last epoch (the paper's Fig. 4).
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        adaptor: str = "linear",
-        adaptor_bias: bool = False,
-        norm: float | None = None,
-        sigma: float = 0.015,
-        hidden: int | None = None,
-        last_bias: bool = True,
-        init: str = "default",
-        loss: str = "truncated_l1",
-        threshold: float = 0.5,
-        learning_rate: float = 2e-4,
-        adaptor_learning_rate: float = 1e-4,
-        weight_decay: float = 1e-5,
-        adaptor_weight_decay: float = 1e-5,
-        adaptor_optimizer: str = "adam",
-        batch_size: int = 4,
-        epochs: int = 160,
-        report_every: int = 1,
-        mixed_precision: bool = True,
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: SimpleNetOptions) -> None:
         super().__init__()
-        if loss not in LOSSES:
-            raise ModelError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
-        if adaptor_optimizer not in OPTIMIZERS:
-            known = ", ".join(OPTIMIZERS)
-            raise ModelError(f"adaptor optimizer {adaptor_optimizer!r} is not one of {known}")
-        self.norm = norm
-        self.sigma = sigma
-        self.loss_kind = loss
-        self.threshold = threshold
-        self.learning_rate = learning_rate
-        self.adaptor_learning_rate = adaptor_learning_rate
-        self.weight_decay = weight_decay
-        self.adaptor_weight_decay = adaptor_weight_decay
-        self.adaptor_optimizer = adaptor_optimizer
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.report_every = report_every
-        self.mixed_precision = mixed_precision
-        self.adaptor = Adaptor(channels, adaptor, bias=adaptor_bias, init=init)
-        self.discriminator = Discriminator(channels, hidden, last_bias=last_bias, init=init)
-        self.remarks: list[str] = []
-        self._diagnostics: dict[str, list[float]] = {}
+        self.options = options
+        self.adaptor = Adaptor(
+            features.channels, options.adaptor, bias=options.adaptor_bias, init=options.init
+        )
+        self.discriminator = Discriminator(
+            features.channels, options.hidden, last_bias=options.last_bias, init=options.init
+        )
         self.eval()  # a loaded head scores; only `fit` trains
 
     @property
     def trivial_loss(self) -> float:
         """The loss of a discriminator that always answers zero."""
-        return 2 * self.threshold if self.loss_kind == "truncated_l1" else 2 * math.log(2)
+        options = self.options
+        return 2 * options.threshold if options.loss == "truncated_l1" else 2 * math.log(2)
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draw adaptor and discriminator anew from a CPU generator."""
@@ -167,17 +161,18 @@ class SimpleNet(Detector):
             FloatingPointError: the loss left the finite numbers.
             ModelError: the bank holds a single position.
         """
+        options = self.options
         self.initialise(generator)
         self.remarks = []
         device = self.discriminator.last.weight.device
-        noise = GaussianNoise(self.sigma, generator, device)
+        noise = GaussianNoise(options.sigma, generator, device)
         optimizers = self._optimizers()
         unreported = []
         means: list[float] = []
-        for epoch in tqdm(range(1, self.epochs + 1), desc="epochs", leave=False, disable=None):
+        for epoch in epochs(options.epochs):
             self.train()
             steps = []
-            for features in bank.batches(self.batch_size, generator=generator):
+            for features in bank.batches(options.batch_size, generator=generator):
                 positions = rearrange(features, "b c h w -> (b h w) c")
                 if len(positions) > 1:
                     steps.append(self._step(positions, noise, optimizers))
@@ -187,7 +182,9 @@ class SimpleNet(Detector):
             columns = torch.stack(steps).unbind(dim=1)  # 3 of (steps,)
             means = [mean_of_finite(list(column), epoch) for column in columns]
             unreported.append(means)
-            if monitor is not None and (epoch % self.report_every == 0 or epoch == self.epochs):
+            if monitor is not None and (
+                epoch % options.report_every == 0 or epoch == options.epochs
+            ):
                 values = [sum(column) / len(column) for column in zip(*unreported, strict=True)]
                 monitor(epoch, dict(zip(REPORTED, values, strict=True)))
                 unreported = []
@@ -199,7 +196,7 @@ class SimpleNet(Detector):
         self, positions: Tensor, noise: GaussianNoise, optimizers: list[torch.optim.Optimizer]
     ) -> Tensor:
         """Take one step; return the `REPORTED` values (3,), still on the device."""
-        with bfloat16_autocast(positions.device, wanted=self.mixed_precision):
+        with bfloat16_autocast(positions.device, wanted=self.options.mixed_precision):
             normal, noisy = self.logits(positions, noise)
         loss = self.loss(normal, noisy)
         for optimizer in optimizers:
@@ -221,17 +218,17 @@ class SimpleNet(Detector):
 
     def loss(self, normal: Tensor, noisy: Tensor) -> Tensor:
         """Return the training loss, a scalar, of normal and noisy logits (P,)."""
-        if self.loss_kind == "cross_entropy":
+        if self.options.loss == "cross_entropy":
             return cross_entropy(normal, noisy)
-        return truncated_l1(normal, noisy, self.threshold)
+        return truncated_l1(normal, noisy, self.options.threshold)
 
     def adapt(self, positions: Tensor) -> Tensor:
         """Return what the discriminator sees, (P, C) float32, of positions (P, C)."""
-        adapted = self.adaptor(positions).float()
-        if self.norm is None:
+        adapted, norm = self.adaptor(positions).float(), self.options.norm
+        if norm is None:
             return adapted
         length = torch.linalg.vector_norm(adapted, dim=1, keepdim=True)  # (P, 1)
-        return adapted * (self.norm / length.clamp(min=SMALLEST_LENGTH))
+        return adapted * (norm / length.clamp(min=SMALLEST_LENGTH))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return -D(q) at each position, (B, H, W)."""
@@ -244,29 +241,23 @@ class SimpleNet(Detector):
         """A step is an epoch; see `Detector.stopped_at`."""
         return {"epochs": step}
 
-    def diagnostics(self) -> dict[str, list[float]]:
-        """Return the standard deviation of each channel over all training positions.
-
-        "feature_std" is that of the backbone's features, "adapted_std" that of what the
-        discriminator saw after the last epoch (the paper's Fig. 4). Empty before `fit`.
-        """
-        return self._diagnostics
-
     def _optimizers(self) -> list[torch.optim.Optimizer]:
+        options = self.options
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Adam(
                 self.discriminator.parameters(),
-                lr=self.learning_rate,
-                weight_decay=self.weight_decay,
+                lr=options.learning_rate,
+                weight_decay=options.weight_decay,
             )
         ]
-        if adaptor_parameters := list(self.adaptor.parameters()):
-            kind: type = OPTIMIZERS[self.adaptor_optimizer]
+        if parameters := list(self.adaptor.parameters()):
+            is_decoupled = options.adaptor_optimizer == "adamw"
+            kind = torch.optim.AdamW if is_decoupled else torch.optim.Adam
             optimizers.append(
                 kind(
-                    adaptor_parameters,
-                    lr=self.adaptor_learning_rate,
-                    weight_decay=self.adaptor_weight_decay,
+                    parameters,
+                    lr=options.adaptor_learning_rate,
+                    weight_decay=options.adaptor_weight_decay,
                 )
             )
         return optimizers
@@ -278,7 +269,7 @@ class SimpleNet(Detector):
         Batches are joined by the law of total variance: nothing cancels, whatever the magnitude.
         """
         counts, variances, means = [], [], []
-        for features in bank.batches(self.batch_size):
+        for features in bank.batches(self.options.batch_size):
             positions = rearrange(features, "b c h w -> (b h w) c")
             both = torch.stack([positions, self.adapt(positions)])  # (2, P, C)
             variance, mean = torch.var_mean(both, dim=1, correction=0)  # (2, C) each
@@ -291,17 +282,28 @@ class SimpleNet(Detector):
         spread = within.double() + (centres - mean) ** 2  # (batches, 2, C)
         variance = torch.tensordot(weights, spread, dims=1)  # (2, C)
         feature_std, adapted_std = variance.sqrt().tolist()
-        self._diagnostics = {"feature_std": feature_std, "adapted_std": adapted_std}
+        self.diagnostics = {"feature_std": feature_std, "adapted_std": adapted_std}
         return float((variance[1] + mean[1] ** 2).sum().sqrt())
 
     def _remark_trivial(self, loss: float, feature_norm: float) -> None:
-        noise_norm = self.sigma * math.sqrt(len(self._diagnostics["adapted_std"]))
-        constraint = "--method.norm 1 (the method nc_disc), " if self.norm is None else ""
+        noise_norm = self.options.sigma * math.sqrt(len(self.diagnostics["adapted_std"]))
+        constraint = "--method.norm 1 (the method nc_disc), " if self.options.norm is None else ""
         remark = (
             f"training ended no better than the trivial solution: the loss is {loss:.4f}, and a "
             f"discriminator that always answers 0 has {self.trivial_loss:.4f}. The noise (sigma "
-            f"{self.sigma:g}) has norm {noise_norm:.3g}, the adapted features have "
+            f"{self.options.sigma:g}) has norm {noise_norm:.3g}, the adapted features have "
             f"{feature_norm:.3g}: try {constraint}a larger --method.sigma or more --method.epochs"
         )
         self.remarks.append(remark)
         warnings.warn(remark, TrivialSolutionWarning, stacklevel=3)
+
+
+METHOD = Method(
+    detector=lambda: SimpleNet,
+    options=SimpleNetOptions(),
+    published_as="SimpleNet",
+    experiment={"structured": {"layers": (2, 3)}},  # paper: 28 x 28 grid
+    # An image is one position here: a batch of 4 has no batch statistics. 64 is NoCo's semantic
+    # batch.
+    on={"semantic": {"batch_size": 64}},
+)

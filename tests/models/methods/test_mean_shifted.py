@@ -7,8 +7,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
-from models.training.fine_tuning import trained_parameters
-from models.methods.mean_shifted import (
+from models.methods.fine_tuned.fine_tuning import trained_parameters
+from models.methods.fine_tuned.mean_shifted import (
     MeanShifted,
     angular_loss,
     build_augmentations,

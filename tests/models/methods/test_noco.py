@@ -8,7 +8,8 @@ from models import DETECTORS
 
 from models import build_detector
 from models.errors import ModelError
-from models.methods.noco import Noco, mean_of_finite
+from models.methods.noco import Noco
+from models.training.epochs import mean_of_finite
 from tests.models.banks import Bank, Stages, seeded
 
 

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
-from models.training.fine_tuning import canonical_name, trained_parameters
-from models.methods.panda.fisher import _draw_gradient, label_free_fisher, read_fisher
-from models.methods.panda.panda import Panda, compactness_loss, elastic_penalty
+from models.methods.fine_tuned.fine_tuning import trained_parameters
+from models.backbone.weights import canonical_name
+from models.methods.fine_tuned.fisher import _draw_gradient, label_free_fisher, read_fisher
+from models.methods.fine_tuned.panda import Panda, compactness_loss, elastic_penalty
 from tests.models.banks import Bank, seeded
 
 SMALL = "test_resnet"

@@ -21,8 +21,8 @@ from utils.evaluation.calibration import (
     load_calibration,
     save_calibration,
 )
-from utils.cli import UsageError
-from utils.runs.files import RunError
+from utils.errors import UsageError
+from utils.errors import RunError
 
 
 def calibration(*scores):

@@ -9,7 +9,7 @@ import torch
 from configs.experiment import parse_grid
 from configs.methods import METHODS
 from models.detector import Detector
-from utils.cli import UsageError
+from utils.errors import UsageError
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 from utils.runs.recording import fit_and_record

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from models.detector import Detector
-from utils.cli import UsageError
-from utils.evaluation.test_set import Monitor, TestSet
+from utils.errors import UsageError
+from utils.evaluation.test_set import TestSet
+from utils.evaluation.monitor import Monitor
 from utils.features.bank import FeatureBank
-from utils.metrics.metrics import METRIC_NAMES, ranking_metrics
+from utils.metrics.metrics import METRIC_NAMES
+from utils.metrics.evaluate import ranking_metrics
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models.backbone.extractor import FrozenExtractor
-from utils.cli import UsageError
+from utils.errors import UsageError
 from utils.features.bank import FeatureBank
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from configs.cache import cache_folder
 from tests.utils.test_feature_bank import Loader, Scaled, numbered
 from utils.features.features import bank as feature_bank
 from utils.features.features import store as feature_store
-from utils.cli import UsageError
+from utils.errors import UsageError
 from utils.features.bank import FeatureBank
 from utils.features.store import FeatureStore, default_folder, key_of
 

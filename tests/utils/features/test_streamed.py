@@ -13,7 +13,7 @@ from models.backbone.extractor import FrozenExtractor
 from models.backbone.raw_images import RawImages
 from tests.utils.test_feature_bank import Scaled, numbered, numbers
 from utils.features.features import streamed as streamed_features
-from utils.cli import UsageError
+from utils.errors import UsageError
 from utils.features.extraction import CACHES, extract_features
 from utils.features.bank import FeatureBank
 from utils.features.streamed import StreamedFeatures

@@ -8,7 +8,7 @@ from tests.threads import torch_threads
 from tests.utils.test_metrics import evaluate_pixels, random_maps, sklearn_ranking, slow_aupro
 from utils.metrics.metrics import counting
 from utils.metrics.counting import count_at_thresholds
-from utils.metrics.metrics import ranking_metrics
+from utils.metrics.evaluate import ranking_metrics
 
 
 @pytest.fixture(params=[1, 2, 4])

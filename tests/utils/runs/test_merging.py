@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils.runs.merging import merge
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.runs.run import Run
 
 CONFIG = {"dataset": "demo", "method": {"norm": 1.0}, "categories": [], "seeds": [0, 1]}

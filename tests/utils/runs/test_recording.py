@@ -16,7 +16,8 @@ from utils.runs.recording import (
     summary_line,
     undefined_reasons,
 )
-from utils.runs.run import Run, RunError
+from utils.runs.run import Run
+from utils.errors import RunError
 
 CATEGORIES = ("tile", "wood")
 

@@ -17,7 +17,8 @@ from utils.runs.run import environment
 
 from utils.runs.run import run as runs
 from utils.runs.files import file_stem, read_rows, write_rows
-from utils.runs.run import Run, RunError
+from utils.runs.run import Run
+from utils.errors import RunError
 
 CONFIG = {"dataset": "mvtec", "method": {"name": "noco", "norm": 1.0}, "layers": [1, 2]}
 CATEGORIES = ("bottle", "cable")

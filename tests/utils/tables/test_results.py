@@ -8,7 +8,7 @@ import pytest
 
 from utils.tables.results import published
 from utils.tables.published import NAMES, NUM_CATEGORIES, published_by_paper, published_values
-from utils.runs.files import RunError
+from utils.errors import RunError
 from utils.tables.results import build_table
 
 TEXTURES = ["carpet", "grid", "leather", "tile", "wood"]

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from models.detector import FeatureSource
 from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
-from models.training.fine_tuning import canonical_name
-from models.backbone.weights import complete_state, read_checkpoint
+from models.backbone.weights import canonical_name, complete_state, read_checkpoint
 
-WAYS_OUT = "pass --method.fisher-file FILE, or --method.variant early_stopping"
+WAY_OUT = {"fisher_file": "name one in"}
 
 
 def label_free_fisher(
@@ -83,7 +82,7 @@ def load_classifier(backbone: FrozenExtractor) -> nn.Module:
     name = backbone.backbone
     if backbone.random_weights:
         raise ModelError(
-            f"the weights of {name} are random: no classifier has a Fisher information; {WAYS_OUT}"
+            f"the weights of {name} are random: no classifier has a Fisher information", WAY_OUT
         )
     state, source = complete_state(name, backbone.weights)
     config = timm.get_pretrained_cfg(name)
@@ -91,8 +90,9 @@ def load_classifier(backbone: FrozenExtractor) -> nn.Module:
     head = head[0] if isinstance(head, tuple | list) else head
     if f"{head}.weight" not in state:
         raise ModelError(
-            f"{source} holds no classifier of {name}, of which a Fisher "
-            f"information could be computed; {WAYS_OUT}"
+            f"{source} holds no classifier of {name}, of which a Fisher information could be "
+            "computed",
+            WAY_OUT,
         )
     num_classes = len(state[f"{head}.weight"])
     model = timm.create_model(name, pretrained=False, num_classes=num_classes)
@@ -116,21 +116,21 @@ def read_fisher(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str,
     try:
         stored = read_checkpoint(path)
     except ModelError as error:
-        raise ModelError(f"--method.fisher-file: {error}") from error
+        raise ModelError(f"Fisher diagonal: {error}") from error
     by_name = {canonical_name(name): tensor for name, tensor in stored.items()}
     fisher = {}
     for name, parameter in parameters.items():
         tensor = by_name.get(canonical_name(name))
         if tensor is None:
-            raise ModelError(f"--method.fisher-file {path} holds nothing for {name}")
+            raise ModelError(f"the Fisher file {path} holds nothing for {name}")
         if tensor.shape != parameter.shape:
             raise ModelError(
-                f"--method.fisher-file {path}: {name} has shape {tuple(tensor.shape)}, the "
+                f"the Fisher file {path}: {name} has shape {tuple(tensor.shape)}, the "
                 f"backbone's has {tuple(parameter.shape)}"
             )
         if not (torch.isfinite(tensor) & (tensor >= 0)).all():
             raise ModelError(
-                f"--method.fisher-file {path}: {name} has negative or non-finite entries, as no "
+                f"the Fisher file {path}: {name} has negative or non-finite entries, as no "
                 "Fisher information has"
             )
         fisher[name] = tensor.to(parameter.device, parameter.dtype)

@@ -2,19 +2,22 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from models.detector import Detector, FeatureSource, Monitor
-from models.errors import ModelError
+from configs.options import Fraction, MethodOptions, NotNegative, OptionalFloat, Positive, PositiveInt
 from models.backbone.extractor import FrozenExtractor, channels_first
-from models.training.mixed_precision import bfloat16_autocast
+from models.backbone.weights import canonical_name
+from models.deployment.memory import Memory, normalised_pixels
+from models.detector import Detector, FeatureShape, FeatureSource, Monitor
+from models.errors import ModelError
 from models.features.nearest import nearest
-from models.methods.noco import mean_of_finite
+from models.training.epochs import epochs, mean_of_finite
+from models.training.mixed_precision import bfloat16_autocast
 
 EMBED_BATCH = 64
 """Images per forward pass where nothing trains, whatever the batch that was asked for."""
@@ -23,64 +26,58 @@ Objective = Callable[[Tensor], Tensor]
 """Maps a batch of uint8 images (B, 3, S, S) to the training loss, a scalar."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FineTuningOptions(MethodOptions):
+    """What methods share that train the last stages of the backbone by SGD."""
+
+    learning_rate: Positive
+    """Of SGD."""
+    momentum: Fraction
+    """Of SGD."""
+    weight_decay: NotNegative
+    """Of SGD."""
+    clip_norm: OptionalFloat
+    """Largest norm of the gradient of all parameters together; none for no limit."""
+    batch_size: PositiveInt
+    """Images per step."""
+    epochs: PositiveInt
+    """Passes over the training images."""
+    num_neighbors: PositiveInt
+    """Nearest training images whose squared distances, added, are the score."""
+    trained_stages: PositiveInt
+    """Stages that train, counted from the last."""
+    mixed_precision: bool = True
+    """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
+    elsewhere."""
+
+
 class FineTunedDetector(Detector):
     """A copy of the backbone whose last stages train; far from the training embeddings = anomalous.
 
     An image's embedding is the global average of each of the backbone's stages, concatenated. The
     score is the sum of squared Euclidean distances to the `num_neighbors` nearest embeddings of the
     training images, which are computed anew after the last epoch, and after each where a monitor
-    looks. The network is in eval mode throughout, training included: batch normalisation uses the
-    pretrained running statistics and they do not move, while its weights and biases train.
+    scores it. The network is in eval mode throughout, training included: batch normalisation uses
+    the pretrained running statistics and they do not move, while its weights and biases train.
 
     `state_dict` holds the adapted network and the training embeddings.
 
-    Args:
-        backbone: where the network starts from, at each `fit`.
-        learning_rate: of SGD.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        clip_norm: largest norm of the gradient of all parameters together; None for no limit.
-        batch_size: images per step.
-        epochs: passes over the training images.
-        num_neighbors: neighbours whose distances are added.
-        trained_stages: stages that train, counted from the last; see `trained_parameters`.
-        mixed_precision: train under bfloat16 autocast where a CUDA device computes in it; scores
-            are float32.
-
     Raises:
-        ModelError: the stages of the backbone cannot be told apart, or `trained_stages` is not
-            positive.
+        ModelError: the stages of the backbone cannot be told apart.
     """
 
-    takes: ClassVar[Literal["features", "images"]] = "images"
+    sized_by_fit = ("embeddings",)
+
     embeddings: Tensor
 
-    def __init__(
-        self,
-        backbone: FrozenExtractor,
-        *,
-        learning_rate: float,
-        momentum: float,
-        weight_decay: float,
-        clip_norm: float | None,
-        batch_size: int,
-        epochs: int,
-        num_neighbors: int,
-        trained_stages: int,
-        mixed_precision: bool,
-    ) -> None:
+    def __init__(self, features: FeatureShape, options: FineTuningOptions) -> None:
         super().__init__()
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.clip_norm = clip_norm
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.num_neighbors = num_neighbors
-        self.mixed_precision = mixed_precision
+        backbone = features.backbone
+        assert backbone is not None
+        self.tuning = options
         self._pretrained = (backbone,)  # in a tuple, so that its weights are not part of this head
         self.net = copy.deepcopy(backbone.net)
-        trained = set(trained_parameters(backbone, trained_stages))
+        trained = set(trained_parameters(backbone, options.trained_stages))
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(name in trained)
         self.register_buffer("embeddings", torch.empty(0, backbone.channels))
@@ -113,32 +110,34 @@ class FineTunedDetector(Detector):
             FloatingPointError: the loss left the finite numbers.
             ModelError: fewer training images than neighbours.
         """
-        if len(bank) < self.num_neighbors:
+        tuning = self.tuning
+        if len(bank) < tuning.num_neighbors:
             raise ModelError(
-                f"--method.num-neighbors {self.num_neighbors} exceeds the {len(bank)} training "
-                "images"
+                f"{tuning.num_neighbors} nearest images exceed the {len(bank)} training images",
+                {"num_neighbors": "lower"},
             )
         self.net.load_state_dict(self.backbone.net.state_dict())
         objective = self.objective(bank, generator)
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(
             parameters,
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
+            lr=tuning.learning_rate,
+            momentum=tuning.momentum,
+            weight_decay=tuning.weight_decay,
         )
-        for epoch in tqdm(range(1, self.epochs + 1), desc="epochs", leave=False, disable=None):
+        for epoch in epochs(tuning.epochs):
             losses = []
-            for images in bank.batches(self.batch_size, generator=generator):
+            for images in bank.batches(tuning.batch_size, generator=generator):
                 loss = objective(images)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                if self.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+                if tuning.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters, tuning.clip_norm)
                 optimizer.step()
                 losses.append(loss.detach())
             mean_loss = mean_of_finite(losses, epoch)
-            if monitor is not None or epoch == self.epochs:
+            is_scored = monitor is not None and monitor.scores_steps
+            if is_scored or epoch == tuning.epochs:
                 self.embeddings = self.embed_bank(bank)
             if monitor is not None:
                 monitor(epoch, {"loss": mean_loss})
@@ -150,7 +149,7 @@ class FineTunedDetector(Detector):
 
     def embed_for_training(self, pixels: Tensor) -> Tensor:
         """Do as `embed`, in mixed precision where that is wanted and can be had."""
-        with bfloat16_autocast(pixels.device, wanted=self.mixed_precision):
+        with bfloat16_autocast(pixels.device, wanted=self.tuning.mixed_precision):
             return self.embed(pixels)
 
     @torch.no_grad()
@@ -165,12 +164,12 @@ class FineTunedDetector(Detector):
         Raises:
             ModelError: nothing was fitted or loaded.
         """
-        if len(self.embeddings) < self.num_neighbors:
+        if len(self.embeddings) < self.tuning.num_neighbors:
             raise ModelError("there are no training embeddings to compare with: fit or load first")
         scores = []
         for chunk in images.split(EMBED_BATCH):
             embeddings = self.embed(self.backbone.pixels(chunk))  # (B, D)
-            distances, _ = nearest(embeddings, self.embeddings, self.num_neighbors)  # (B, k)
+            distances, _ = nearest(embeddings, self.embeddings, self.tuning.num_neighbors)  # (B, k)
             scores.append(distances.square().sum(dim=1))  # (B,)
         return rearrange(torch.cat(scores), "b -> b 1 1")
 
@@ -178,11 +177,30 @@ class FineTunedDetector(Detector):
         """A step is an epoch; see `Detector.stopped_at`."""
         return {"epochs": step}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        stored = state_dict.get(f"{prefix}embeddings")
-        if stored is not None:  # as many as the fit had images
-            self.embeddings = self.embeddings.new_empty(stored.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def exported(self) -> nn.Module:
+        """See `Detector.exported`."""
+        return _Exported(self)
+
+
+class _Exported(nn.Module):
+    """A fine-tuned backbone and its stored embeddings."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, detector: FineTunedDetector) -> None:
+        super().__init__()
+        self.register_buffer("mean", detector.backbone.mean)
+        self.register_buffer("std", detector.backbone.std)
+        self.detector = detector
+        self.memory = Memory(detector.embeddings)
+        self.count = detector.tuning.num_neighbors
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return scores as maps (B, 1, 1) of uint8 images (B, 3, S, S)."""
+        embeddings = self.detector.embed(normalised_pixels(images, self.mean, self.std))  # (B, D)
+        distances, _ = self.memory(embeddings - self.memory.shift, self.count)  # (B, k)
+        return rearrange(distances.square().sum(dim=1), "b -> b 1 1")
 
 
 def trained_parameters(backbone: FrozenExtractor, num_stages: int) -> list[str]:
@@ -196,10 +214,8 @@ def trained_parameters(backbone: FrozenExtractor, num_stages: int) -> list[str]:
     tf_efficientnet_lite0 blocks.3 to blocks.6. As many stages as there are, or more: all train.
 
     Raises:
-        ModelError: `num_stages` is not positive, or the network does not say where stages end.
+        ModelError: the network does not say where stages end.
     """
-    if num_stages < 1:
-        raise ModelError(f"--method.trained-stages {num_stages} must be at least 1")
     if backbone.feature_location != "bottleneck":
         raise ModelError(
             "a backbone is fine-tuned at the end of its stages: leave out --feature-location "
@@ -226,12 +242,3 @@ def trained_parameters(backbone: FrozenExtractor, num_stages: int) -> list[str]:
         for prefix, module in modules[start : end_of(last) + 1]
         for name, _ in module.named_parameters(recurse=False)
     ]
-
-
-def canonical_name(name: str) -> str:
-    """Return the name of a parameter or module that a timm model and its features share.
-
-    Feature networks flatten the first levels of names ("stages.3" becomes "stages_3") or put
-    "model." before them.
-    """
-    return name.removeprefix("model.").replace(".", "_")

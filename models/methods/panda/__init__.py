@@ -1,1 +1,0 @@
-"""PANDA by early stopping and by elastic weights, and the Fisher information of the latter."""

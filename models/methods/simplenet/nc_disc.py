@@ -1,0 +1,9 @@
+"""SimpleNet with adapted features on a sphere of fixed norm: ours."""
+
+from dataclasses import replace
+
+from models.method import Method
+from models.methods.simplenet.simplenet import METHOD as SIMPLENET
+from models.methods.simplenet.simplenet import SimpleNetOptions
+
+METHOD: Method = replace(SIMPLENET, options=SimpleNetOptions(norm=1.0), published_as="")

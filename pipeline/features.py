@@ -1,0 +1,232 @@
+"""From images to features: the backbone of an experiment, and what each task has of its features."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from configs.structured import StructuredExperiment
+from datasets.reading.loading import BatchLoader, Images, images_of, read_masks
+from datasets.reading.transforms import PairTransform
+from datasets.samples import ImageSet, Task
+from datasets.synthetic import ImagesAt, SyntheticDataset, cutpaste, rotate
+from models.backbone.raw_images import RawImages
+from models.building import build_detector, build_extractor
+from models.detector import Extractor
+from models.method import find_method
+from pipeline.experiments import AnyExperiment
+from utils.device import pick_device
+from utils.errors import UsageError
+from utils.evaluation.calibration import held_out_for_calibration
+from utils.evaluation.scoring import Scoring
+from utils.evaluation.selection import Validation, hold_out, num_copies, validation_set
+from utils.evaluation.test_set import TestSet
+from utils.features.extraction import extract_features
+from utils.features.features import Features
+from utils.features.store import default_folder
+
+
+def extractor_of(experiment: AnyExperiment, *, weights: str | None = None) -> Extractor:
+    """Build, on its device, what turns an experiment's images into what its method takes.
+
+    Args:
+        experiment: names backbone, stages, weights and device.
+        weights: other weights than the experiment's, as `--weights` takes them.
+
+    Raises:
+        ModelError: the backbone or its weights cannot be had, or the method cannot be built.
+        UsageError: the device cannot be had.
+    """
+    is_structured = isinstance(experiment, StructuredExperiment)
+    extractor = build_extractor(
+        find_method(experiment.method_name),
+        experiment.backbone,
+        experiment.layers,
+        weights=weights or experiment.weights,
+        patch_size=experiment.patch_size if is_structured else 1,
+        feature_location=experiment.feature_location,
+        pooled=not is_structured,
+        precision=experiment.precision,
+        compile_backbone=experiment.compile,
+    )
+    # A method that cannot be built says so now, not after the images are read.
+    build_detector(experiment.method_name, extractor, experiment.method)
+    return extractor.to(pick_device(experiment.device))
+
+
+def transform_of(experiment: AnyExperiment) -> PairTransform:
+    """Return what turns images and masks into what the backbone sees."""
+    return PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
+
+
+def scoring_of(experiment: AnyExperiment, extractor: Extractor) -> Scoring:
+    """Return how an experiment's anomaly maps become scores."""
+    if isinstance(experiment, StructuredExperiment):
+        size, sigma = experiment.map_size, experiment.blur_sigma
+        return Scoring(size, sigma, experiment.extract_batch_size)
+    # A pooled feature takes a few kilobytes, an image on its way through a backbone megabytes.
+    takes_images = isinstance(extractor, RawImages)
+    return Scoring(batch_size=experiment.extract_batch_size if takes_images else 1024)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The features of a task, each part with its job.
+
+    Attributes:
+        task: what they are of.
+        train: normals that a head is fitted on.
+        test: what it is evaluated on.
+        validation: what `--select synthetic` chooses by; None for other ways.
+        calibration: normals that neither fit nor selection sees; None without
+            `--calibration-share`.
+        skipped: images left out as unreadable, with the reason.
+    """
+
+    task: Task
+    train: Features
+    test: TestSet
+    validation: Validation | None
+    calibration: Features | None
+    skipped: Sequence[str]
+
+
+class Extraction:
+    """Runs the backbone over images that a task needs, once, and lets go what no task needs more.
+
+    Args:
+        experiment: what is measured.
+        extractor: its backbone.
+    """
+
+    def __init__(self, experiment: AnyExperiment, extractor: Extractor) -> None:
+        self.experiment = experiment
+        self.extractor = extractor
+        self.transform = transform_of(experiment)
+        self.scoring = scoring_of(experiment, extractor)
+        self._held: dict[ImageSet, Features] = {}
+        self._turned: tuple[ImageSet, Features] | None = None
+
+    def data_of(self, task: Task) -> TaskData:
+        """Return the features of a task; those that it shares with the task before are kept.
+
+        Raises:
+            DataError: an image or a mask cannot be read.
+            UsageError: too few images for what is asked.
+        """
+        experiment = self.experiment
+        self._held = {s: f for s, f in self._held.items() if s in (task.train, task.test)}
+        train = self.features_of(task, task.train)
+        normals = _rows_at(train, task.train_indices)
+        test = self.test_set_of(task)
+        fitted, calibration = normals, None
+        if experiment.calibration_share:
+            kept, held = calibration_split(experiment, task, len(normals))
+            fitted, calibration = normals.subset(kept), normals.subset(held)
+        validation = None
+        if experiment.select == "synthetic":
+            validation = self._validation_of(task, fitted, train)
+        skipped = [*train.skipped, *test.bank.skipped]
+        return TaskData(task, fitted, test, validation, calibration, skipped)
+
+    def features_of(self, task: Task, images: ImageSet) -> Features:
+        """Return the features of all images of one of a task's sets."""
+        if images not in self._held:
+            dataset = images_of(images, self.transform)
+            self._held[images] = self._extract(dataset, task, f"{images.split} features")
+        return self._held[images]
+
+    def test_set_of(self, task: Task) -> TestSet:
+        """Return a task's test set, with its masks."""
+        bank = self.features_of(task, task.test)
+        names = task.test.names
+        masks = None
+        if task.masks is not None:
+            assert task.test.paths is not None
+            # After the images: the mask of one that was left out as unreadable cannot be checked.
+            masks = read_masks(
+                [task.test.paths[i] for i in bank.indices],
+                [task.masks[i] for i in bank.indices],
+                task.test_labels[bank.indices],
+                self.transform,
+            )  # (N, S, S)
+        return TestSet(
+            bank,
+            torch.from_numpy(task.test_labels[bank.indices]),
+            names=[names[i] for i in bank.indices],
+            kinds=[task.kinds[i] for i in bank.indices],
+            masks=masks,
+            scoring=self.scoring,
+        )
+
+    def _validation_of(self, task: Task, fitted: Features, train: Features) -> Validation:
+        """Hold normals out and make anomalies of them: pasted defects, or turned images."""
+        kept, held = hold_out(len(fitted))
+        held_images = fitted.subset(held).indices
+        if self.scoring.map_size is None:
+            anomalies = _rows_at(self._turned_images(task, train), np.array(held_images))
+            return validation_set(fitted, kept, held, anomalies, self.scoring)
+        assert task.train.paths is not None
+        originals = ImageSet("train", paths=tuple(task.train.paths[i] for i in held_images))
+        pasted = SyntheticDataset(
+            images_of(originals, self.transform), cutpaste, copies=num_copies(len(held_images))
+        )
+        anomalies = self._extract(pasted, task, "features of pasted defects")
+        masks = pasted.masks(anomalies.indices)
+        return validation_set(fitted, kept, held, anomalies, self.scoring, masks)
+
+    def _turned_images(self, task: Task, train: Features) -> Features:
+        """Return features of the images, rotated, that any task of the data set holds out.
+
+        Tasks that were not asked for count too, so that a class alone reads the same batches of
+        images, and gets the same bits, as among all.
+        """
+        if self._turned is None or self._turned[0] is not task.train:
+            held: set[int] = set()
+            for indices in task.peers:
+                with contextlib.suppress(UsageError):  # too few; the task says so if it is run
+                    normals = _rows_at(train, indices)
+                    if self.experiment.calibration_share:
+                        kept, _ = calibration_split(self.experiment, task, len(normals))
+                        normals = normals.subset(kept)
+                    held.update(normals.subset(hold_out(len(normals))[1]).indices)
+            turned = SyntheticDataset(images_of(task.train, self.transform), rotate)
+            features = self._extract(
+                ImagesAt(turned, sorted(held)), task, "features of rotated images"
+            )
+            self._turned = task.train, features
+        return self._turned[1]
+
+    def _extract(self, images: Images, task: Task, what: str) -> Features:
+        experiment, device = self.experiment, self.extractor.device
+        loader = BatchLoader(
+            images,
+            batch_size=experiment.extract_batch_size,
+            workers=experiment.workers,
+            skip_unreadable=experiment.skip_unreadable,
+            for_gpu=device.type == "cuda",
+        )
+        # Images that tasks share are of no category.
+        description = what if task.peers else f"{task.category}: {what}"
+        return extract_features(
+            self.extractor,
+            loader,
+            cache=experiment.cache,
+            description=description,
+            folder=default_folder(),
+        )
+
+
+def calibration_split(
+    experiment: AnyExperiment, task: Task, num_images: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return positions of the normal images to fit on, and of those that set thresholds."""
+    share, rate = experiment.calibration_share, experiment.false_alarm_rate
+    return held_out_for_calibration(num_images, share, rate, what=task.category)
+
+
+def _rows_at(features: Features, indices: np.ndarray) -> Features:
+    """Return the features of the images at some positions of their data set."""
+    return features.subset(np.isin(features.indices, indices).nonzero()[0])

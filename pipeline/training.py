@@ -1,0 +1,116 @@
+"""The training of an experiment's heads, from the run folder that is opened to the one that is full.
+
+`train_head` is the experiment in the order in which it happens: choose, build, fit, evaluate,
+record. What it is given holds features only: no image is looked at again.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from configs.presets import with_options
+from datasets.samples import Task
+from models.building import build_detector
+from models.detector import Detector, Extractor
+from pipeline.experiments import AnyExperiment
+from pipeline.features import Extraction, TaskData, calibration_split
+from pipeline.recording import Fitted, record
+from utils.device import pick_device
+from utils.errors import UsageError
+from utils.evaluation.monitor import FitMonitor
+from utils.evaluation.selection import choose
+from utils.runs.run import Run
+from utils.seeding import seed_everything
+
+
+def open_run(experiment: AnyExperiment, tasks: Sequence[Task], command: Sequence[str]) -> Run:
+    """Start the run folder of an experiment, or continue it after its last finished head.
+
+    Raises:
+        RunError: the folder holds another run, or a file of it is corrupt.
+        UsageError: a task has too few images for the calibration that is asked for.
+    """
+    if experiment.calibration_share:
+        for task in tasks:
+            calibration_split(experiment, task, len(task.train_indices))
+    return Run.open(
+        experiment.run_folder,
+        experiment.to_json(),
+        categories=[task.category for task in tasks],
+        seeds=experiment.seeds,
+        command=command,
+        device=str(pick_device(experiment.device)),
+        restart=experiment.restart,
+    )
+
+
+def train_task(experiment: AnyExperiment, run: Run, extraction: Extraction, task: Task) -> None:
+    """Extract a task's features, then train, evaluate and record a head for each pending seed."""
+    data = extraction.data_of(task)
+    for seed in run.pending(task.category):
+        train_head(experiment, run, extraction.extractor, data, seed)
+
+
+def train_head(
+    experiment: AnyExperiment, run: Run, extractor: Extractor, data: TaskData, seed: int
+) -> None:
+    """Fit a head on normal features with one seed, evaluate it, and write all of it down.
+
+    Everything random follows from the seed alone, so a category gives the same bits whether it runs
+    alone or among others. What is written last makes the pair count: one that is interrupted before
+    is run again.
+
+    Raises:
+        FloatingPointError: the fit left the finite numbers; category, seed, epoch and step are
+            named.
+        UsageError: `best_test` without normal and anomalous test images.
+    """
+    category = data.task.category
+    log = functools.partial(run.log, category, seed)
+    empty = [data.test.names[i] for i in data.test.empty_masks]
+    log(event="data", skipped=list(data.skipped), empty_masks=empty)
+
+    def build(changes: dict[str, Any]) -> Detector:
+        options = with_options(experiment.method, changes)
+        return build_detector(experiment.method_name, extractor, options).to(extractor.device)
+
+    with _named(experiment, category, seed):
+        options: dict[str, Any] = {}
+        if data.validation is not None:
+            watched = data.test if experiment.monitor_test else None
+            candidates = experiment.candidates()
+            choice = choose(build, candidates, data.validation, seed=seed, log=log, watched=watched)
+            options = choice.options
+            log(event="chosen", options=options, synthetic_auroc=choice.auroc)
+
+        generator = seed_everything(seed)
+        detector = build(options)
+        monitor = FitMonitor(
+            detector, data.test, experiment.select, log, monitor_test=experiment.monitor_test
+        )
+        detector.fit(data.train, generator=generator, monitor=monitor)
+        fit_seconds = monitor.fit_seconds
+
+        outcomes = monitor.outcomes()
+    if detector.diagnostics:
+        log(event="diagnostics", **detector.diagnostics)
+    learner = build(options) if experiment.online else None
+    record(
+        experiment,
+        run,
+        data,
+        Fitted(seed, detector, options, outcomes, fit_seconds, learner, extractor.weights_digest),
+    )
+
+
+@contextlib.contextmanager
+def _named(experiment: AnyExperiment, category: str, seed: int) -> Iterator[None]:
+    """Put category and seed before the message of a fit that failed."""
+    try:
+        yield
+    except (FloatingPointError, UsageError) as error:
+        hint = ""
+        if isinstance(error, FloatingPointError) and hasattr(experiment.method, "learning_rate"):
+            hint = "; lower --method.learning-rate"
+        raise type(error)(f"{category}, seed {seed}: {error}{hint}") from error

@@ -1,0 +1,56 @@
+"""The device that a command line names, and what a process keeps of its memory there."""
+
+import ctypes
+import sys
+
+import torch
+
+from utils.errors import UsageError
+
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device `name` stands for: "auto", "cpu", "cuda", "cuda:1".
+
+    On the CPU, freed memory stays in the process from here on (see `keep_freed_memory`).
+
+    Raises:
+        UsageError: unknown, or CUDA asked for and absent.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: no CUDA device is available here; use --device cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()}")
+    elif device.type == "cpu":
+        keep_freed_memory()
+    else:  # "mps" among them: it has no float64, which scoring and the closed form need
+        raise UsageError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:1")
+    return device
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to reuse large blocks instead of returning each to the system.
+
+    glibc maps every block above 32 MB anew and unmaps it when freed, so the tensors of each batch
+    touch fresh pages, and the page faults take longer than the arithmetic. Without effect outside
+    glibc.
+
+    Returns:
+        Whether it took effect.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library, as on Alpine
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
