@@ -9,60 +9,53 @@ code: 0 where all are equal, 1 where one differs (by how much is printed), 2 whe
 wrong. The numbers go to RUN/evaluation.csv; no file of the run itself is changed.
 """
 
-import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tyro
 
-import train_cifar10
-import train_mvtec
 from configs.prediction import EvaluateOptions
-from configs.structured import StructuredExperiment
-from datasets.sets.demo.demo import build_demo
-from datasets.tasks.labelled import read_labelled_set
-from datasets.tasks.one_class import one_class_tasks
-from datasets.samples import DataError
-from datasets.tasks.structured import read_category
-from pipeline.finished import FinishedRun, load_run
-from models.errors import ModelError
+from pipeline.experiments import groups_of, read_tasks
 from utils.cli import exits_cleanly
-from utils.evaluation.test_set import TestSet
-from utils.runs.finished import finished_pairs
-from utils.metrics.metrics import METRIC_NAMES
-from utils.runs.files import write_rows
 from utils.errors import RunError
-from utils.tables.results import build_table
+from utils.metrics.metrics import metric_names, table_metrics
+from utils.runs.files import write_rows
+from utils.runs.finished import finished_pairs
+from utils.tables.formats import to_text
+from utils.tables.results import Benchmark, build_table
+
+if TYPE_CHECKING:
+    from pipeline.finished import FinishedRun
+    from utils.evaluation.test_set import TestSet
 
 
-@exits_cleanly(
-    *(DataError, ModelError, RunError, FloatingPointError),
-    interrupted="interrupted; nothing was written",
-)
+@exits_cleanly(interrupted="interrupted; nothing was written")
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate every finished (category, seed), print the table, and return the exit code."""
     options = tyro.cli(EvaluateOptions, args=argv, prog="evaluate.py", description=__doc__)
-    finished = load_run(options.run, device=options.device, weights=options.weights)
-    experiment = dataclasses.replace(
-        finished.experiment,
-        data_root=options.data_root or finished.experiment.data_root,
+
+    from pipeline.features import Extraction  # only now: they import torch
+    from pipeline.finished import load_run
+
+    changes = {} if options.data_root is None else {"data_root": options.data_root}
+    finished = load_run(
+        options.run,
+        device=options.device,
+        weights=options.weights,
         workers=options.workers,
         cache=options.cache,
+        **changes,
     )
-    finished = dataclasses.replace(finished, experiment=experiment)
-
+    extraction = Extraction(finished.experiment, finished.extractor)
     recorded = finished.run.rows()
-    test_set_of = test_sets(finished)
+    names = list(dict.fromkeys(row["category"] for row in recorded))
     rows: list[dict[str, Any]] = []
-    for category in dict.fromkeys(row["category"] for row in recorded):
-        test = test_set_of(category)
-        for row in recorded:
-            if row["category"] == category:
-                rows.append(evaluate_again(finished, test, row))
-                sys.stdout.write(f"{verdict(rows[-1])}\n")
+    for task in read_tasks(finished.experiment, names):
+        own = [row for row in recorded if row["category"] == task.category]
+        rows += evaluate_task(finished, extraction.test_set_of(task), own)
 
     path = options.out or options.run / "evaluation.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,36 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(is_equal(row) for row in rows) else 1
 
 
-def test_sets(finished: FinishedRun) -> Callable[[str], TestSet]:
-    """Return what gives the test set of a category, as the training script builds it."""
-    experiment, extractor = finished.experiment, finished.extractor
-    if isinstance(experiment, StructuredExperiment):
-        structured = experiment
-        root = experiment.data_root
-        root = build_demo(root) if experiment.dataset == "demo" else root
-
-        def of_category(name: str) -> TestSet:
-            category = read_category(
-                structured.dataset, root, name, visa_split=structured.visa_split
-            )
-            return train_mvtec.build_test_set(structured, extractor, category)
-
-        return of_category
-
-    semantic = experiment
-    labelled = read_labelled_set(experiment.dataset, experiment.data_root)
-    images = labelled.test.dataset(finished.transform)
-    bank = train_cifar10.extract(experiment, extractor, images, "test features")
-
-    def of_class(name: str) -> TestSet:
-        (task,) = one_class_tasks(labelled, semantic.protocol, [name])
-        return train_cifar10.build_test_set(semantic, extractor, labelled, task, bank)
-
-    return of_class
+def evaluate_task(
+    finished: "FinishedRun", test: "TestSet", recorded: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Compute the rows of a category anew, and say of each how it compares."""
+    rows = []
+    for row in recorded:
+        rows.append(evaluate_again(finished, test, row))
+        sys.stdout.write(f"{verdict(rows[-1])}\n")
+    return rows
 
 
 def evaluate_again(
-    finished: FinishedRun, test: TestSet, recorded: Mapping[str, Any]
+    finished: "FinishedRun", test: "TestSet", recorded: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Compute a row of results.csv from its saved heads.
 
@@ -116,10 +92,13 @@ def evaluate_again(
     of_best_test = finished.experiment.select == "best_test"
     suffix = "-last" if of_best_test and select == "last" else ""
     scores = test.score(finished.detector(category, seed, suffix))
-    values = test.metrics(scores).values()
+    measured = test.measure(scores)
     if select == "best_test":  # its pixel metrics are those of another state
-        best_pixel = test.metrics(test.score(finished.detector(category, seed, "-pixel"))).values()
-        values = {k: (values if k.startswith("image") else best_pixel)[k] for k in METRIC_NAMES}
+        from utils.evaluation.monitor import merged
+
+        best_pixel = test.score(finished.detector(category, seed, "-pixel"))
+        measured = merged(measured, test.measure(best_pixel))
+    values = measured.values
 
     saved = finished.run.load_scores(category, seed, suffix)
     if saved["label"].tolist() != test.labels.tolist():
@@ -127,7 +106,7 @@ def evaluate_again(
             f"{category}: the test set has {len(test.labels)} images and the run's scores are of "
             f"{len(saved['label'])}, or their labels differ: point --data-root to the run's data"
         )
-    differences = {name: _difference(values[name], recorded[name]) for name in METRIC_NAMES}
+    differences = {name: _difference(values[name], recorded[name]) for name in metric_names()}
     worst = max(differences, key=lambda name: differences[name])
     return {
         "category": category,
@@ -158,7 +137,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     )
 
 
-def table_of(finished: FinishedRun, rows: Sequence[Mapping[str, Any]]) -> str:
+def table_of(finished: "FinishedRun", rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the run's table from the new numbers."""
     experiment = finished.experiment
     pairs = finished_pairs(finished.run)
@@ -166,18 +145,14 @@ def table_of(finished: FinishedRun, rows: Sequence[Mapping[str, Any]]) -> str:
     seeds = list(dict.fromkeys(seed for _, seed in pairs))
     if len(pairs) < len(categories) * len(seeds):
         return "The run is unfinished: its table has holes, and is not shown."
-    is_structured = isinstance(experiment, StructuredExperiment)
-    table = build_table(
-        rows,
-        title=f"{experiment.method_name} on {experiment.dataset}, {experiment.backbone}; "
-        "evaluated again",
+    about = Benchmark(
+        title=f"{experiment.title}; evaluated again",
         categories=categories,
         seeds=seeds,
-        metrics=(train_mvtec if is_structured else train_cifar10).METRICS,
-        dataset=None,
-        groups=train_mvtec.GROUPS.get(experiment.dataset) if is_structured else None,
+        metrics=[m.name for m in table_metrics(has_maps=experiment.map_size is not None)],
+        groups=groups_of(experiment),
     )
-    return table.to_text()
+    return to_text(build_table(rows, about))
 
 
 def _difference(new: float, old: float) -> float:

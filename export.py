@@ -26,279 +26,39 @@ measured, and a program like this one, which scores an image (S = 224):
     print(float(scores[0]))
 """
 
-import functools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
 from configs.prediction import ExportOptions
-from configs.structured import StructuredExperiment
-from datasets.reading.finding import find_images
-from datasets.tasks.labelled import read_labelled_set
-from datasets.reading.loading import ArrayDataset, ImageDataset
-from datasets.samples import DataError, Sample
-from pipeline.finished import FinishedRun, load_run
-from models.deployment.network import Deployed
-from models.detector import Detector
-from models.errors import ModelError
-from models.backbone.extractor import FrozenExtractor
-from utils.evaluation.calibration import calibration_file, load_calibration
 from utils.cli import exits_cleanly
-from utils.errors import UsageError
-from models.deployment.formats import (
-    Exported,
-    differences,
-    example_program,
-    require_onnx,
-    to_onnx,
-    to_torchscript,
-)
-from utils.runs.finished import choose_pair
 from utils.runs.files import atomic_path, write_text
-from utils.errors import RunError
-from utils.evaluation.smoothing import smoothing_matrix
-
-CHECKED = 16
-"""Test images of the run that the file is checked on, evenly spread over the test set."""
-BATCH_SIZES = (1, 3, 8)
-TOLERANCE = 1e-3
-"""Largest difference accepted: of scores as a share of the range of the run's test scores, of maps
-as a share of the range of theirs."""
-RATES = (0.1, 0.05, 0.01, 0.001)
-"""False-alarm rates whose thresholds are stated, as far as the calibration can promise them."""
+from utils.runs.finished import choose_pair
 
 
-@exits_cleanly(
-    *(DataError, ModelError, RunError, FloatingPointError),
-    interrupted="interrupted; nothing was written",
-)
+@exits_cleanly(interrupted="interrupted; nothing was written")
 def main(argv: Sequence[str] | None = None) -> Path:
     """Export, check, write, say how large the differences are, and return the file's path."""
     options = tyro.cli(ExportOptions, args=argv, prog="export.py", description=__doc__)
-    if options.format == "onnx":
-        require_onnx()
+
+    from pipeline.exporting import export_head  # only now: they import torch
+    from pipeline.finished import load_run
+
     finished = load_run(options.run, device="cpu", weights=options.weights)
     category, seed = choose_pair(finished.run, options.category, options.seed)
-    detector = finished.detector(category, seed, options.suffix)
-    network = build_network(finished, detector)
-
-    # The head that is best by pixel AUROC has no image scores of its own.
-    of_scores = "" if options.head == "pixel" else options.suffix
-    recorded = finished.run.load_scores(category, seed, of_scores)
-    images, rows = images_to_check(options, finished, recorded["path"].tolist())
-    expected = expected_outputs(finished, detector, images)
-    example = torch.stack([images[0], images[-1]])  # (2, 3, S, S)
-    if options.format == "onnx":
-        exported = to_onnx(network, example, network.outputs, options.opset)
-    else:
-        exported = to_torchscript(network, example)
-    checked = check(exported, images, expected, recorded["score"])
-    if rows is not None and options.head != "pixel":
-        difference = np.abs(exported.run(images)[0].numpy() - recorded["score"][rows]).max()
-        checked["scores"]["largest_difference_to_scores_in_run_folder"] = float(difference)
-
     head = finished.run.head_path(category, seed, options.suffix)
     ending = "onnx" if options.format == "onnx" else "pt"
     path = options.out or options.run / "export" / f"{head.stem}.{ending}"
-    about = {
-        **{"file": path.name, "format": options.format},
-        **{"category": category, "seed": seed, "head": options.head},
-        **description(finished, network),
-        "decision": decision(finished, category, seed, options.suffix),
-        **{"checked": checked, "versions": exported.versions},
-        "example": program_for(finished, network, path.name, options.format),
-    }
+    made = export_head(options, finished, category, seed, path.name)
     with atomic_path(path) as temporary:
-        exported.write(temporary, about)
-    write_text(path.with_name(f"{path.name}.json"), json.dumps(about, indent=2) + "\n")
-    sys.stdout.write(f"{summary(checked)}\n{path}\n")
+        made.exported.write(temporary, made.about)
+    write_text(path.with_name(f"{path.name}.json"), json.dumps(made.about, indent=2) + "\n")
+    sys.stdout.write(f"{summary(made.checked)}\n{path}\n")
     return path
-
-
-def build_network(finished: FinishedRun, detector: Detector) -> Deployed:
-    """Return backbone and head as one network; from here on the run's own backbone is float32."""
-    extractor, experiment = finished.extractor, finished.experiment
-    if isinstance(extractor, FrozenExtractor) and extractor.precision != "fp32":
-        extractor.precision = "fp32"
-        say(f"the run's backbone computed in {experiment.precision}; the file computes in float32")
-    smoothing = functools.partial(
-        smoothing_matrix, size=experiment.map_size, sigma=finished.blur_sigma
-    )
-    return Deployed(
-        extractor,
-        detector,
-        method=experiment.method_name,
-        image_size=experiment.map_size,
-        smoothing=None if finished.map_size is None else smoothing,
-    )
-
-
-def images_to_check(
-    options: ExportOptions, finished: FinishedRun, names: Sequence[str]
-) -> tuple[Tensor, np.ndarray | None]:
-    """Return images (N, 3, S, S), some of the run's test images unless others are given.
-
-    Args:
-        options: may give others.
-        finished: the run.
-        names: of its test images, as recorded.
-
-    Returns:
-        The images, at least as many as the largest batch, and the positions of their names (N,);
-        None for given images.
-
-    Raises:
-        DataError: they cannot be read.
-    """
-    if options.images:
-        given = find_images(options.images)
-        chosen = [given[i] for i in evenly_spread(len(given))]
-        dataset = ImageDataset([Sample(path, label=0) for path in chosen], finished.transform)
-        return read_all(dataset, range(len(chosen))), None
-    rows = evenly_spread(len(names))
-    try:
-        return read_all(*test_images(finished, [names[i] for i in rows])), rows
-    except DataError as error:
-        raise DataError(
-            f"the run's test images cannot be read ({error}): pass others, --images FOLDER"
-        ) from error
-
-
-def test_images(
-    finished: FinishedRun, names: Sequence[str]
-) -> tuple[ImageDataset | ArrayDataset, Sequence[int]]:
-    """Return a data set that has the named test images, and their positions in it."""
-    experiment = finished.experiment
-    is_array = not isinstance(experiment, StructuredExperiment) and not Path(names[0]).is_file()
-    if is_array:
-        test = read_labelled_set(experiment.dataset, experiment.data_root).test
-        places = {name: place for place, name in enumerate(test.names)}
-        if unknown := set(names) - set(places):
-            raise DataError(f"{experiment.dataset} has no test image {sorted(unknown)[0]}")
-        return test.dataset(finished.transform), [places[name] for name in names]
-    samples = [Sample(Path(name), label=0) for name in names]
-    return ImageDataset(samples, finished.transform), range(len(names))
-
-
-def evenly_spread(count: int) -> np.ndarray:
-    """Return up to `CHECKED` of `count` positions; repeated where that is less than a batch."""
-    chosen = np.unique(np.linspace(0, count - 1, CHECKED).round().astype(int))
-    return np.resize(chosen, max(len(chosen), *BATCH_SIZES))
-
-
-def read_all(dataset: ImageDataset | ArrayDataset, positions: Sequence[int]) -> Tensor:
-    """Return images (N, 3, S, S) uint8."""
-    images = [dataset[place][1] for place in positions]
-    for image in images:
-        if isinstance(image, str):
-            raise DataError(image)
-    return torch.stack([image for image in images if isinstance(image, Tensor)])
-
-
-def expected_outputs(
-    finished: FinishedRun, detector: Detector, images: Tensor
-) -> dict[str, Tensor]:
-    """Return what the suite's scoring gives: "scores" (N,), and "maps" (N, S, S) if it has any."""
-    batches = [finished.score(detector, batch) for batch in images.split(max(BATCH_SIZES))]
-    expected = {"scores": torch.cat([scores.images for scores in batches])}  # (N,)
-    if finished.map_size is not None:
-        expected["maps"] = torch.cat([scores.maps for scores in batches])  # (N, S, S)
-    return expected
-
-
-def check(
-    exported: Exported, images: Tensor, expected: dict[str, Tensor], run_scores: np.ndarray
-) -> dict[str, Any]:
-    """Compare what is exported with the suite's scoring and return what was found.
-
-    Args:
-        exported: not yet written.
-        images: (N, 3, S, S).
-        expected: of `expected_outputs`.
-        run_scores: of all test images of the run; their range is the scale of scores.
-
-    Raises:
-        UsageError: a difference exceeds `TOLERANCE`.
-    """
-    ranges = {"scores": float(np.ptp(run_scores))}
-    if "maps" in expected:
-        ranges["maps"] = float(expected["maps"].max() - expected["maps"].min())
-    largest = differences(exported, images, expected, BATCH_SIZES)
-    found: dict[str, Any] = {
-        "images": len(images.flatten(1).unique(dim=0)),
-        "batch_sizes": list(BATCH_SIZES),
-        "tolerance": TOLERANCE,
-    }
-    for name, difference in largest.items():
-        found[name] = {
-            "largest_difference": difference,
-            "range": ranges[name],
-            "share_of_range": difference / ranges[name] if ranges[name] else None,
-        }
-        if not difference <= TOLERANCE * ranges[name]:
-            raise UsageError(
-                f"nothing was written: {name} differ from the suite's by up to {difference:.3g}, "
-                f"more than {TOLERANCE:g} of their range {ranges[name]:.3g}; please report this "
-                "with the run's config.json"
-            )
-    return found
-
-
-def description(finished: FinishedRun, network: Deployed) -> dict[str, Any]:
-    """Return how the head was made, and what goes in and comes out."""
-    experiment, transform = finished.experiment, finished.transform
-    size = transform.output_size
-    outputs = {"scores": "(B,) float32, higher = more anomalous"}
-    if "maps" in network.outputs:
-        outputs["maps"] = f"(B, {size}, {size}) float32, in pixels of the input"
-    return {
-        **{"method": experiment.method_name, "dataset": experiment.dataset},
-        **{"select": experiment.select, "backbone": experiment.backbone},
-        **{"layers": list(experiment.layers), "precision": "fp32"},
-        "precision_of_run": experiment.precision,
-        "blur": {"sigma": finished.blur_sigma, "precision": "fp32"},
-        "input": {
-            "images": f"(B, 3, {size}, {size}) uint8, RGB; mean and deviation are applied inside",
-            **{"resize": transform.resize, "image_size": transform.image_size},
-            "crop_size": transform.crop_size,
-        },
-        "output": outputs,
-    }
-
-
-def decision(finished: FinishedRun, category: str, seed: int, suffix: str) -> dict[str, Any] | None:
-    """Return the thresholds of a calibrated head by false-alarm rate; None for others."""
-    calibration = load_calibration(
-        calibration_file(finished.run.folder, category, seed, suffix),
-        head=finished.run.head_path(category, seed, suffix),
-    )
-    if calibration is None:
-        return None
-    promised = [rate for rate in RATES if rate >= calibration.smallest_rate]
-    return {
-        "rule": "anomalous where score > threshold",
-        "thresholds": {f"{rate:g}": calibration.threshold(rate) for rate in promised},
-        "calibration_images": len(calibration.scores),
-    }
-
-
-def program_for(finished: FinishedRun, network: Deployed, file: str, file_format: str) -> str:
-    """Return a program that scores an image with the file, resized as this run's images were."""
-    return example_program(
-        file,
-        file_format,
-        network.outputs,
-        image_size=finished.transform.image_size,
-        crop_size=finished.transform.crop_size,
-        resize=finished.transform.resize,
-    )
 
 
 def summary(checked: dict[str, Any]) -> str:
@@ -311,11 +71,6 @@ def summary(checked: dict[str, Any]) -> str:
     ]
     sizes = ", ".join(map(str, checked["batch_sizes"]))
     return f"{checked['images']} images in batches of {sizes}: {'; '.join(parts)}"
-
-
-def say(text: str) -> None:
-    """Tell the user, on stderr."""
-    sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -20,36 +20,28 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from tqdm import tqdm
 
 from configs.prediction import PredictOptions
-from configs.structured import StructuredExperiment
-from datasets.sets.demo.demo import build_demo
 from datasets.reading.finding import find_copies, find_images
 from datasets.reading.images import read_image
-from datasets.tasks.labelled import read_labelled_set
-from datasets.reading.loading import BatchLoader, ImageDataset
-from datasets.tasks.one_class import one_class_tasks
 from datasets.reading.restoring import restore_map
-from datasets.samples import DataError, Sample
-from datasets.tasks.structured import read_category
-from pipeline.finished import FinishedRun, load_run
-from models.detector import Detector
-from models.errors import ModelError
-from utils.evaluation.calibration import calibration_file, decision_rule, load_calibration, save_calibration
+from datasets.samples import DataError
+from pipeline.experiments import read_tasks
 from utils.cli import exits_cleanly
 from utils.errors import UsageError
 from utils.runs.finished import choose_pair
 from utils.runs.predictions import Pictures, Prediction, PredictionFiles
-from utils.errors import RunError
+
+if TYPE_CHECKING:
+    from models.detector import Detector
+    from pipeline.finished import FinishedRun
 
 
-@exits_cleanly(
-    *(DataError, ModelError, RunError, FloatingPointError),
-    interrupted="interrupted; what was scored is in scores.csv.part",
-)
+@exits_cleanly(interrupted="interrupted; what was scored is in scores.csv.part")
 def main(argv: Sequence[str] | None = None) -> int:
     """Score images, write and print what was found, and return the exit code."""
     options = tyro.cli(
@@ -60,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     paths = find_images(options.images)
+
+    from pipeline.finished import load_run  # only now: it imports torch
+    from utils.evaluation.calibration import calibration_file, decision_rule, load_calibration
+
     finished = load_run(options.run, device=options.device, weights=options.weights)
     category, seed = choose_pair(finished.run, options.category, options.seed)
     detector = finished.detector(category, seed, options.suffix)
@@ -105,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def open_files(
     options: PredictOptions,
-    finished: FinishedRun,
+    finished: "FinishedRun",
     category: str,
     seed: int,
     threshold: float | None,
@@ -113,7 +109,7 @@ def open_files(
     """Open the folder of the predictions; None where only stdout is asked for."""
     run, suffix = finished.run, options.suffix
     try:
-        kinds = options.map_kinds(has_maps=finished.map_size is not None)
+        kinds = options.map_kinds(has_maps=finished.experiment.map_size is not None)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if options.out is None and options.json:
@@ -137,12 +133,15 @@ def open_files(
 
 
 def predictions(
-    options: PredictOptions, finished: FinishedRun, detector: Detector, paths: Sequence[Path]
+    options: PredictOptions, finished: "FinishedRun", detector: "Detector", paths: Sequence[Path]
 ) -> Iterator[list[Prediction]]:
     """Score images batch by batch, in order; nothing of a batch is kept."""
+    from datasets.reading.loading import BatchLoader, ImageDataset
+
     numbers = {path: number for number, path in enumerate(paths)}
+    has_maps = finished.experiment.map_size is not None
     loader = BatchLoader(
-        ImageDataset([Sample(path, label=0) for path in paths], finished.transform),
+        ImageDataset(paths, finished.transform),
         batch_size=options.batch_size or finished.experiment.extract_batch_size,
         workers=options.workers,
         skip_unreadable=True,
@@ -152,7 +151,7 @@ def predictions(
     with tqdm(total=len(paths), desc="images", leave=False, disable=None) as bar:
         for batch in loader:
             scores = finished.score(detector, batch.images)
-            maps = [m.numpy() for m in scores.maps.cpu()] if finished.map_size else []
+            maps = [m.numpy() for m in scores.maps.cpu()] if has_maps else []
             found = [
                 Prediction(i, paths[i], float(score), maps[place] if maps else None)
                 for place, (i, score) in enumerate(zip(batch.indices, scores.images, strict=True))
@@ -173,13 +172,15 @@ def _unreadable(
 
 def calibrate(
     options: PredictOptions,
-    finished: FinishedRun,
-    detector: Detector,
+    finished: "FinishedRun",
+    detector: "Detector",
     category: str,
     seed: int,
     paths: Sequence[Path],
 ) -> None:
     """Store the scores of normal images that the run has not seen."""
+    from utils.evaluation.calibration import calibration_file, save_calibration
+
     copies = find_copies(paths, training_images(finished, category))
     if copies:
         raise UsageError(
@@ -207,21 +208,12 @@ def calibrate(
     )
 
 
-def training_images(finished: FinishedRun, category: str) -> list[Path]:
+def training_images(finished: "FinishedRun", category: str) -> list[Path]:
     """Return the files a category was trained on; none, said on stderr, where nobody can know."""
-    experiment = finished.experiment
     try:
-        if isinstance(experiment, StructuredExperiment):
-            root = experiment.data_root
-            root = build_demo(root) if experiment.dataset == "demo" else root
-            read = read_category(
-                experiment.dataset, root, category, visa_split=experiment.visa_split
-            )
-            return [sample.path for sample in read.train]
-        labelled = read_labelled_set(experiment.dataset, experiment.data_root)
-        (task,) = one_class_tasks(labelled, experiment.protocol, [category])
-        if labelled.train.paths is not None:
-            return [labelled.train.paths[i] for i in task.train_indices]
+        (task,) = read_tasks(finished.experiment, [category])
+        if task.train.paths is not None:
+            return [task.train.paths[i] for i in task.train_indices]
         reason = "they are arrays in a file"
     except DataError as error:
         reason = str(error)

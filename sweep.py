@@ -14,59 +14,29 @@ Jobs keep features on disk (`--cache disk`), so that seeds and methods share one
 """
 
 import contextlib
-import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from configs.experiment import Experiment
-from configs.semantic import SemanticExperiment
-from configs.structured import StructuredExperiment
-from configs.sweep import Combination, PlanError, SweepOptions, combinations, sweep_options
-from datasets.sets.demo.demo import build_demo
-from datasets.tasks.labelled import read_labelled_set
-from datasets.tasks.one_class import one_class_tasks
-from datasets.samples import DataError
-from datasets.tasks.structured import list_categories
+from configs.options import Role, fields_marked
+from configs.sweep import SweepOptions, sweep_options
+from pipeline.planning import PlanError, PlannedRun, log_beside, plan, sweep_folder
 from utils.cli import exits_cleanly
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.runs.merging import Pair, merge
-from utils.errors import RunError
 from utils.runs.run import Run
 from utils.sweep.engines import Engine, InProcess, RayTasks, Workers, cuda_devices
 from utils.sweep.jobs import Job, Started, run_job
 from utils.sweep.manifest import DONE, PENDING, RUNNING, JobRecord, Manifest
 from utils.sweep.report import Progress, report, show
 
-
-@dataclass(frozen=True)
-class PlannedJob:
-    """A job, the pair it makes, and where."""
-
-    job: Job
-    pair: Pair
-    folder: Path
+MAY_DIFFER = fields_marked(Experiment, Role.PART) | {"overlays"}
+"""Options in which a job may differ from its run: which pairs, and whether they are drawn."""
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """A combination with its categories, and a job for each pair of a category and a seed."""
-
-    combination: Combination
-    experiment: Experiment
-    categories: tuple[str, ...]
-    jobs: tuple[PlannedJob, ...]
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """The plain training command that makes the same run."""
-        words = self.combination.command(self.experiment.output)
-        return (f"{self.combination.script}.py", *words)
-
-
-@exits_cleanly(PlanError, DataError, RunError)
+@exits_cleanly(PlanError)
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run what is not finished of a sweep; return the run folders that are complete.
 
@@ -109,102 +79,6 @@ def engine_of(options: SweepOptions) -> Engine:
         raise UsageError(f"--gpus {' '.join(unknown)}: this machine has {' '.join(known)}")
     devices = options.gpus or known
     return Workers([{"CUDA_VISIBLE_DEVICES": name} for _ in range(jobs) for name in devices])
-
-
-def plan(options: SweepOptions, extra: Sequence[str]) -> tuple[list[PlannedRun], dict[str, str]]:
-    """Return the runs of a sweep, and the combinations left out, with the reason.
-
-    Raises:
-        PlanError: combinations cannot run, and `--skip-invalid` is not given.
-    """
-    needs_cuda = options.engine == "gpus" or options.gpus_per_task > 0
-    if needs_cuda and any(word.partition("=")[0] == "--device" for word in extra):
-        raise PlanError("--device is chosen by the engine here; leave it out")
-    runs: dict[Path, PlannedRun] = {}
-    left_out: dict[str, str] = {}
-    listed: dict[tuple[object, ...], tuple[str, ...]] = {}
-    for combination in combinations(options, extra):
-        try:
-            planned = plan_run(combination, options.output, listed, needs_cuda=needs_cuda)
-        except (PlanError, DataError) as error:
-            left_out[combination.title] = str(error)
-        else:
-            runs.setdefault(planned.experiment.run_folder, planned)  # two ways to write one run
-    if left_out and not options.skip_invalid:
-        lines = [f"  {title}\n    {reason}" for title, reason in left_out.items()]
-        raise PlanError(
-            "these combinations cannot run:\n" + "\n".join(lines) + "\nTake them out of the grid "
-            "(--set names single combinations), or pass --skip-invalid to run the others."
-        )
-    if not runs:
-        raise PlanError("no combination can run:\n" + "\n".join(left_out.values()))
-    return list(runs.values()), left_out
-
-
-def plan_run(
-    combination: Combination,
-    output: Path,
-    listed: dict[tuple[object, ...], tuple[str, ...]],
-    *,
-    needs_cuda: bool,
-) -> PlannedRun:
-    """Check a combination and make its jobs; `listed` keeps categories that were looked up.
-
-    Raises:
-        PlanError: its script would refuse it.
-        DataError: its data cannot be found.
-    """
-    experiment = combination.parse(combination.command(output))
-    key = (
-        *(combination.script, experiment.dataset, experiment.data_root, experiment.categories),
-        getattr(experiment, "protocol", None),
-    )
-    if key not in listed:
-        listed[key] = categories_of(experiment)
-    jobs = []
-    # Seeds outside: the first seed of each category stores the features that the others read.
-    for seed in combination.seeds:
-        for category in listed[key]:
-            words = combination.words_for([category], [seed], output / "jobs")
-            if not any(word.partition("=")[0] == "--cache" for word in combination.words):
-                words = (*words, "--cache", "disk")
-            if seed != combination.seeds[0]:
-                words = (*words, "--overlays", "0")  # of the first seed only, as in a plain run
-            if needs_cuda:
-                words = (*words, "--device", "cuda")
-            folder = combination.parse(words).run_folder
-            name = f"{combination.title}, {category}, seed {seed}"
-            job = Job(name, combination.script, words, log=str(log_beside(folder)))
-            jobs.append(PlannedJob(job, (category, seed), folder))
-    return PlannedRun(combination, experiment, listed[key], tuple(jobs))
-
-
-def categories_of(experiment: Experiment) -> tuple[str, ...]:
-    """Return the categories or classes of an experiment, in the order of its table.
-
-    Raises:
-        DataError: the data cannot be found, or has no such category.
-    """
-    if isinstance(experiment, StructuredExperiment):
-        root = experiment.data_root
-        root = build_demo(root) if experiment.dataset == "demo" else root
-        return list_categories(experiment.dataset, root, experiment.categories or None)
-    assert isinstance(experiment, SemanticExperiment)
-    labelled = read_labelled_set(experiment.dataset, experiment.data_root)
-    tasks = one_class_tasks(labelled, experiment.protocol, experiment.categories)
-    return tuple(task.category for task in tasks)
-
-
-def sweep_folder(options: SweepOptions, runs: Sequence[PlannedRun]) -> Path:
-    """Return the folder for the lists of a sweep; the same grid always names the same one."""
-    folders = "\n".join(str(run.experiment.run_folder.relative_to(options.output)) for run in runs)
-    digest = hashlib.blake2b(folders.encode(), digest_size=4).hexdigest()
-    return options.output / f"sweep-{options.name or digest}"
-
-
-def log_beside(run_folder: Path) -> Path:
-    """Return where the output of a job goes: a folder that is thrown away keeps its log."""
-    return run_folder.with_name(f"{run_folder.name}.log")
 
 
 def records(runs: Sequence[PlannedRun]) -> list[JobRecord]:
@@ -271,6 +145,7 @@ def complete(run: PlannedRun, manifest: Manifest) -> None:
                 seeds=run.experiment.seeds,
                 parts={planned.pair: planned.folder for planned in run.jobs},
                 command=run.command,
+                may_differ=MAY_DIFFER,
             )
         except (RunError, OSError) as error:
             reason = str(error)

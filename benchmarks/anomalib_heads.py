@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from configs.cache import cache_folder
-from datasets.sets.demo.demo import build_demo
 from datasets.reading.loading import BatchLoader, ImageDataset
-from datasets.samples import Sample
-from datasets.tasks.structured import read_category
 from datasets.reading.transforms import PairTransform
+from datasets.samples import Sample
+from datasets.sets.demo.demo import build_demo
+from datasets.tasks.structured import read_category
 from models.backbone.extractor import FrozenExtractor
 from models.methods.padim import Padim
 from models.methods.patchcore import PatchCore

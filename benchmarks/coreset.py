@@ -19,15 +19,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from datasets.sets.demo.demo import DEMO_CATEGORIES, build_demo
 from datasets.reading.loading import BatchLoader, ImageDataset
-from datasets.tasks.structured import read_category
 from datasets.reading.transforms import PairTransform
-from models.features.coreset import draw_projection, greedy_k_centre, read_projected
+from datasets.sets.demo.demo import DEMO_CATEGORIES, build_demo
+from datasets.tasks.structured import read_category
 from models.backbone.extractor import FrozenExtractor
+from models.features.coreset import draw_projection, greedy_k_centre, read_projected
 from models.features.nearest import direct_distances
-from utils.device import keep_freed_memory
-from utils.device import pick_device
+from utils.device import keep_freed_memory, pick_device
 from utils.features.bank import FeatureBank
 
 DIM = 128

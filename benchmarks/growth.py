@@ -19,8 +19,7 @@ import torch
 from configs.structured import structured_experiment
 from models import build_detector
 from models.detector import FeatureSource
-from utils.device import keep_freed_memory
-from utils.device import pick_device
+from utils.device import keep_freed_memory, pick_device
 from utils.features.bank import FeatureBank
 
 METHODS = ("noco", "noco_cf", "simplenet", "patchcore", "padim", "mahalanobis")

@@ -20,20 +20,18 @@ from typing import Any
 
 import sklearn.cluster  # noqa: F401  models.features.kmeans imports it late: not to be timed
 import torch
+from configs.methods import STRUCTURED_METHODS
 
 from configs.cache import cache_folder
-from configs.methods import STRUCTURED_METHODS
 from configs.structured import StructuredExperiment, structured_experiment
-from datasets.sets.demo.demo import build_demo
 from datasets.reading.loading import BatchLoader, ImageDataset
-from datasets.samples import Category, Sample
-from datasets.tasks.structured import read_category
 from datasets.reading.transforms import PairTransform
-from models import build_detector
-from models import build_extractor
+from datasets.samples import Category, Sample
+from datasets.sets.demo.demo import build_demo
+from datasets.tasks.structured import read_category
+from models import build_detector, build_extractor
 from models.errors import ModelError
-from utils.device import keep_freed_memory
-from utils.device import pick_device
+from utils.device import keep_freed_memory, pick_device
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 

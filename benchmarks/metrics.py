@@ -22,9 +22,9 @@ from skimage.measure import label, regionprops
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
-from utils.metrics.metrics import FPR_LIMIT
-from utils.metrics.evaluate import evaluate
 from utils.evaluation.smoothing import image_scores, upsample_and_blur
+from utils.metrics.evaluate import evaluate
+from utils.metrics.metrics import FPR_LIMIT
 
 NUM_MAPS = 100
 NUM_NORMAL = 30

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets.tasks.labelled import LabelledSet, read_labelled_set
 from datasets.reading.loading import BatchLoader
-from datasets.tasks.one_class import one_class_tasks
 from datasets.reading.transforms import PairTransform
+from datasets.tasks.labelled import LabelledSet, read_labelled_set
+from datasets.tasks.one_class import one_class_tasks
 from models.backbone.extractor import FrozenExtractor
 from models.methods.noco import Noco
 from utils.device import pick_device

@@ -26,14 +26,14 @@ import sklearn.cluster  # noqa: F401  models.features.kmeans imports it late: no
 import torch
 
 import train_mvtec
-from datasets.sets.demo.demo import build_demo
 from datasets.reading.loading import BatchLoader, ImageDataset
-from datasets.tasks.structured import list_categories, read_category
 from datasets.reading.transforms import PairTransform
+from datasets.sets.demo.demo import build_demo
+from datasets.tasks.structured import list_categories, read_category
 from models.backbone.extractor import FrozenExtractor
 from utils.device import keep_freed_memory
-from utils.evaluation.test_set import TestSet
 from utils.evaluation.scoring import Scores
+from utils.evaluation.test_set import TestSet
 from utils.metrics.evaluate import Metrics
 from utils.runs.files import read_rows
 

@@ -30,15 +30,14 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from configs.cache import cache_folder
-from datasets.sets.demo.demo import build_demo
 from datasets.reading.loading import BatchLoader, ImageDataset, read_masks
-from datasets.samples import Category, Sample
-from datasets.tasks.structured import read_category
 from datasets.reading.transforms import PairTransform
+from datasets.samples import Category, Sample
+from datasets.sets.demo.demo import build_demo
+from datasets.tasks.structured import read_category
 from models.backbone.extractor import FrozenExtractor
 from models.methods.noco import Noco
-from utils.device import keep_freed_memory
-from utils.device import pick_device
+from utils.device import keep_freed_memory, pick_device
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from models.methods.noco_cf import ClosedFormNoco
-from models.methods.noco import Noco
 from models.features.multiscale import join_stages
-from utils.device import keep_freed_memory
-from utils.device import pick_device
+from models.methods.noco import Noco
+from models.methods.noco_cf import ClosedFormNoco
+from utils.device import keep_freed_memory, pick_device
 
 SHAPES = {
     "EfficientNet-Lite0, stages 1, 2, 3": ((24, 56), (40, 28), (112, 14)),

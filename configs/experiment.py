@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
-    Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
 )  # fmt: skip
 
 from tyro.conf import Suppress
@@ -135,8 +142,8 @@ class Experiment:
         if self.online and not self.method.learns_online:
             raise ValueError(
                 f"--online: {self.method_name} with these options does not learn from one image at "
-                "a time; noco_cf does, with --method.prototypes 1 and a --method.feature-norm other "
-                "than std"
+                "a time; noco_cf does, with --method.prototypes 1 and a --method.feature-norm that "
+                "is not std"
             )
         if Path(self.run).name != self.run:
             raise ValueError(f"--run {self.run!r} must be a plain folder name; see also --output")
@@ -175,7 +182,9 @@ class Experiment:
         left_out = set(fields_marked(kind, Role.HOW))
         for name in fields_marked(kind, Since.LATER):
             value = getattr(self, name)
-            if value == (type(value)() if name == "data" else kind.__dataclass_fields__[name].default):
+            if value == (
+                type(value)() if name == "data" else kind.__dataclass_fields__[name].default
+            ):
                 left_out.add(name)
         fields = {n: v for n, v in dataclasses.asdict(self).items() if n not in left_out}
         return dict(json.loads(json.dumps(fields, default=str)))
@@ -266,7 +275,7 @@ def _reader(hint: Any) -> Callable[[str], Any]:
         return lambda word: None if word == "none" else inner(word)
     if hint not in (int, float, str):
         raise ValueError("only numbers and words can be searched")
-    return hint  # type: ignore[no-any-return]
+    return hint
 
 
 def _as_tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 T = TypeVar("T")
-Hidden = tyro.conf.Suppress
-"""A field that is not an option of the command line: `Hidden[str]`."""
+Hidden = tyro.conf.Suppress[str]
+"""A text that is not an option of the command line."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,10 @@ def check_bounds(config: Any, *, prefix: str = "") -> None:
     for name in get_type_hints(type(config)):
         value = getattr(config, name)
         for mark in marks_of(type(config), name):
-            if isinstance(mark, Bound) and value is not None:
-                if not (math.isfinite(value) and mark.holds(value)):
-                    raise ValueError(f"{option_name(name, prefix)} {value} must be {mark.words}")
+            if not isinstance(mark, Bound) or value is None:
+                continue
+            if not (math.isfinite(value) and mark.holds(value)):
+                raise ValueError(f"{option_name(name, prefix)} {value} must be {mark.words}")
 
 
 def check_types(config: Any) -> None:

@@ -1,7 +1,7 @@
 """What data sets and methods say to the command line, and the experiments that they make together.
 
-A place, in what follows, is a kind of task ("structured", "semantic") or the name of a data set; what
-is said of a data set counts over what is said of its kind.
+A place, in what follows, is a kind of task ("structured", "semantic") or the name of a data set;
+what is said of a data set counts over what is said of its kind.
 """
 
 import dataclasses
@@ -28,13 +28,19 @@ class MethodPreset:
         options: its options, with its paper's values.
         on: what changes in them, by place.
         experiment: what changes in the experiment itself (layers, sizes), by place.
-        ignores: options of the experiment that do nothing for it; setting one is refused.
+        ignores: options of the experiment that do nothing for it, beside those that follow from
+            what it takes; setting one is refused.
     """
 
     options: MethodOptions
     on: Changes = field(default_factory=dict)
     experiment: Changes = field(default_factory=dict)
     ignores: frozenset[str] = frozenset()
+
+    @property
+    def ignored(self) -> frozenset[str]:
+        """All options of the experiment that do nothing for it."""
+        return self.ignores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,7 @@ class DataPreset:
     """
 
     experiment: Mapping[str, Any]
-    options: DataOptions = DataOptions()
+    options: DataOptions = field(default_factory=DataOptions)
     has_synthetic: bool = True
 
 
@@ -130,7 +136,7 @@ class Catalogue(Generic[E]):
         preset = self.compose(experiment.dataset, experiment.method_name)
         idle = [
             (option_name(name), f"for {experiment.method_name}")
-            for name in sorted(self.method(experiment.method_name).ignores)
+            for name in sorted(self.method(experiment.method_name).ignored)
             # Options of the other kind of task are not even fields here.
             if hasattr(preset, name) and getattr(experiment, name) != getattr(preset, name)
         ]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets.sets
-from configs.options import DataOptions
 from configs.presets import DataPreset
 from datasets.samples import Category
 from datasets.tasks.labelled import LabelledSet

@@ -26,7 +26,7 @@ _NUM_BINS = 60
 Spread = dict[str, np.ndarray]
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
     arguments = parser("figures.adaptor_std", __doc__).parse_args(argv)

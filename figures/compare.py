@@ -10,8 +10,6 @@ stored beside the backbone. Times are those of the machines the runs were made o
 one machine.
 """
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -22,21 +20,28 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.shared.drawing import COLOURS, parser, save_with_tables
-from figures.shared.run_log import LoggedRun, images_of, read_named_run, read_runs
+from figures.shared.drawing import COLOURS, MARKERS, parser, save_with_table
+from figures.shared.run_log import (
+    LoggedRun,
+    beside_the_method,
+    images_of,
+    read_named_run,
+    read_runs,
+)
 from utils.cli import exits_cleanly
-from utils.runs.files import corrupt
 from utils.errors import RunError
+from utils.metrics.metrics import heading_of, metric_names
+from utils.runs.files import corrupt
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
+from utils.tables.table import Cell, Column, Row, Table
 
-SAME_BUT = (
-    *("dataset", "data_root", "categories", "seeds", "select", "grid", "monitor_test", "online"),
-    *("skip_unreadable", "overlays", "save_maps", "extract_batch_size"),
+CAPTION = (
+    "Methods compared: metrics in percent, means over categories, ± sample standard deviation over "
+    "seeds."
 )
-"""Options that do not change what a method is; how an epoch was chosen stands in the table."""
-METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+NOT_IN_LINE = ("image_ap", "image_f1_max", "pixel_ap", "pixel_f1_max")
+"""Metrics that a comparison does not show."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,21 @@ class Line:
     num_seeds: int
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Compare the runs named on the command line; return the files written."""
     options = parser("figures.compare", __doc__)
-    options.add_argument("--metric", choices=METRICS, default="image_auroc", help="drawn upwards")
+    options.add_argument(
+        "--metric", choices=shown_metrics(), default="image_auroc", help="drawn upwards"
+    )
     arguments = options.parse_args(argv)
     lines = [line for run in read_runs_by_data(arguments.runs) for line in lines_of(run)]
-    figure = draw(lines, metric=arguments.metric)
-    return save_with_tables(figure, arguments.out, to_markdown(lines), to_csv(lines))
+    return save_with_table(draw(lines, metric=arguments.metric), arguments.out, table_of(lines))
+
+
+def shown_metrics() -> tuple[str, ...]:
+    """Return the metrics of a line, in order."""
+    return tuple(name for name in metric_names() if name not in NOT_IN_LINE)
 
 
 def read_runs_by_data(folders: Sequence[Path]) -> list[LoggedRun]:
@@ -84,7 +95,9 @@ def read_runs_by_data(folders: Sequence[Path]) -> list[LoggedRun]:
     groups: dict[str, list[Path]] = {}
     for folder in folders:
         groups.setdefault(images_of(read_named_run(folder).config), []).append(folder)
-    return [run for group in groups.values() for run in read_runs(group, same_but=SAME_BUT)]
+    return [
+        run for group in groups.values() for run in read_runs(group, same_but=beside_the_method())
+    ]
 
 
 def lines_of(run: LoggedRun) -> list[Line]:
@@ -113,7 +126,7 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
             100 * statistics.fmean(float(r[name]) for r in rows if r["seed"] == seed)
             for seed in seeds
         ]
-        for name in METRICS
+        for name in shown_metrics()
     }
     # Where nothing is stored the pass takes no time of its own: it is a part of the scoring.
     timed = [r for r in rows if r.get("score_seconds") and "pass_test_seconds" in r]
@@ -136,7 +149,7 @@ def _check_numbers(run: Run, rows: Sequence[dict[str, Any]]) -> None:
     """Refuse a results.csv, which anyone may have written, without the numbers needed here."""
     optional = {"score_seconds", "pass_test_seconds", "head_bytes", "num_test"}
     for row in rows:
-        for name in (*METRICS, "fit_seconds", *(optional & set(row))):
+        for name in (*shown_metrics(), "fit_seconds", *(optional & set(row))):
             if not isinstance(row.get(name), int | float):
                 what = f"{row['category']}, seed {row['seed']}: {name} is {row.get(name)!r}"
                 raise corrupt(run.folder / "results.csv", what)
@@ -163,7 +176,7 @@ def draw(lines: Sequence[Line], *, metric: str) -> Figure:
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_xlabel("fit, seconds (after the images are read)")
-        axes.set_ylabel(f"{METRICS[metric]}, %")
+        axes.set_ylabel(f"{heading_of(metric)}, %")
         axes.set_title(dataset)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -171,34 +184,38 @@ def draw(lines: Sequence[Line], *, metric: str) -> Figure:
     return figure
 
 
-def to_markdown(lines: Sequence[Line]) -> str:
+def table_of(lines: Sequence[Line]) -> Table:
     """Return the table, the best image AUROC of a data set first."""
-    header = ["data set", "method", *METRICS.values(), "fit s", "images/s", "head MB", "seeds"]
-    body = []
-    for line in sorted(lines, key=_rank):
-        cells = [line.dataset, _name(line), *(_cell(line.metrics[name]) for name in METRICS)]
-        cells += [_short(line.fit_seconds), _short(line.images_per_second)]
-        cells += [_short(line.head_megabytes), str(line.num_seeds)]
-        body.append(cells)
-    table = [header, ["---"] * len(header), *body]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
-
-
-def to_csv(lines: Sequence[Line]) -> str:
-    """Return the table with all digits; a standard deviation of one seed is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    spread = [column for name in METRICS for column in (name, f"{name}_std")]
-    facts = ["fit_seconds", "images_per_second", "head_megabytes", "num_seeds"]
-    writer.writerow(["dataset", "method", "select", *spread, *facts])
-    for line in sorted(lines, key=_rank):
-        values: list[Any] = []
-        for name in METRICS:
-            seeds = line.metrics[name]
-            values += [statistics.fmean(seeds), _std(seeds) if len(seeds) > 1 else ""]
-        values += [line.fit_seconds, line.images_per_second, line.head_megabytes, line.num_seeds]
-        writer.writerow([line.dataset, line.label, line.select, *values])
-    return text.getvalue()
+    columns = (
+        Column("method", "method"),
+        Column("select", "selection"),
+        *(Column(name, heading_of(name), "", name) for name in shown_metrics()),
+        Column("fit_seconds", "fit s", digits=".3g"),
+        Column("images_per_second", "images/s", digits=".3g"),
+        Column("head_megabytes", "head MB", digits=".3g"),
+        Column("num_seeds", "seeds", digits="d"),
+    )
+    rows = [
+        Row(
+            line.dataset,
+            line.dataset,
+            (
+                Cell(text=line.label),
+                Cell(text=SELECT_LABELS[line.select]),
+                *(
+                    Cell(statistics.fmean(seeds), _std(seeds) if len(seeds) > 1 else None)
+                    for seeds in line.metrics.values()
+                ),
+                Cell(line.fit_seconds),
+                Cell(line.images_per_second),
+                Cell(line.head_megabytes),
+                Cell(line.num_seeds),
+            ),
+            block=line.dataset,
+        )
+        for line in sorted(lines, key=_rank)
+    ]
+    return Table("data set", CAPTION, columns, tuple(rows))
 
 
 def _rank(line: Line) -> tuple[str, float]:
@@ -211,17 +228,6 @@ def _name(line: Line) -> str:
 
 def _std(seeds: Sequence[float]) -> float:
     return float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0  # nan stays nan
-
-
-def _cell(seeds: Sequence[float]) -> str:
-    mean = statistics.fmean(seeds)
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.1f} ± {_std(seeds):.1f}" if len(seeds) > 1 else f"{mean:.1f}"
-
-
-def _short(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3g}"
 
 
 if __name__ == "__main__":

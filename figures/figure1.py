@@ -7,11 +7,8 @@ NoCo's Table II prints all its numbers; a method of ours when it has runs of bot
 same options and the same way of selecting.
 """
 
-import csv
-import io
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +17,22 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.shared.drawing import COLOURS, parser, save_figure
+from figures.shared.drawing import COLOURS, parser, save_with_table
 from figures.shared.label_places import Box, place_labels
 from figures.shared.own_results import (
-    SEMANTIC,
-    STRUCTURED,
     Series,
     by_setting,
+    papers_data,
     pool,
     summarise,
     trainable,
     unfinished_notes,
 )
-from figures.shared.paper_table import stem_of
+from figures.shared.table_files import stem_of
 from utils.cli import exits_cleanly
 from utils.tables.published import published_table
-from utils.runs.files import write_text
-from utils.errors import RunError
 from utils.tables.results import SELECT_LABELS
+from utils.tables.table import Cell, Column, Row, Table
 
 SIZE_PER_MILLION = 14.0
 """Square of a circle's diameter, in points, for each million of trainable parameters."""
@@ -68,39 +63,35 @@ class Point:
     semantic_data: tuple[str, ...]
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
     options = parser("figures.figure1", __doc__)
     arguments = options.parse_args(argv)
     theirs, left_out = published_points()
     ours = own_points(pool(arguments.runs))
-    caption = caption_of(left_out, ours, unfinished_notes(arguments.runs))
-    stem = stem_of(arguments.out)
-    paths = save_figure(draw([*theirs, *ours]), stem.with_name(stem.name + ".png"))
-    for suffix, text in ((".csv", to_csv([*theirs, *ours])), (".md", caption)):
-        paths.append(stem.with_name(stem.name + suffix))
-        write_text(paths[-1], text)
-    sys.stdout.write(caption + "".join(f"{path}\n" for path in paths))
-    return paths
+    notes = [*notes_of(ours), *unfinished_notes(arguments.runs)]
+    table = table_of([*theirs, *ours], caption_of(left_out), notes)
+    return save_with_table(draw([*theirs, *ours]), stem_of(arguments.out), table)
 
 
 def published_points() -> tuple[list[Point], list[str]]:
     """Return the published points, and the methods without all numbers."""
     table = published_table("NoCo Table II")
+    structured, semantic = papers_data(structured=True), papers_data(structured=False)
     points, left_out = [], []
     for method in dict.fromkeys(key[0] for key in table):
         x, y = (
             statistics.fmean(
                 table.get((method, name, "mean", "image_auroc"), math.nan) for name in names
             )
-            for names in (STRUCTURED, SEMANTIC)
+            for names in (structured, semantic)
         )
         if math.isnan(x + y):
             left_out.append(method)
             continue
         millions = table.get((method, "-", "-", "trainable_params_millions"), math.nan)
-        points.append(Point(method, x, y, millions, "published", STRUCTURED, SEMANTIC))
+        points.append(Point(method, x, y, millions, "published", structured, semantic))
     return points, left_out
 
 
@@ -142,39 +133,41 @@ def _own_point(label: str, structured: Sequence[Series], semantic: Sequence[Seri
         for side in (structured, semantic)
     )
     names = [tuple(sorted(one.data for one in side)) for side in (structured, semantic)]
-    is_whole = [set(STRUCTURED) == set(names[0]), set(SEMANTIC) == set(names[1])]
-    kind = "ours" if all(is_whole) else "not comparable"
+    papers = [set(papers_data(structured=side)) for side in (True, False)]
+    is_whole = papers == [set(side) for side in names]
+    kind = "ours" if is_whole else "not comparable"
     return Point(label, x, y, trainable([*structured, *semantic]), kind, names[0], names[1])
 
 
-def caption_of(left_out: Sequence[str], ours: Sequence[Point], notes: Sequence[str]) -> str:
-    """Say what is drawn, what it is the mean of, and what is not drawn."""
-    theirs = (
-        f"Published: means of NoCo Table II over {', '.join(STRUCTURED)} (structured) and over "
-        f"{', '.join(SEMANTIC)} (semantic); not drawn, since the table has no number for some: "
-        f"{', '.join(left_out)}. A cross: the table prints no parameters."
-    )
-    lines = [
+def caption_of(left_out: Sequence[str]) -> str:
+    """Say what is drawn, and what is not."""
+    structured, semantic = papers_data(structured=True), papers_data(structured=False)
+    return (
         "NoCo Fig. 1: mean image AUROC on structured (x) and semantic data (y); the area of a "
-        f"circle is proportional to the trainable parameters. {theirs}",
-        "",
-    ]
-    for point in ours:
-        remark = "" if point.kind == "ours" else f"; {_why(point)}, not comparable"
-        lines.append(
-            f"- ours: {point.label}: {', '.join(point.structured_data)} / "
-            f"{', '.join(point.semantic_data)}{remark}."
-        )
+        "circle is proportional to the trainable parameters. Published: means of NoCo Table II "
+        f"over {', '.join(structured)} (structured) and over {', '.join(semantic)} (semantic); not "
+        f"drawn, since the table has no number for some: {', '.join(left_out)}. A cross: the table "
+        "prints no parameters."
+    )
+
+
+def notes_of(ours: Sequence[Point]) -> list[str]:
+    """Say which of our points compare, and why others do not."""
     if not ours:
-        lines.append("- ours: no method has complete runs of both kinds.")
-    return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
+        return ["ours: no method has complete runs of both kinds."]
+    return [
+        f"ours: {point.label}: {_why(point)}, not comparable."
+        for point in ours
+        if point.kind != "ours"
+    ]
 
 
 def _why(point: Point) -> str:
     names = {*point.structured_data, *point.semantic_data}
     if names <= {"demo", "digits"}:
         return "demo data"
-    return "some of the paper's data" if names <= {*STRUCTURED, *SEMANTIC} else "other data"
+    papers = {*papers_data(structured=True), *papers_data(structured=False)}
+    return "some of the paper's data" if names <= papers else "other data"
 
 
 def draw(points: Sequence[Point]) -> Figure:
@@ -292,17 +285,33 @@ def _legend(figure: Figure) -> None:
     axes.text(0.48, y - 0.06, "below 0.3 M", size=9, va="center")
 
 
-def to_csv(points: Sequence[Point]) -> str:
-    """Return the points, not rounded."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    names = ["method", "kind", "structured", "semantic", "trainable_millions"]
-    writer.writerow([*names, "structured_data", "semantic_data"])
-    for p in points:
-        millions = "" if math.isnan(p.millions) else repr(p.millions)
-        data = ("; ".join(p.structured_data), "; ".join(p.semantic_data))
-        writer.writerow([p.label, p.kind, repr(p.structured), repr(p.semantic), millions, *data])
-    return text.getvalue()
+def table_of(points: Sequence[Point], caption: str, notes: Sequence[str]) -> Table:
+    """Return the points with the caption of the figure."""
+    columns = (
+        Column("kind", "kind"),
+        Column("structured", "structured"),
+        Column("semantic", "semantic"),
+        Column("trainable_millions", "trainable, M", "", "trainable"),
+        Column("structured_data", "structured data"),
+        Column("semantic_data", "semantic data"),
+    )
+    rows = tuple(
+        Row(
+            p.label,
+            p.label,
+            (
+                Cell(text=p.kind),
+                Cell(p.structured),
+                Cell(p.semantic),
+                Cell(None if math.isnan(p.millions) else p.millions),
+                Cell(text="; ".join(p.structured_data)),
+                Cell(text="; ".join(p.semantic_data)),
+            ),
+            block="published" if p.kind == "published" else "ours",
+        )
+        for p in points
+    )
+    return Table("method", caption, columns, rows, tuple(notes), hole="-")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ python -m figures.figure3 RUN [RUN ...] [--category C ...] [--seed K] --out FILE
 A point is a test image: its radius is ||Z|| and its angle that between Z and G, both at the
 position where its anomaly map is highest (a semantic task has only one). The dashed arc has the
 radius ||G||, and the star on it is G. A column for each run, e.g.
-norm 1 and 32, and a row for each category (default: the first of the first run). Only the trained
-solver has one Z; the closed form is an expectation over many and records none. The paper shows
+norm 1 and 32, and a row for each category (default: the first of the first run). Only trained
+`noco` has one Z; the closed form is an expectation over many and records none. The paper shows
 CIFAR-10 frog at norm 1 and 32, MVTec grid at norm 1 and 8.
 
 Writes FILE.png, FILE.pdf, and FILE.md and FILE.csv with the medians of all images and with the
@@ -14,38 +14,47 @@ AUROC of angle and norm taken alone: 50 says that it tells nothing, below 50 tha
 anomalous images.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Arc
 from matplotlib.ticker import MaxNLocator
 
-from figures.shared.drawing import COLOURS, parser, save_with_tables
+from figures.shared.drawing import COLOURS, parser, save_with_table
 from figures.shared.own_results import data_of
 from utils.cli import exits_cleanly
-from utils.metrics.evaluate import ranking_metrics
 from utils.errors import RunError
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
+from utils.tables.table import Cell, Column, Row, Table
 
 MAX_POINTS = 400
 """Images of each kind that are drawn; of more, evenly spaced ones in the order of the file."""
 KINDS = {"normal": COLOURS[0], "anomalous": COLOURS[1]}
 """Label 0, label 1."""
 _COLUMNS = (
-    "data set", "category", "seed", "norm of G", "selection", "image AUROC",
-    "median ||Z||, normal", "median ||Z||, anomalous",
-    "median angle, normal", "median angle, anomalous", "AUROC of the angle", "AUROC of ||Z||",
-)  # fmt: skip
+    Column("category", "category"),
+    Column("seed", "seed", digits="d"),
+    Column("norm_of_g", "norm of G", digits="g"),
+    Column("select", "selection"),
+    Column("image_auroc", "image AUROC"),
+    Column("norm_normal", "median ‖Z‖, normal", digits=".4g"),
+    Column("norm_anomalous", "median ‖Z‖, anomalous", digits=".4g"),
+    Column("angle_normal", "median angle, normal", digits=".4g"),
+    Column("angle_anomalous", "median angle, anomalous", digits=".4g"),
+    Column("auroc_of_angle", "AUROC of the angle"),
+    Column("auroc_of_norm", "AUROC of ‖Z‖"),
+)
+_CAPTION = (
+    "Norm of Z and its angle to G (degrees) where the anomaly map is highest, after NoCo's Fig. 3; "
+    "AUROC in percent, the last two of the angle or the norm taken alone as the score."
+)
 
 
 @dataclass(frozen=True)
@@ -80,20 +89,25 @@ class Panel:
 
     def auroc_of(self, values: np.ndarray) -> float:
         """Return the AUROC of `values` taken as the score, percent."""
+        import torch  # as the metrics: no other figure needs them
+
+        from utils.metrics.evaluate import ranking_metrics
+
         labels = torch.from_numpy(self.labels)
         return 100 * ranking_metrics(torch.from_numpy(values), labels).auroc
 
-    def row(self) -> list[str | int | float]:
-        """Return what the table says of it, as `_COLUMNS`."""
-        degrees = np.degrees(self.angles)
-        return [
-            self.dataset, self.category, self.seed, self.goal, SELECT_LABELS[self.select],
-            self.auroc, *self.medians(self.norms), *self.medians(degrees),
+    def row(self) -> Row:
+        """Return what the table says of it."""
+        numbers = [
+            self.auroc, *self.medians(self.norms), *self.medians(np.degrees(self.angles)),
             self.auroc_of(self.angles), self.auroc_of(self.norms),
         ]  # fmt: skip
+        words = (Cell(text=self.category), Cell(self.seed), Cell(self.goal))
+        cells = (*words, Cell(text=SELECT_LABELS[self.select]), *map(Cell, numbers))
+        return Row(self.dataset, self.dataset, cells)
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
     options = parser("figures.figure3", __doc__)
@@ -109,8 +123,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         )
         for category in categories
     ]
-    rows = [panel.row() for line in panels for panel in line]
-    return save_with_tables(draw(panels), arguments.out, _to_markdown(rows), _to_csv(rows))
+    rows = tuple(panel.row() for line in panels for panel in line)
+    table = Table("data set", _CAPTION, _COLUMNS, rows)
+    return save_with_table(draw(panels), arguments.out, table)
 
 
 def read_panel(run: Run, category: str, seed: int | None = None) -> Panel:
@@ -130,8 +145,8 @@ def read_panel(run: Run, category: str, seed: int | None = None) -> Panel:
     scores = run.load_scores(category, chosen)
     if "norm" not in scores:
         raise RunError(
-            f"{run.scores_path(category, chosen)} holds no norm and angle: only noco with "
-            "--method.solver sgd records them, since this figure exists; make the run again"
+            f"{run.scores_path(category, chosen)} holds no norm and angle: only methods with "
+            "one objective (noco) record them; make the run again with one"
         )
     return Panel(
         data_of(run.config), category, chosen, row["select"], float(run.config["method"]["norm"]),
@@ -228,26 +243,6 @@ def _thinned(labels: np.ndarray) -> np.ndarray:
         count = min(len(places), MAX_POINTS)
         kept.append(places[np.linspace(0, len(places) - 1, count).round().astype(int)])
     return np.random.default_rng(0).permutation(np.concatenate(kept))
-
-
-def _to_markdown(rows: Sequence[Sequence[str | int | float]]) -> str:
-    lines = [
-        "Norm of Z and its angle to G (degrees) where the anomaly map is highest, after NoCo's "
-        "Fig. 3; AUROC in percent, the last two of the angle or the norm taken alone as the score.",
-        "",
-        f"| {' | '.join(_COLUMNS).replace('||', '‖')} |",
-        f"|{' --- |' * len(_COLUMNS)}",
-    ]
-    for row in rows:
-        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _to_csv(rows: Sequence[Sequence[str | int | float]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([_COLUMNS, *rows])
-    return text.getvalue()
 
 
 if __name__ == "__main__":

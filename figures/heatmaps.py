@@ -10,7 +10,6 @@ from the median of the category's normal maps to the 99.9th percentile of all it
 names the images. Of a run with --select best_test the best epoch on the test set is shown.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +24,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, ImageOps
 
-from figures.compare import SAME_BUT
-from figures.shared.drawing import parser, save_figure
+from figures.shared.drawing import parser, save_with_table
 from figures.shared.own_results import data_of, is_structured
-from figures.shared.run_log import LoggedRun, read_runs
+from figures.shared.run_log import LoggedRun, beside_the_method, read_runs
 from utils.cli import exits_cleanly
-from utils.pictures.overlays import colour_limits
-from utils.runs.files import write_text
 from utils.errors import RunError
+from utils.pictures.overlays import colour_limits
 from utils.runs.run import Run
+from utils.tables import table as tables
 
 MAX_COLUMNS = 8
 """Of pictures; more categories go on in further blocks of rows."""
@@ -68,24 +66,17 @@ class Column:
     levels: list[np.ndarray]
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
     options = parser("figures.heatmaps", __doc__)
     options.add_argument("--seed", type=int, help="default: the first one of the first run")
     options.add_argument("--by-defect", action="store_true", help="a column for each defect kind")
     arguments = options.parse_args(argv)
-    runs = read_runs(
-        arguments.runs, same_but=(set(SAME_BUT) | {"compile", "false_alarm_rate"}) - {"select"}
-    )
+    runs = read_runs(arguments.runs, same_but=beside_the_method() - {"select"})
     columns = read_columns([run.run for run in runs], arguments.seed, arguments.by_defect)
-    paths = save_figure(draw(columns, [run.label for run in runs]), arguments.out)
-    path = paths[0].with_suffix("")
-    path = path.with_name(path.name + ".md")
-    text = to_markdown(columns, runs)
-    write_text(path, text)
-    sys.stdout.write(text + "".join(f"{path}\n" for path in [*paths, path]))
-    return [*paths, path]
+    figure = draw(columns, [run.label for run in runs])
+    return save_with_table(figure, arguments.out, table_of(columns, runs))
 
 
 def read_columns(runs: Sequence[Run], seed: int | None, by_defect: bool) -> list[Column]:
@@ -250,18 +241,23 @@ def _draw_column(grid: Sequence[Axes], column: Column) -> None:
         axes.imshow((1 - blend) * column.image / 255 + blend * heat)
 
 
-def to_markdown(columns: Sequence[Column], runs: Sequence[LoggedRun]) -> str:
+def table_of(columns: Sequence[Column], runs: Sequence[LoggedRun]) -> tables.Table:
     """Return which image each column shows, and how it was chosen."""
-    lines = [
+    caption = (
         f"Anomaly maps on {data_of(runs[0].run.config)}, after SimpleNet's Fig. 8. Each image is "
         f"the one of median score by {runs[0].label} among the anomalous ones of its column; "
-        "colours: from the median of the category's normal maps to the 99.9th percentile of all.",
-        "",
-        "| category | defect | image | rank by score |",
-        "| --- | --- | --- | --- |",
+        "colours: from the median of the category's normal maps to the 99.9th percentile of all."
+    )
+    heads = [tables.Column(name, name) for name in ("defect", "image", "rank by score")]
+    rows = [
+        tables.Row(
+            c.category,
+            c.category,
+            tuple(tables.Cell(text=t) for t in (c.defect, c.path, f"{c.rank} of {c.count}")),
+        )
+        for c in columns
     ]
-    lines += [f"| {c.category} | {c.defect} | {c.path} | {c.rank} of {c.count} |" for c in columns]
-    return "\n".join(lines) + "\n"
+    return tables.Table("category", caption, tuple(heads), tuple(rows))
 
 
 if __name__ == "__main__":

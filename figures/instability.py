@@ -22,14 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from figures.shared.drawing import grid_rows, parser, save_figure, style
-from figures.shared.run_log import Curve, LoggedRun, Pair, read_runs
+from figures.shared.run_log import Curve, LoggedRun, Pair, options_without_effect, read_runs
 from utils.cli import exits_cleanly
 from utils.errors import RunError
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC"}
 MARKS = {"last": "o", "synthetic": "s", "best on test (optimistic)": "*"}
 _SIZES = {"o": 6.0, "s": 6.0, "*": 11.0}
-SAME_BUT = ("select", "monitor_test", "seeds", "categories", "overlays", "save_maps", "online")
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,16 @@ class Fits:
     held_out: bool
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
     options = parser("figures.instability", __doc__)
     options.add_argument("--metric", choices=METRICS, default="image_auroc")
     arguments = options.parse_args(argv)
-    figure = draw(read_runs(arguments.runs, same_but=SAME_BUT), metric=arguments.metric)
+    figure = draw(
+        read_runs(arguments.runs, same_but=options_without_effect() | {"select"}),
+        metric=arguments.metric,
+    )
     paths = save_figure(figure, arguments.out)
     sys.stdout.write("".join(f"{path}\n" for path in paths))
     return paths

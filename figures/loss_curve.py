@@ -22,7 +22,7 @@ from utils.cli import exits_cleanly
 from utils.errors import RunError
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
     options = parser("figures.loss_curve", __doc__)

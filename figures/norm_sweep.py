@@ -26,17 +26,16 @@ def solver_of(config: dict[str, Any]) -> str:
     Raises:
         RunError: the run is of a method without an objective.
     """
-    names = {"sgd": "trained", "closed_form": "closed form"}
-    solver = config["method"].get("solver")
-    if solver not in names:
+    names = {"noco": "trained", "noco_cf": "closed form"}
+    if config["method_name"] not in names:
         raise RunError(
             f"{config['method_name']} on {config['dataset']} has no objective whose norm could be "
             "swept; give runs of noco or noco_cf"
         )
-    return names[solver]
+    return names[config["method_name"]]
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
     sweep = Sweep(

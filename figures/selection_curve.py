@@ -26,7 +26,7 @@ AFTERWARDS = "test (shown afterwards, chose nothing)"
 GRID_COLOURS = (*COLOURS, "0.2", "0.6")
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
     arguments = parser("figures.selection_curve", __doc__).parse_args(argv)

@@ -14,10 +14,9 @@ from pathlib import Path
 from figures.shared.option_curves import Sweep
 from figures.shared.option_plots import make
 from utils.cli import exits_cleanly
-from utils.errors import RunError
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
     sweep = Sweep(

@@ -15,16 +15,7 @@ from typing import Any
 
 from figures.shared.category_tables import category_tables
 from figures.shared.drawing import parser
-from figures.shared.own_results import (
-    Cell,
-    describe,
-    is_structured,
-    pool,
-    summarise,
-    unfinished_notes,
-)
-from figures.shared.paper_table import Column, PaperTable, Row, stem_of
-from figures.table2 import (
+from figures.shared.method_tables import (
     OUR_PROTOCOL,
     RANKED,
     data_notes,
@@ -32,10 +23,17 @@ from figures.table2 import (
     method_rows,
     own_rows,
 )
-from figures.table3 import write_by_data
+from figures.shared.own_results import (
+    describe,
+    is_structured,
+    pool,
+    summarise,
+    unfinished_notes,
+)
+from figures.shared.table_files import stem_of, write_by_data
 from utils.cli import exits_cleanly
 from utils.tables.published import published_table
-from utils.errors import RunError
+from utils.tables.table import Cell, Column, Row, Table
 
 FAMILY = ("simplenet", "simplenet_released", "nc_disc")
 """Methods with an adaptor and a discriminator."""
@@ -96,7 +94,7 @@ ABLATIONS = {
 }
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Write the tables of the runs named on the command line; return the files written."""
     options = parser("figures.simplenet_tables", __doc__)
@@ -113,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     return paths
 
 
-def build(number: int, folders: Sequence[Path]) -> dict[str, PaperTable]:
+def build(number: int, folders: Sequence[Path]) -> dict[str, Table]:
     """Return a table by its number; Table 1 comes with one for each other data set."""
     notes = unfinished_notes(folders)
     if number == 1:
@@ -124,7 +122,7 @@ def build(number: int, folders: Sequence[Path]) -> dict[str, PaperTable]:
     return {"mvtec": ablation_table(number, folders, notes)}
 
 
-def ablation_table(number: int, folders: Sequence[Path], notes: Sequence[str]) -> PaperTable:
+def ablation_table(number: int, folders: Sequence[Path], notes: Sequence[str]) -> Table:
     """Build Table 2, 3 or 4.
 
     Ours are columns: one pair for each (data set, method, further options, way of selecting).
@@ -142,12 +140,12 @@ def ablation_table(number: int, folders: Sequence[Path], notes: Sequence[str]) -
     for one in series:
         ours.setdefault((one.data, *one.setting), {})[one.factor] = one
     columns = [
-        Column(f"published_{metric}", "published, mvtec", name, metric)
+        Column(f"published_{metric}", name, "published, mvtec", metric)
         for metric, name in METRICS.items()
     ]
     for i, (data, *_) in enumerate(ours, start=1):
         columns += [
-            Column(f"[{i}] {data} {metric}", f"[{i}] {data}", name, metric, is_ours=True)
+            Column(f"[{i}] {data} {metric}", name, f"[{i}] {data}", metric, is_ours=True)
             for metric, name in METRICS.items()
         ]
     methods = dict.fromkeys(method for method, *_ in published)
@@ -176,22 +174,24 @@ def ablation_table(number: int, folders: Sequence[Path], notes: Sequence[str]) -
         if holes := ", ".join(row.label for row in rows if row.key not in lines):
             lacking.setdefault(holes, []).append(f"[{i}]")
     missing = [f"-: missing in {', '.join(names)}: {holes}." for holes, names in lacking.items()]
-    return PaperTable(
+    return Table(
         table.corner,
         caption,
         tuple(columns),
         tuple(rows),
         (*legend, *missing, *data_notes(series), *notes),
+        "column",
+        hole="-",
     )
 
 
-def cifar10_table(folders: Sequence[Path], notes: Sequence[str]) -> PaperTable:
+def cifar10_table(folders: Sequence[Path], notes: Sequence[str]) -> Table:
     """Build Table 5: CIFAR-10, one class against the rest; other class data beside it."""
     published = published_table("SimpleNet Table 5")
     series = [one for one in pool(folders) if not one.is_structured]
     data = list(dict.fromkeys(["cifar10", *(one.data for one in series)]))
     columns = [
-        Column(name, "" if name == "cifar10" else "ours only", name, is_ours=name != "cifar10")
+        Column(name, name, "" if name == "cifar10" else "ours only", is_ours=name != "cifar10")
         for name in data
     ]
     rows, ours = method_rows(published, columns), own_rows(series, columns)
@@ -200,12 +200,14 @@ def cifar10_table(folders: Sequence[Path], notes: Sequence[str]) -> PaperTable:
         f"Published: as printed (IGD is printed as 83.68). {OUR_PROTOCOL} {RANKED['all']}"
     )
     holes = hole_notes(rows, ours, columns, data)
-    return PaperTable(
+    return Table(
         "method",
         caption,
         tuple(columns),
         (*rows, *ours),
         (*holes, *data_notes(series), *notes),
+        "column",
+        hole="-",
     )
 
 

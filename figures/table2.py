@@ -7,45 +7,27 @@ selecting) of the runs is a row; runs of the same that differ in categories or s
 together. Data sets that the paper does not have come after its own.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from figures.shared.drawing import parser
-from figures.shared.own_results import (
-    NUM_OWN,
-    SEMANTIC,
-    STRUCTURED,
-    Cell,
-    Series,
-    by_setting,
-    describe,
-    incomplete_seeds,
-    pool,
-    summarise,
-    trainable,
-    unfinished_notes,
+from figures.shared.method_tables import (
+    OUR_PROTOCOL,
+    RANKED,
+    data_notes,
+    hole_notes,
+    method_rows,
+    own_rows,
 )
-from figures.shared.paper_table import Column, PaperTable, Row
+from figures.shared.own_results import Series, papers_data, pool, unfinished_notes
+from figures.shared.table_files import write_table
 from utils.cli import exits_cleanly
 from utils.tables.published import published_table
-from utils.errors import RunError
-
-RANKED = {
-    "all": "Best in bold, second underlined, by the printed values of published methods and of "
-    "ours together, whatever the protocol; ties share; incomplete means take no part.",
-    "published": "Best in bold, second underlined, among published methods only; ties share.",
-}
-OUR_PROTOCOL = (
-    "Ours: the mean over categories for each seed, then mean ± sample standard deviation over n "
-    'seeds; "last" reports the last epoch, "synthetic" the epoch chosen on synthetic anomalies '
-    'made of normal training images, "best on test (optimistic)" the maximum over evaluations on '
-    "the test set, which is what the papers' released code reports."
-)
+from utils.tables.table import Column, Row, Table
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Write the table of the runs named on the command line; return the files written."""
     options = parser("figures.table2", __doc__)
@@ -53,15 +35,12 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         "--rank", choices=RANKED, default="all", help="who competes (default: %(default)s)"
     )
     arguments = options.parse_args(argv)
-    table = table2(
-        pool(arguments.runs), rank=arguments.rank, notes=unfinished_notes(arguments.runs)
-    )
-    paths = table.write(arguments.out)
-    sys.stdout.write(table.to_markdown() + "".join(f"{path}\n" for path in paths))
-    return paths
+    notes = unfinished_notes(arguments.runs)
+    table = table2(pool(arguments.runs), rank=arguments.rank, notes=notes)
+    return write_table(table, arguments.out)
 
 
-def table2(series: Sequence[Series], *, rank: str = "all", notes: Sequence[str] = ()) -> PaperTable:
+def table2(series: Sequence[Series], *, rank: str = "all", notes: Sequence[str] = ()) -> Table:
     """Build the table.
 
     Args:
@@ -70,14 +49,17 @@ def table2(series: Sequence[Series], *, rank: str = "all", notes: Sequence[str] 
         notes: printed last.
     """
     published = published_table("NoCo Table II")
-    data = {**dict.fromkeys(SEMANTIC, "semantic"), **dict.fromkeys(STRUCTURED, "structured")}
+    data = {
+        **dict.fromkeys(papers_data(structured=False), "semantic"),
+        **dict.fromkeys(papers_data(structured=True), "structured"),
+    }
     for one in sorted(series, key=lambda one: one.is_structured):
         kind = "structured" if one.is_structured else "semantic"
         data.setdefault(one.data, f"{kind}, ours only")
     columns = [
-        Column("trainable_millions", "", "trainable, M", "trainable", is_ranked=False),
+        Column("trainable_millions", "trainable, M", "", "trainable", is_ranked=False),
         *(
-            Column(name, group, name, is_ours=group.endswith("ours only"))
+            Column(name, name, group, is_ours=group.endswith("ours only"))
             for name, group in data.items()
         ),
     ]
@@ -90,109 +72,8 @@ def table2(series: Sequence[Series], *, rank: str = "all", notes: Sequence[str] 
         f"Published: as printed. {OUR_PROTOCOL} {RANKED[rank]} Trainable parameters of ours: the "
         "mean of the structured and the semantic head, where there are both, as the paper's 3.7."
     )
-    notes = (*hole_notes(rows, ours, columns, list(data)), *data_notes(series), *notes)
-    return PaperTable("method", caption, tuple(columns), (*rows, *ours), notes)
-
-
-def method_rows(
-    published: dict[tuple[str, str, str, str], float], columns: Sequence[Column]
-) -> list[Row]:
-    """Return a row for each published method, in the paper's order."""
-    rows = []
-    for method in dict.fromkeys(key[0] for key in published):
-        cells = [
-            Cell(
-                published.get((method, "-", "-", "trainable_params_millions"))
-                if column.metric == "trainable"
-                else published.get((method, column.key, "mean", column.metric))
-            )
-            for column in columns
-        ]
-        rows.append(Row(method, method, tuple(cells), "published"))
-    return rows
-
-
-def own_rows(series: Sequence[Series], columns: Sequence[Column]) -> list[Row]:
-    """Return a row for each of our settings, in the order of the run folders."""
-    rows = []
-    for by_data in by_setting(series).values():
-        label = describe(by_data.values())
-        cells = []
-        for column in columns:
-            if column.metric == "trainable":
-                cells.append(Cell(trainable(by_data.values())))
-            elif column.key in by_data:
-                cells.append(summarise(by_data[column.key], column.metric))
-            else:
-                cells.append(Cell(None))
-        rows.append(Row(label, f"ours: {label}", tuple(cells), "ours", is_ours=True))
-    return rows
-
-
-def hole_notes(
-    rows: Sequence[Row], ours: Sequence[Row], columns: Sequence[Column], data: Sequence[str]
-) -> list[str]:
-    """List the cells without a number, and those over some of the categories.
-
-    Args:
-        rows: published methods.
-        ours: our rows.
-        columns: of the table.
-        data: keys of the columns that ours should fill.
-    """
-    notes = []
-    missing = {
-        row.key: [
-            column.name
-            for column, cell in zip(columns, row.cells, strict=True)
-            if cell.mean is None and not column.is_ours
-        ]
-        for row in rows
-    }
-    listed = "; ".join(f"{key}: {', '.join(names)}" for key, names in missing.items() if names)
-    if listed:
-        notes.append(f"-: missing. Not printed in the paper: {listed}.")
-    lacking = {
-        row.label: [
-            f"{column.name}{_part(cell)}"
-            for column, cell in zip(columns, row.cells, strict=True)
-            if column.key in data and not cell.is_complete
-        ]
-        for row in ours
-    }
-    nowhere = [name for name in data if all(name in names for names in lacking.values())]
-    if nowhere and ours:
-        notes.append(f"No run of ours is on {', '.join(nowhere)}.")
-    for label, names in lacking.items():
-        if listed := ", ".join(name for name in names if name not in nowhere):
-            notes.append(f"{label}: missing {listed}.")
-    return notes
-
-
-def data_notes(series: Sequence[Series]) -> list[str]:
-    """Name data sets the papers lack, seeds that are left out, and random backbones."""
-    notes = []
-    foreign = dict.fromkeys(one.data for one in series if one.data not in (*SEMANTIC, *STRUCTURED))
-    if foreign:
-        counted = [name for name in foreign if name not in NUM_OWN]
-        text = f"Not data sets of the paper: {', '.join(foreign)}; nothing published compares."
-        if counted:
-            text += f" Their categories are those that any of the runs names: {', '.join(counted)}."
-        notes.append(text)
-    for one in series:
-        if seeds := incomplete_seeds(one):
-            listed = ", ".join(map(str, seeds))
-            notes.append(
-                f"{describe([one])} on {one.data}: seeds {listed} lack categories and are left out."
-            )
-    if any(one.has_random_weights for one in series):
-        names = dict.fromkeys(describe([one]) for one in series if one.has_random_weights)
-        notes.append(f"RANDOM BACKBONE WEIGHTS, which measure no method: {'; '.join(names)}.")
-    return notes
-
-
-def _part(cell: Cell) -> str:
-    return "" if cell.found is None else f" ({cell.found} of {cell.total} categories)"
+    below = (*hole_notes(rows, ours, columns, list(data)), *data_notes(series), *notes)
+    return Table("method", caption, tuple(columns), (*rows, *ours), below, "column", hole="-")
 
 
 def _unranked(row: Row) -> Row:

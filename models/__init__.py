@@ -1,1 +1,1 @@
-"""Frozen backbones and the methods that stand on their features; nothing here knows data sets or runs."""
+"""Frozen backbones, and the methods on their features; nothing here knows data sets or runs."""

@@ -1,11 +1,11 @@
 """From a method's name to what gives it its features, and to its detector."""
 
+from configs.options import FeatureOptions, MethodOptions
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.raw_images import RawImages
 from models.detector import Detector, Extractor, FeatureShape
 from models.features.feature_norm import normalised
 from models.method import Method, find_method
-from configs.options import FeatureOptions, MethodOptions
 
 WITHOUT_BACKBONE = "lenet"
 """The backbone's name where a method brings a network of its own."""
@@ -69,7 +69,7 @@ def build_detector(method: str, extractor: Extractor, options: MethodOptions) ->
     """
     shape = shape_of(extractor)
     kind = find_method(method).detector_class()
-    detector = kind(shape, options)  # type: ignore[call-arg]  each takes its own options
+    detector = kind(shape, options)
     if not isinstance(options, FeatureOptions):
         return detector
     return normalised(detector, options.feature_norm, shape.stage_channels)

@@ -3,9 +3,10 @@
 The command line needs the options of every method and the detector of none, but both stand in one
 file, and a detector needs torch, whose import takes seconds. So a statement runs at once if every
 name that running it looks up is there: imports of the standard library and of `configs`, classes of
-options, constants, METHOD (whose `lambda: Knn` looks Knn up when it is called). All others, in their order, run
-when the module is first asked for a name that it has not yet. Either part runs in the module's own
-namespace: there is one class of each name, and a plain `import` of the file gives the same module.
+options, constants, METHOD (whose `lambda: Knn` looks Knn up when it is called). All others, in
+their order, run when the module is first asked for a name that it has not yet. Either part runs in
+the module's own namespace: there is one class of each name, and a plain `import` of the file gives
+the same module.
 """
 
 import ast
@@ -99,7 +100,7 @@ class _Loader(importlib.abc.Loader):
         assert isinstance(module, _TwoPartModule)
         tree = ast.parse(self._path.read_text(encoding="utf-8"), filename=str(self._path))
         module.__doc__ = ast.get_docstring(tree)
-        rest = []
+        rest: list[ast.stmt] = []
         for statement in tree.body:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 continue  # a text about the constant above
@@ -115,7 +116,7 @@ class _Loader(importlib.abc.Loader):
 
 def _run(statements: list[ast.stmt], module: types.ModuleType) -> None:
     code = compile(ast.Module(statements, []), module.__file__ or "", "exec")
-    exec(code, module.__dict__)  # noqa: S102  the file is one of this package
+    exec(code, module.__dict__)  # the file is one of this package
 
 
 def _can_run(statement: ast.stmt, module: types.ModuleType) -> bool:

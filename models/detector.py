@@ -106,8 +106,10 @@ class FeatureSource(Protocol):
 class Monitor(Protocol):
     """Is called after each epoch or candidate of a fit, and decides what is kept."""
 
-    scores_steps: bool
-    """Whether it scores images with the detector each time it is called."""
+    @property
+    def scores_steps(self) -> bool:
+        """Whether it scores images with the detector each time it is called."""
+        ...
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Take the number of the step, from 1, and values to log."""

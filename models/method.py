@@ -4,22 +4,26 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import models.methods
+from configs.options import MethodOptions
 from configs.presets import ANY_MODEL, MethodPreset
 from models import deferred
 
 if TYPE_CHECKING:
-    from models.detector import Detector
+    from models.detector import Detector, FeatureShape
+
+O = TypeVar("O", bound=MethodOptions)
 
 DECLARES = re.compile(r"^METHOD\b", re.MULTILINE)
+OF_FEATURES = frozenset({"precision", "compile", "patch_size"})
 FIRST = "noco"
 """The method that is listed first, and taken where none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(MethodPreset):
+class Method(MethodPreset, Generic[O]):
     """The constant METHOD of a method's file: all that the rest of the suite knows of it.
 
     The method's name is that of its file. A file is run in two parts (see `models.deferred`), so
@@ -34,19 +38,25 @@ class Method(MethodPreset):
             options have the field `model`.
     """
 
-    detector: Callable[[], "type[Detector]"]
+    options: O
+    detector: "Callable[[], Callable[[FeatureShape, O], Detector]]"
     tasks: frozenset[str] = frozenset({"structured", "semantic"})
     takes: frozenset[str] = frozenset({"features"})
     published_as: str | dict[str, str] = ""
     is_library: bool = False
 
-    def detector_class(self) -> "type[Detector]":
+    @property
+    def ignored(self) -> frozenset[str]:
+        """All options that do nothing for it: without features, those of their extraction."""
+        return self.ignores if "features" in self.takes else self.ignores | OF_FEATURES
+
+    def detector_class(self) -> "Callable[[FeatureShape, O], Detector]":
         """Return the detector's class; the rest of its file is run first."""
         deferred.complete(self.detector.__module__)
         return self.detector()
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str) -> Method[MethodOptions]:
     """Return what the file of a method declares; `anomalib:patchcore` is of the file anomalib.py.
 
     Raises:
@@ -55,7 +65,7 @@ def find_method(name: str) -> Method:
     return _load(*_files()[name.partition(":")[0]])
 
 
-def find_methods(task: str) -> dict[str, Method]:
+def find_methods(task: str) -> dict[str, Method[MethodOptions]]:
     """Return the methods for a kind of task, by their names on the command line."""
     return {
         f"{name}:{ANY_MODEL}" if method.is_library else name: method
@@ -81,7 +91,7 @@ def _files() -> dict[str, tuple[str, Path]]:
     return dict(sorted(found.items(), key=lambda item: (item[0] != FIRST, item[0])))
 
 
-def _load(module: str, path: Path) -> Method:
+def _load(module: str, path: Path) -> Method[MethodOptions]:
     method = deferred.load(module, path).METHOD
     assert isinstance(method, Method), path
     return method

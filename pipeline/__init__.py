@@ -1,1 +1,1 @@
-"""Joins the packages: an experiment's command line, data, backbone, features, training, finished run."""
+"""Joins the packages: an experiment from command line to table, and a finished run."""

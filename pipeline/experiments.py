@@ -1,4 +1,4 @@
-"""The experiments of the training scripts: command lines, configurations and data, without torch."""
+"""The experiments of the training scripts: command lines, configurations, data; no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +39,11 @@ class Script:
 
     def parse(self, argv: Sequence[str] | None) -> AnyExperiment:
         """Read its command line; see `configs.command_line.parse`."""
-        catalogue, prog = self.catalogue(), f"{self.name}.py"
-        return parse(argv, catalogue, prog=prog, description=self.description)
+        catalogue: Catalogue[Any] = self.catalogue()
+        experiment: AnyExperiment = parse(
+            argv, catalogue, prog=f"{self.name}.py", description=self.description
+        )
+        return experiment
 
 
 SCRIPTS = {
@@ -60,7 +63,7 @@ def structured_catalogue() -> Catalogue[StructuredExperiment]:
 
 
 def semantic_catalogue(*, is_grey: bool | None = None) -> Catalogue[SemanticExperiment]:
-    """Return the labelled data sets, all or those in grey or in colour, and the methods for them."""
+    """Return the labelled data sets, all or those in grey or colour, and methods for them."""
     data_sets = find_data_sets(SemanticSet)
     if is_grey is not None:
         data_sets = {name: one for name, one in data_sets.items() if one.is_grey == is_grey}

@@ -1,4 +1,4 @@
-"""From images to features: the backbone of an experiment, and what each task has of its features."""
+"""From images to features: an experiment's backbone, and what each task has of its features."""
 
 import contextlib
 from collections.abc import Sequence
@@ -39,15 +39,15 @@ def extractor_of(experiment: AnyExperiment, *, weights: str | None = None) -> Ex
         ModelError: the backbone or its weights cannot be had, or the method cannot be built.
         UsageError: the device cannot be had.
     """
-    is_structured = isinstance(experiment, StructuredExperiment)
+    patch_size = experiment.patch_size if isinstance(experiment, StructuredExperiment) else None
     extractor = build_extractor(
         find_method(experiment.method_name),
         experiment.backbone,
         experiment.layers,
         weights=weights or experiment.weights,
-        patch_size=experiment.patch_size if is_structured else 1,
+        patch_size=patch_size or 1,
         feature_location=experiment.feature_location,
-        pooled=not is_structured,
+        pooled=patch_size is None,
         precision=experiment.precision,
         compile_backbone=experiment.compile,
     )
@@ -117,7 +117,7 @@ class Extraction:
             UsageError: too few images for what is asked.
         """
         experiment = self.experiment
-        self._held = {s: f for s, f in self._held.items() if s in (task.train, task.test)}
+        self._keep(task)
         train = self.features_of(task, task.train)
         normals = _rows_at(train, task.train_indices)
         test = self.test_set_of(task)
@@ -140,6 +140,7 @@ class Extraction:
 
     def test_set_of(self, task: Task) -> TestSet:
         """Return a task's test set, with its masks."""
+        self._keep(task)
         bank = self.features_of(task, task.test)
         names = task.test.names
         masks = None
@@ -160,6 +161,10 @@ class Extraction:
             masks=masks,
             scoring=self.scoring,
         )
+
+    def _keep(self, task: Task) -> None:
+        """Let go the features of images that are not a task's."""
+        self._held = {s: f for s, f in self._held.items() if s in (task.train, task.test)}
 
     def _validation_of(self, task: Task, fitted: Features, train: Features) -> Validation:
         """Hold normals out and make anomalies of them: pasted defects, or turned images."""

@@ -1,28 +1,24 @@
 """A run folder ready to score: what predict.py, evaluate.py and export.py start from."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from configs import semantic, structured
-from configs.experiment import from_json, with_options
-from configs.semantic import SemanticExperiment
-from configs.structured import StructuredExperiment
+from configs.presets import with_options
 from datasets.reading.transforms import PairTransform
-from models import Extractor
-from models import build_detector
-from models import build_extractor
-from models.detector import Detector
-from utils.device import pick_device
-from utils.evaluation.test_set import TestSet
-from utils.evaluation.scoring import Scores
-from utils.features.bank import FeatureBank
-from utils.features.features import rounded_maps
+from models.building import build_detector
+from models.detector import Detector, Extractor
+from pipeline.experiments import AnyExperiment, experiment_of
+from pipeline.features import extractor_of, scoring_of, transform_of
+from utils.errors import RunError
+from utils.evaluation.scoring import Scores, Scoring, check_finite, score_batch
+from utils.features.features import rounded_maps, widened
 from utils.runs.finished import chosen_options, finished_pairs
 from utils.runs.run import Run
-from utils.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -30,26 +26,23 @@ class FinishedRun:
     """A run folder, checked, with the backbone its heads stand on."""
 
     run: Run
-    experiment: StructuredExperiment | SemanticExperiment
+    experiment: AnyExperiment
     extractor: Extractor
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed."""
+        return self.extractor.device
 
     @property
     def transform(self) -> PairTransform:
         """The transform of the training images."""
-        experiment = self.experiment
-        return PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
+        return transform_of(self.experiment)
 
     @property
-    def map_size(self) -> int | None:
-        """Side of the anomaly maps in pixels; None where there are none (semantic runs)."""
-        is_structured = isinstance(self.experiment, StructuredExperiment)
-        return self.experiment.map_size if is_structured else None
-
-    @property
-    def blur_sigma(self) -> float:
-        """Blur of the anomaly maps, in pixels; ignored by detectors whose maps are final."""
-        return getattr(self.experiment, "blur_sigma", 0.0)
+    def scoring(self) -> Scoring:
+        """How anomaly maps become scores; its map size is None where there are none."""
+        return scoring_of(self.experiment, self.extractor)
 
     def detector(self, category: str, seed: int, suffix: str = "") -> Detector:
         """Return a saved head on the device, in eval mode.
@@ -79,7 +72,7 @@ class FinishedRun:
             method = with_options(self.experiment.method, chosen)
         except ValueError as error:
             raise RunError(f"{path}: {error}; train the pair again") from error
-        head = build_detector(self.experiment.method_name, self.extractor, asdict(method))
+        head = build_detector(self.experiment.method_name, self.extractor, method)
         try:
             head.load_state_dict(state)
         # What a head makes of tensors of other shapes is its own affair.
@@ -95,33 +88,23 @@ class FinishedRun:
         Raises:
             FloatingPointError: a feature or a score is not finite.
         """
-        stages = rounded_maps(self.extractor, images, torch.float16, "images")
-        count = range(len(images))
-        bank = FeatureBank(
-            [stage.contiguous() for stage in stages],
-            count,
-            assemble=self.extractor.assemble,
-            device=self.device,
-        )
-        test = TestSet(
-            bank,
-            torch.zeros(len(images)),
-            names=[str(i) for i in count],
-            kinds=["" for _ in count],
-            map_size=self.map_size,
-            blur_sigma=self.blur_sigma,
-            batch_size=len(images),
-        )
-        return test.score(detector)
+        stored = rounded_maps(self.extractor, images, torch.float16, "images")
+        stages = widened([rearrange(m.contiguous(), "b h w c -> b c h w") for m in stored])
+        scores = score_batch(detector, stages, self.scoring)
+        check_finite(scores)
+        return scores
 
 
-def load_run(folder: Path, *, device: str = "auto", weights: str | None = None) -> FinishedRun:
+def load_run(
+    folder: Path, *, device: str = "auto", weights: str | None = None, **changes: Any
+) -> FinishedRun:
     """Read a run folder, which is data and never executed, and build its backbone.
 
     Args:
         folder: of the run.
         device: "auto", "cpu", "cuda", "cuda:1".
         weights: of the backbone, as `--weights` of the training scripts; None for the run's own.
+        changes: fields of the experiment that do not change what is measured, such as `data_root`.
 
     Raises:
         RunError: no run, no finished (category, seed), config.json is not one of this version, or
@@ -130,35 +113,16 @@ def load_run(folder: Path, *, device: str = "auto", weights: str | None = None) 
         UsageError: the device cannot be had.
     """
     run = Run.read(folder)
-    is_semantic = "protocol" in run.config
-    kind, presets = (
-        (SemanticExperiment, semantic.DATASETS)
-        if is_semantic
-        else (StructuredExperiment, structured.DATASETS)
-    )
     try:
-        experiment = from_json(kind, run.config)
-        if experiment.dataset not in presets:
-            raise ValueError(f"unknown data set {experiment.dataset!r}")
+        experiment = experiment_of(run.config)
     except ValueError as error:
         raise RunError(f"{folder / 'config.json'}: {error}") from error
-    assert isinstance(experiment, StructuredExperiment | SemanticExperiment)
     finished_pairs(run)  # a run without any is refused here
-    place = pick_device(device)
-    extractor = build_extractor(
-        experiment.method_name,
-        experiment.backbone,
-        experiment.layers,
-        weights=weights or experiment.weights,
-        patch_size=getattr(experiment, "patch_size", 3),
-        feature_location=experiment.feature_location,
-        pooled=is_semantic,
-        precision=experiment.precision,
-        compile_backbone=experiment.compile,
-    ).to(place)
+    experiment = replace(experiment, device=device, **changes)
+    extractor = extractor_of(experiment, weights=weights)
     if extractor.random_weights:
         raise RunError(
             f"{folder}: its backbone had random weights (--weights random), which no run folder "
             "keeps: nothing can be scored with it again"
         )
-    return FinishedRun(run, experiment, extractor, place)
+    return FinishedRun(run, experiment, extractor)

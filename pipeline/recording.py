@@ -156,9 +156,7 @@ def stored_image(images: ImageSet, index: int) -> np.ndarray:
     return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)  # (H, W, 3)
 
 
-def _save(
-    run: Run, data: TaskData, fitted: Fitted, outcome: Outcome, *, keep_maps: bool
-) -> None:
+def _save(run: Run, data: TaskData, fitted: Fitted, outcome: Outcome, *, keep_maps: bool) -> None:
     """Write the scores and heads of an outcome."""
     test, scores = data.test, outcome.scores
     category, seed = data.task.category, fitted.seed

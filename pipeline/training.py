@@ -1,4 +1,4 @@
-"""The training of an experiment's heads, from the run folder that is opened to the one that is full.
+"""The training of an experiment's heads: from a run folder that is opened to one that is full.
 
 `train_head` is the experiment in the order in which it happens: choose, build, fit, evaluate,
 record. What it is given holds features only: no image is looked at again.

@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from configs.methods import METHODS, SEMANTIC_ONLY
 
 from configs.experiment import Experiment
-from configs.methods import METHODS, SEMANTIC_ONLY
 from configs.semantic import SemanticExperiment
 from configs.structured import StructuredExperiment
-from models import DETECTORS
-from models import build_detector
-from models import build_extractor
-from models import option_names
+from models import DETECTORS, build_detector, build_extractor, option_names
 from tests.models.banks import Bank, Stages
 
 ROOT = Path(__file__).parents[1]

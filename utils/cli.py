@@ -81,7 +81,7 @@ def machine_fault(error: Exception) -> str | None:
             f"{error.strerror}{place}; once that is mended, the same command continues after what "
             "is finished"
         )
-    # Of the CPU's allocator, PyTorch has no error of its own; of CUDA's, one that is no MemoryError.
+    # Of the CPU's allocator PyTorch has no error of its own; of CUDA's, one that is no MemoryError.
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -9,8 +9,8 @@ import cv2
 import PIL
 
 VERSION = 1
-"""Raise it with any change of this package, or of `datasets.synthetic`, that changes a pixel: stored
-features are then not read."""
+"""Raise it with any change of this package, or of `datasets.synthetic`, that changes a pixel:
+stored features are then not read."""
 
 
 def digest(parts: Sequence[str]) -> str:

@@ -19,7 +19,6 @@ from datasets.reading.images import read_image, read_mask, read_size
 from datasets.reading.transforms import PairTransform
 from datasets.samples import Batch, DataError, ImageLoader, ImageSet
 
-
 Item = tuple[int, Tensor | str]
 
 BATCHES_AHEAD = 2

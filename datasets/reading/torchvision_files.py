@@ -223,9 +223,7 @@ def _read_cifar(name: str, reader: type[CIFAR10], folder: Path, url: str) -> Lab
         train=LabelledSplit(
             "train", images=train.data, labels=np.array(train.targets, dtype=np.int64)
         ),
-        test=LabelledSplit(
-            "test", images=test.data, labels=np.array(test.targets, dtype=np.int64)
-        ),
+        test=LabelledSplit("test", images=test.data, labels=np.array(test.targets, dtype=np.int64)),
     )
 
 

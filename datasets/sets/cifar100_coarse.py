@@ -59,6 +59,4 @@ def read(root: Path) -> LabelledSet:
     )
 
 
-DATA_SET = SemanticSet(
-    read=read, num_categories=20, experiment=cifar100.DATA_SET.experiment
-)
+DATA_SET = SemanticSet(read=read, num_categories=20, experiment=cifar100.DATA_SET.experiment)

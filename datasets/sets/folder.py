@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from datasets.data_set import RESNET152_CROP_224, WHOLE_224, WIDE_RESNET50, SemanticSet, StructuredSet
+from datasets.data_set import (
+    RESNET152_CROP_224,
+    WHOLE_224,
+    WIDE_RESNET50,
+    SemanticSet,
+    StructuredSet,
+)
 from datasets.reading import mvtec_layout
 from datasets.reading.class_folders import read_class_folders
 from datasets.tasks.labelled import LabelledSet

@@ -11,6 +11,7 @@ from datasets.data_set import StructuredSet
 from datasets.reading.mvtec_layout import NORMAL, subfolders
 from datasets.samples import Category, DataError, ImageSet, Task
 
+
 def structured_tasks(
     data_set: StructuredSet, root: Path, wanted: Sequence[str], options: DataOptions
 ) -> list[Task]:
@@ -124,7 +125,9 @@ def _unknown_category(category: str, known: Sequence[str], data_set: StructuredS
     hint = "."
     if nearest:
         hint = f"; did you mean {' or '.join(by_lower_case[name] for name in nearest)}?"
-    return f"unknown category {category!r}{hint} The data set {data_set.name} has: {', '.join(known)}"
+    return (
+        f"unknown category {category!r}{hint} The data set {data_set.name} has: {', '.join(known)}"
+    )
 
 
 def _missing_categories(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from figures.report.scores import Scored, auroc, roc
+from figures.report.scores import Scored, image_auroc, roc
 
 SIDE = 200.0  # of the plot, in SVG units
 NUM_COLOURS = 6
@@ -83,7 +83,7 @@ def roc_chart(seeds: Sequence[Scored], last: Sequence[Scored]) -> Chart | None:
             mark = f"line c{number % NUM_COLOURS}{dashed}"
             points = (false / false[-1], 1 - true / true[-1])
             chart.paths.append((mark, _path(*points)))
-            values.append(100 * auroc(one.labels, one.scores))
+            values.append(100 * image_auroc(one))
             if len(seeds) + len(last) <= MAX_KEYS:
                 state = " (last epoch)" if dashed else " (best on test)" if last else ""
                 chart.add_key(mark, f"seed {one.seed}{state}: AUROC {values[-1]:.1f} %")

@@ -30,13 +30,12 @@ from figures.report.charts import (
     step_chart,
 )
 from figures.report.pictures import MAX_BYTES, Budget, Overlays, Picture, overlays_of, thumbnail
-from figures.report.scores import LAST, Ranked, Scored, auroc, ranked, read_scores
+from figures.report.scores import LAST, Ranked, Scored, image_auroc, ranked, read_scores
 from figures.report.tables import false_alarms, other_facts, results_table, unfinished_pairs
 from figures.shared.run_log import LoggedRun, Pair, images_of, read_runs
 from utils.cli import exits_cleanly
 from utils.errors import UsageError
 from utils.runs.files import corrupt, flat, read_object, write_text
-from utils.errors import RunError
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
 
@@ -66,7 +65,7 @@ class Category:
     disagreements: list[str]
 
 
-@exits_cleanly(RunError)
+@exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Write the report of the run named on the command line; return its path."""
     parser = argparse.ArgumentParser(
@@ -157,7 +156,7 @@ def build(folder: Path, *, num_images: int = 20, thumbnails: bool = True) -> str
 
 def _render(**values: Any) -> str:
     """Return the page of what the template shows; all of it is data and gets escaped."""
-    css, script = (_HERE.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    css, script = (_HERE.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     templates = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -165,7 +164,8 @@ def _render(**values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = templates.get_template("report.html.jinja").render(
+    templates.filters["zip"] = zip
+    text = templates.get_template("page.html.jinja").render(
         css=css,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
@@ -300,11 +300,7 @@ def _disagreements(rows: Sequence[Mapping[str, Any]], scored: Sequence[Scored]) 
         # Where a run reports two states, these are the scores of the other one than the last.
         own = [row for row in own if row["select"] != "last"] or own
         written = own[0].get("image_auroc") if own else None
-        measured = auroc(one.labels, one.scores)
+        measured = image_auroc(one)
         if isinstance(written, (int, float)) and abs(measured - written) > 1e-6:  # false for nan
             found.append(f"{one.category}, seed {one.seed}")
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -169,7 +169,7 @@ def _scale_of(sheet: Image.Image) -> Image.Image:
 
 
 def _cut(sheet: Image.Image, count: int) -> list[Image.Image] | None:
-    """Return the panels of each line of a sheet of `utils.pictures.overlays`; None where it is no such."""
+    """Return the panels of each line of a sheet of `utils.pictures.overlays`; None of others."""
     if count < 1 or (sheet.width - GAP) % 4 or (sheet.height - HEADER) % count:
         return None
     pitch = (sheet.height - HEADER) // count

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.errors import RunError
+from utils.metrics.counting import curve_of
+from utils.metrics.metrics import auroc
 from utils.runs.run import Run
 
 LAST = "-last"
@@ -133,13 +135,12 @@ def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return false[keep], true[keep]
 
 
-def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Return the area under `roc`, in [0, 1]; nan where a class is missing."""
-    false, true = roc(labels, scores)
-    if not (false[-1] and true[-1]):
+def image_auroc(scored: Scored) -> float:
+    """Return the AUROC of the images, in [0, 1]; nan where a class is missing."""
+    anomalous = scored.labels == 1
+    if anomalous.all() or not anomalous.any():
         return math.nan
-    doubled = np.sum(np.diff(false) * (true[1:] + true[:-1]))
-    return float(doubled) / float(2 * false[-1] * true[-1])
+    return auroc(curve_of(scored.scores, anomalous))
 
 
 def wrongness(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:

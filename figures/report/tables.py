@@ -1,7 +1,5 @@
 """The tables of a run report, read back from a run folder."""
 
-import csv
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from figures.shared.run_log import Pair
-from utils.metrics.metrics import METRIC_NAMES
+from utils.metrics.metrics import metric_names, table_metrics
 from utils.runs.files import corrupt
-from utils.tables.table import Cell, Column, Line, Table
-from utils.tables.results import METRIC_LABELS, build_table
+from utils.tables.results import Benchmark, build_table
+from utils.tables.table import Table
 
 _KEYS = ("category", "seed", "select")
 _ALARMS = re.compile("false_alarm|calibration_images|test_normals")
@@ -31,74 +29,23 @@ class Facts:
 def results_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Table | None:
     """Return the table a run wrote, or one of what is finished; None where nothing is.
 
-    Numbers come from table.csv, in full; headings, caption and notes from table.md.
+    Runs of the first version wrote none that can be read back.
 
     Raises:
-        RunError: table.csv is corrupt.
+        RunError: table.json is corrupt.
     """
-    path = folder / "table.csv"
+    path = folder / "table.json"
     if not path.is_file():
         return _partial(rows)
-    text = path.read_bytes().decode("utf-8", "surrogateescape")
     try:
-        names, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-        numbers = [
-            {n: float(f) for n, f in zip(names[1:], line[1:], strict=True) if f} for line in lines
-        ]
-    except (csv.Error, ValueError) as error:
+        table = Table.from_json(path.read_bytes().decode("utf-8", "surrogateescape"))
+    except ValueError as error:
         raise corrupt(path, str(error)) from None
-    stds = {name for name in names if name.endswith("_std") and name[:-4] in names}
-    keys = [name for name in names[1:] if name not in stds]
-    categories = {row["category"] for row in rows}
-    table = Table(
-        caption="",
-        header=tuple(Column(key, "", key, f"{key}_std" in stds) for key in keys),
-        lines=tuple(
-            Line(
-                line[0],
-                line[0],
-                tuple(Cell(found.get(key), found.get(f"{key}_std")) for key in keys),
-                is_mean=line[0] not in categories,
-            )
-            for line, found in zip(lines, numbers, strict=True)
-        ),
-        notes=(),
-    )
-    if missing := categories - {line.key for line in table.lines}:
-        note = f"Older than results.csv: without {', '.join(sorted(missing))}."
-        table = replace(table, notes=(note,))
-    markdown = folder / "table.md"
-    if not markdown.is_file():
+    missing = {row["category"] for row in rows} - {row.key for row in table.rows}
+    if not missing:
         return table
-    return _worded(table, markdown.read_bytes().decode("utf-8", "surrogateescape"))
-
-
-def _worded(table: Table, markdown: str) -> Table:
-    """Return the table with caption, headings, labels and notes of its Markdown."""
-    lines = markdown.splitlines()
-    fields = [_fields(line) for line in lines if line.startswith("|")]
-    notes = [_plain(line[2:]) for line in lines if line.startswith("- ")]
-    table = replace(table, caption=_plain(lines[0]) if lines else "", notes=(*table.notes, *notes))
-    heads, body = fields[0] if fields else [], fields[2:]
-    if len(heads) != len(table.header) + 1 or len(body) != len(table.lines):
-        return table  # edited by hand: the numbers count
-    header = []
-    for column, head in zip(table.header, heads[1:], strict=True):
-        name, _, group = head.partition("<br>")
-        header.append(replace(column, name=name, group=group))
-    return replace(
-        table,
-        header=tuple(header),
-        lines=tuple(replace(a, label=b[0]) for a, b in zip(table.lines, body, strict=True)),
-    )
-
-
-def _fields(line: str) -> list[str]:
-    return [_plain(text) for text in re.findall(r"((?:\\.|[^|\\])*)\|", line)[1:]]
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\\([\\`*\[\]<>|_])", r"\1", text.strip())
+    note = f"Older than results.csv: without {', '.join(sorted(missing))}."
+    return replace(table, notes=(note, *table.notes))
 
 
 def _partial(rows: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -113,20 +60,14 @@ def _partial(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     shown = [row for row in rows if row["category"] in categories and row["seed"] in seeds]
     metrics = [
         name
-        for name in METRIC_LABELS
+        for name in (metric.name for metric in table_metrics(has_maps=True))
         if all(isinstance(row.get(name), (int, float)) for row in shown)
         and any(not math.isnan(row[name]) for row in shown)
     ]
     if not metrics or len(shown) != len(categories) * len(seeds) * len(selects):
         return None
-    return build_table(
-        shown,
-        title="What is finished",
-        categories=categories,
-        seeds=seeds,
-        metrics=metrics,
-        dataset=None,
-    )
+    about = Benchmark(title="What is finished", categories=categories, seeds=seeds, metrics=metrics)
+    return build_table(shown, about)
 
 
 def unfinished_pairs(
@@ -149,7 +90,7 @@ def false_alarms(rows: Sequence[Mapping[str, Any]]) -> Facts | None:
 def other_facts(rows: Sequence[Mapping[str, Any]]) -> Facts | None:
     """Return every column that is neither a metric nor about false alarms, known or not."""
     return _facts(
-        rows, [n for n in _columns(rows) if n not in METRIC_NAMES and not _ALARMS.search(n)]
+        rows, [n for n in _columns(rows) if n not in metric_names() and not _ALARMS.search(n)]
     )
 
 

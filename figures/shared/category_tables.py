@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 
-from figures.shared.own_results import Cell, Series, by_setting, describe, summarise
-from figures.shared.paper_table import Column, PaperTable, Row
-from figures.table2 import OUR_PROTOCOL, data_notes
+from figures.shared.method_tables import OUR_PROTOCOL, data_notes
+from figures.shared.own_results import Series, by_setting, describe, summarise
+from utils.metrics.metrics import heading_of
 from utils.tables.published import Key, published_table
-from utils.tables.results import METRIC_LABELS
+from utils.tables.table import Cell, Column, Row, Table
 
 _RANKED = "Best of a line in bold, second underlined, by the printed values; ties share"
 
 
 def category_tables(
     source: str, series: Sequence[Series], metrics: Sequence[str], notes: Sequence[str] = ()
-) -> dict[str, PaperTable]:
+) -> dict[str, Table]:
     """Build the paper's table, and one of its form for each other data set of ours.
 
     Args:
@@ -44,7 +44,7 @@ def _table(
     categories: dict[str, list[str]],
     metrics: Sequence[str],
     notes: Sequence[str],
-) -> PaperTable:
+) -> Table:
     methods = list(dict.fromkeys(method for method, *_ in published))
     lines = [by_data[data] for by_data in by_setting(own).values()]
     columns = [_column(method, metric, metrics) for method in methods for metric in metrics]
@@ -62,7 +62,7 @@ def _table(
         chosen = None if line == "mean" else members
         cells += [summarise(one, metric, chosen, total) for one in lines for metric in metrics]
         rows.append(Row(line, _label(line), tuple(cells), _block(line, categories)))
-    what = " and ".join(METRIC_LABELS[metric] for metric in metrics)
+    what = " and ".join(heading_of(metric) for metric in metrics)
     if data == "mvtec":
         caption = f"{source}: {what} in percent on MVTec AD. Published: as printed."
     else:
@@ -76,13 +76,14 @@ def _table(
     if data == "mvtec" and not own:
         key_notes.append("No run of ours is on mvtec.")
     hole_notes = _hole_notes(rows, columns)
-    return PaperTable(
+    return Table(
         "category",
         caption,
         tuple(columns),
         tuple(rows),
         (*key_notes, *hole_notes, *data_notes(own), *notes),
         rank_along="row",
+        hole="-",
     )
 
 
@@ -90,7 +91,7 @@ def _column(name: str, metric: str, metrics: Sequence[str], *, is_ours: bool = F
     key = name if len(metrics) == 1 else f"{name} {metric}"
     short = metric.removesuffix("_auroc")
     group, head = ("", name) if len(metrics) == 1 else (name, short)
-    return Column(key, group, head, metric, is_ours)
+    return Column(key, head, group, metric, is_ours=is_ours)
 
 
 def _names(published: dict[Key, float]) -> dict[str, list[str]]:

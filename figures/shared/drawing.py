@@ -8,10 +8,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils.runs.files import atomic_path, write_text
+from utils.runs.files import atomic_path
+from utils.tables.formats import to_markdown, write
+from utils.tables.table import Table
 
 # Okabe and Ito's palette, which the colour-blind tell apart; black and yellow left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", ":", "-.")
 MAX_COLUMNS = 5
 _DPI = 150
@@ -66,15 +69,11 @@ def save_figure(figure: Figure, out: Path) -> list[Path]:
     return paths
 
 
-def save_with_tables(figure: Figure, out: Path, markdown: str, csv: str) -> list[Path]:
+def save_with_table(figure: Figure, out: Path, table: Table) -> list[Path]:
     """Write a figure, and its numbers as FILE.md and FILE.csv; print the table and the paths."""
     paths = save_figure(figure, out)
-    stem = paths[0].with_suffix("")
-    for suffix, text in ((".md", markdown), (".csv", csv)):
-        path = stem.with_name(stem.name + suffix)
-        write_text(path, text)
-        paths.append(path)
-    sys.stdout.write(markdown + "".join(f"{path}\n" for path in paths))
+    paths += write(table, paths[0].with_suffix(""), (".md", ".csv"))
+    sys.stdout.write(to_markdown(table) + "".join(f"{path}\n" for path in paths))
     return paths
 
 

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from figures.compare import SAME_BUT
-from figures.shared.own_results import data_of
-from utils.runs.files import flat
+from figures.shared.own_results import OF_SERIES, data_of
+from figures.shared.run_log import options_without_effect
 from utils.errors import RunError
+from utils.runs.files import flat
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
 
@@ -194,7 +194,7 @@ def _important(config: dict[str, Any], sweep: Sweep) -> dict[str, str]:
 
     An option that only some of the runs have counts: one added later is absent at its default.
     """
-    left_out = {*SAME_BUT, "method_name", "protocol", "compile", "false_alarm_rate", sweep.option}
+    left_out = {*options_without_effect(), *OF_SERIES, "grid", sweep.option} - {"backbone"}
     return {
         key: value
         for key, value in flat(config).items()

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from figures.compare import MARKERS
-from figures.shared.drawing import COLOURS, parser, save_with_tables
+from figures.shared.drawing import COLOURS, MARKERS, parser, save_with_table
 from figures.shared.option_curves import METRICS, Curve, Sweep, read_curves
-from figures.shared.option_tables import to_csv, to_markdown
+from figures.shared.option_tables import table_of
 from utils.errors import RunError
 from utils.tables.results import SELECT_LABELS
 
@@ -32,10 +31,7 @@ def make(sweep: Sweep, argv: Sequence[str] | None, description: str | None) -> l
     """Make the figure and the tables of the runs on the command line; return the files written."""
     arguments = parser(sweep.module, description).parse_args(argv)
     curves = read_curves(arguments.runs, sweep)
-    figure = draw(curves, sweep)
-    return save_with_tables(
-        figure, arguments.out, to_markdown(curves, sweep), to_csv(curves, sweep)
-    )
+    return save_with_table(draw(curves, sweep), arguments.out, table_of(curves, sweep))
 
 
 def draw(curves: Sequence[Curve], sweep: Sweep) -> Figure:

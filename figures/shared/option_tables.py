@@ -1,66 +1,60 @@
-"""The numbers of a swept option as csv and Markdown, and where each curve is near its best."""
+"""The numbers of a swept option as a table, and where each curve is near its best."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 
-from figures.shared.option_curves import METRICS, Curve, Sweep
+from figures.shared.option_curves import METRICS, Curve, Point, Sweep
 from utils.tables.results import SELECT_LABELS
+from utils.tables.table import Cell, Column, Row, Table
 
 NEAR = 1.0
 """Points of AUROC below the best that count as near it."""
 
 
-def to_csv(curves: Sequence[Curve], sweep: Sweep) -> str:
-    """Return a line for each point; an undefined value is an empty cell."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    numbers = [name for metric in METRICS for name in (metric, f"{metric}_std")]
-    option = sweep.symbol.replace(" ", "_")
-    writer.writerow(["dataset", "curve", "select", option, *numbers, "seeds", "categories"])
-    for curve in curves:
-        for point in curve.points:
-            values = [v for m in METRICS for v in (point.mean(m), point.std(m))]
-            cells = ["" if math.isnan(value) else value for value in values]
-            counts = [len(point.seeds), len(point.categories)]
-            writer.writerow(
-                [curve.dataset, curve.label, curve.select, point.value, *cells, *counts]
-            )
-    return text.getvalue()
-
-
-def to_markdown(curves: Sequence[Curve], sweep: Sweep) -> str:
-    """Return the numbers, the values near each curve's best, and those shared by data sets."""
+def table_of(curves: Sequence[Curve], sweep: Sweep) -> Table:
+    """Return the numbers, and below the values near each curve's best and those that are shared."""
     metrics = [m for m in METRICS if any(near_best(curve, m) for curve in curves)]
-    heads = " | ".join(METRICS[metric] for metric in metrics)
-    lines = [
+    columns = (
+        Column("curve", "curve"),
+        Column("select", "selection"),
+        Column(sweep.symbol.replace(" ", "_"), sweep.symbol, digits="g"),
+        *(Column(metric, METRICS[metric], "", metric) for metric in metrics),
+        Column("seeds", "seeds", digits="d"),
+        Column("categories", "categories", digits="d"),
+    )
+    rows = tuple(
+        Row(
+            curve.dataset,
+            curve.dataset,
+            (
+                Cell(text=curve.label),
+                Cell(text=SELECT_LABELS[curve.select]),
+                Cell(point.value),
+                *(_cell(point, metric) for metric in metrics),
+                Cell(len(point.seeds)),
+                Cell(len(point.categories)),
+            ),
+            block=curve.dataset,
+        )
+        for curve in curves
+        for point in curve.points
+    )
+    caption = (
         f"AUROC against {sweep.symbol}, percent: mean over categories, ± standard deviation over "
-        f"seeds. {sweep.source}",
-        "",
-        f"| data set | curve | {sweep.symbol} | {heads} | seeds |",
-        f"| --- | --- | ---: |{' ---: |' * len(metrics)} ---: |",
-    ]
-    for curve in curves:
-        for point in curve.points:
-            cells = " | ".join(_cell(point.mean(m), point.std(m)) for m in metrics)
-            lines.append(
-                f"| {curve.dataset} | {curve.name} | {point.value:g} | {cells} "
-                f"| {len(point.seeds)} |"
-            )
+        f"seeds. {sweep.source}"
+    )
     unlike = dict.fromkeys(f"{curve.dataset}: {curve.unlike}" for curve in curves if curve.unlike)
-    if unlike:
-        lines += ["", "Beside the method, these differ:", "", *(f"- {text}" for text in unlike)]
+    notes = [f"Beside the method, these differ: {text}" for text in unlike]
     for metric in metrics:
         near = f"{sweep.symbol} within {NEAR:g} point of the best {METRICS[metric]}"
-        lines += ["", f"{near}{_spread(curves, metric)}:", ""]
-        lines += [
-            f"- {curve.dataset}, {curve.name}: {_near_text(curve, metric)}"
+        notes += [
+            f"{near}{_spread(curves, metric)}; {curve.dataset}, {curve.name}: "
+            f"{_near_text(curve, metric)}"
             for curve in curves
             if near_best(curve, metric)
         ]
-        lines += [f"- **{line}**" for line in shared_lines(curves, metric, sweep)]
-    return "\n".join(lines) + "\n"
+        notes += [f"{near}; {line}" for line in shared_lines(curves, metric, sweep)]
+    return Table("data set", caption, columns, rows, tuple(notes))
 
 
 def near_best(curve: Curve, metric: str) -> list[float]:
@@ -144,7 +138,6 @@ def _or_least(mean: float) -> float:
     return -math.inf if math.isnan(mean) else mean
 
 
-def _cell(mean: float, std: float) -> str:
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.1f}" if math.isnan(std) else f"{mean:.1f} ± {std:.1f}"
+def _cell(point: Point, metric: str) -> Cell:
+    std = point.std(metric)
+    return Cell(point.mean(metric), None if math.isnan(std) else std)

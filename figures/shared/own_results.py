@@ -7,33 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from figures.shared.run_log import images_of
-from utils.tables.published import NUM_CATEGORIES
-from utils.runs.files import flat
+from datasets.data_set import StructuredSet, find_data_sets, num_categories
+from figures.shared.run_log import images_of, options_without_effect
 from utils.errors import RunError
+from utils.runs.files import flat
 from utils.runs.run import Run
+from utils.tables.published import published_table
 from utils.tables.results import SELECT_LABELS
+from utils.tables.table import Cell
 
 Pair = tuple[str, int]
 """Category and seed."""
 
-SEMANTIC = ("fashion_mnist", "cifar10", "cifar100", "cats_vs_dogs")
-STRUCTURED = ("mvtec", "mpdd", "visa")
-"""The papers' data sets, in the order of NoCo's Table II."""
-
-# How many categories a mean has to be over; a folder's are counted from the runs themselves.
-NUM_OWN = {"demo": 3, "digits": 10, "mnist": 10, "cifar100_coarse": 20}
-
 PAPER_BACKBONES = {True: "wide_resnet50_2.tv_in1k", False: "resnet152.tv_in1k"}
 """NoCo's backbone of structured (True) and of semantic data: together one row of a table."""
 
-SAME_BUT = (
-    *("dataset", "method_name", "data_root", "categories", "seeds", "select", "monitor_test"),
-    *("online", "skip_unreadable", "overlays", "save_maps", "extract_batch_size", "compile"),
-    *("false_alarm_rate", "backbone", "protocol"),
-)
-"""Options that do not set rows of a table apart: those of no effect on a number, and those with a
-field of their own in `Series`."""
+OF_SERIES = frozenset({"dataset", "method_name", "select", "backbone", "protocol"})
+"""Options with a field of their own in `Series`."""
 
 _COMPARED = ("image_auroc", "pixel_auroc", "trainable")
 
@@ -84,32 +74,6 @@ class Series:
     def seeds(self) -> list[int]:
         """The seeds with at least one category."""
         return sorted({seed for _, seed in self.rows})
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of a table.
-
-    Attributes:
-        mean: in percent (parameters: in millions); None where there is none.
-        std: over seeds; None for one seed and for published numbers.
-        num_seeds: 0 for published numbers.
-        found: how many of `total` categories the mean is over, where it is not over all.
-        total: categories of the data set.
-        is_ranked: takes part where the best is marked.
-    """
-
-    mean: float | None
-    std: float | None = None
-    num_seeds: int = 0
-    found: int | None = None
-    total: int | None = None
-    is_ranked: bool = True
-
-    @property
-    def is_complete(self) -> bool:
-        """A number over all of its categories, which may be ranked."""
-        return self.mean is not None and self.found is None
 
 
 def pool(
@@ -172,6 +136,13 @@ def unfinished_notes(folders: Sequence[Path]) -> list[str]:
     if not empty:
         return []
     return [f"Not in the table, since no category is finished: {', '.join(empty)}."]
+
+
+def papers_data(*, structured: bool) -> tuple[str, ...]:
+    """Return the data sets of NoCo's Table II with defects, or those of classes, in its order."""
+    names = dict.fromkeys(data for _, data, _, _ in published_table("NoCo Table II"))
+    with_defects = find_data_sets(StructuredSet)
+    return tuple(n for n in names if n != "-" and (n in with_defects) == structured)
 
 
 def is_structured(config: Mapping[str, Any]) -> bool:
@@ -261,13 +232,9 @@ def trainable(series: Collection[Series]) -> float:
 
 def _option_texts(configs: Sequence[dict[str, Any]], spoken_for: Collection[str]) -> list[str]:
     """Name, for each run, the options that vary among runs of its method on one data set."""
+    same = OF_SERIES | options_without_effect() | set(spoken_for)
     leaves = [
-        {
-            key: value
-            for key, value in flat(config).items()
-            if key not in SAME_BUT and key not in spoken_for
-        }
-        for config in configs
+        {key: value for key, value in flat(config).items() if key not in same} for config in configs
     ]
     alike: dict[tuple[str, str], list[dict[str, str]]] = {}
     for config, own in zip(configs, leaves, strict=True):
@@ -297,7 +264,7 @@ def _num_categories(runs: Sequence[Run]) -> dict[str, int]:
         data = data_of(run.config)
         found = names.setdefault(data, set())
         found |= {row["category"] for row in run.rows()} | set(run.config.get("categories", ()))
-        known[data] = (NUM_CATEGORIES | NUM_OWN).get(run.config["dataset"], 0)
+        known[data] = num_categories(run.config["dataset"])
     return {data: max(known[data], len(found)) for data, found in names.items()}
 
 

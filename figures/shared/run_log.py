@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.runs.files import corrupt, flat, read_records
+from configs.options import Role, fields_marked
+from configs.semantic import SemanticExperiment
+from configs.structured import StructuredExperiment
 from utils.errors import RunError
+from utils.runs.files import corrupt, flat, read_records
 from utils.runs.run import Run
 
 Pair = tuple[str, int]
@@ -83,6 +86,18 @@ class LoggedRun:
 
     def _corrupt_log(self, name: str, error: Exception) -> RunError:
         return corrupt(self.run.folder / "metrics.jsonl", f"{name}: {error!r}")
+
+
+def options_without_effect() -> frozenset[str]:
+    """Return the options that change which lines a table has, or what is done beside it."""
+    kinds, roles = (StructuredExperiment, SemanticExperiment), (Role.PART, Role.BESIDE)
+    marked = [fields_marked(kind, role) for kind in kinds for role in roles]
+    return frozenset({"data_root"}).union(*marked)
+
+
+def beside_the_method() -> frozenset[str]:
+    """Return the options that do not change what a method is; some stand in a table's lines."""
+    return options_without_effect() | {"dataset", "select", "grid"}
 
 
 def images_of(config: Mapping[str, Any]) -> str:

@@ -1,13 +1,15 @@
 """A table as a picture: booktabs rules, best in bold, second underlined, our part tinted."""
 
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
+
+from utils.tables.table import Table
 
 # All lengths are points.
 _SIZE = 8.0
@@ -21,33 +23,13 @@ _LABEL_LETTERS = 58
 _TINT = "#e6f1f8"
 
 
-def draw(
-    *,
-    caption: str,
-    heads: Sequence[str],
-    groups: Sequence[tuple[str, int, int]],
-    labels: Sequence[str],
-    texts: Sequence[Sequence[str]],
-    marks: Sequence[Sequence[str]],
-    blocks: Sequence[Sequence[int]],
-    our_rows: Collection[int],
-    our_columns: Collection[int],
-    notes: Sequence[str],
-) -> Figure:
-    """Draw a table at the size its text takes.
-
-    Args:
-        caption: above.
-        heads: of the first column, then of the others.
-        groups: (heading, first column, end column), columns counted without the first.
-        labels: the first column.
-        texts: the other columns of each row.
-        marks: "best", "second" or "" for each text.
-        blocks: rows between rules.
-        our_rows: rows to tint.
-        our_columns: columns to tint.
-        notes: below.
-    """
+def draw(table: Table) -> Figure:
+    """Draw a table at the size its text takes."""
+    heads = [table.corner, *(column.name for column in table.columns)]
+    labels, texts, marks = [row.label for row in table.rows], table.texts(), table.marks()
+    groups, blocks, notes = table.groups(), table.blocks(), table.notes
+    our_rows = [r for r, row in enumerate(table.rows) if row.is_ours]
+    our_columns = [c for c, column in enumerate(table.columns) if column.is_ours]
     glued = [label.replace(" = ", "\xa0=\xa0") for label in labels]  # no line ends in "n ="
     wrapped = [textwrap.wrap(label, _LABEL_LETTERS) for label in glued]
     widths = [max(_width(line) for line in [heads[0], *chain(*wrapped)]) + _GAP]
@@ -59,7 +41,7 @@ def draw(
             widths[c] += max(0.0, lack) / (end - start)
     width = max(_MIN_WIDTH, sum(widths))
     letters = int(width / _LETTER)
-    above = textwrap.wrap(caption, letters)
+    above = textwrap.wrap(table.caption, letters)
     below = [
         line for note in notes for line in textwrap.wrap(note, letters, subsequent_indent="  ")
     ]

@@ -18,7 +18,7 @@ from models.errors import ModelError
 from models.features.matmul import fp32_settings
 
 VERSION = 1
-"""Raise it with any change of this package that changes a feature: stored ones are then not read."""
+"""Raise it with any change of this package that changes features: stored ones are then left."""
 
 
 class FrozenExtractor(Extractor):

@@ -1,1 +1,1 @@
-"""A finished detector as one graph, and the formats it is written in; no training, no run folder."""
+"""A finished detector as one graph, and the formats it is written in; no run folder."""

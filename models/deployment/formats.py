@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UsageError
+from models.errors import ModelError
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 LARGEST = 2**31 - 2**24
@@ -45,11 +45,11 @@ def require_onnx() -> None:
     """Check that what ONNX needs is installed.
 
     Raises:
-        UsageError: it is not.
+        ModelError: it is not.
     """
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(
+        raise ModelError(
             f"--format onnx needs {', '.join(missing)}: pip install -r requirements-export.txt "
             "(--format torchscript needs neither)"
         )
@@ -65,16 +65,16 @@ def to_onnx(network: nn.Module, example: Tensor, outputs: Sequence[str], opset: 
         opset: version of the operator set.
 
     Raises:
-        UsageError: packages are missing, the weights exceed what one ONNX file holds, or the
+        ModelError: packages are missing, the weights exceed what one ONNX file holds, or the
             network has what PyTorch cannot write.
     """
     require_onnx()
     size = sum(tensor.nbytes for tensor in network.state_dict().values())
     if size > LARGEST:
-        raise UsageError(
+        raise ModelError(
             f"its weights take {size / 2**30:.1f} GiB, and one ONNX file holds 2: use --format "
-            "torchscript, or train a smaller head (padim: --method.dims, knn: "
-            "--method.max-positions, patchcore: --method.coreset-ratio)"
+            "torchscript, or train a smaller head (padim: fewer dims, knn: fewer positions, "
+            "patchcore: a smaller coreset)"
         )
     import onnx  # as onnxruntime: an option's package
     import onnxruntime
@@ -94,7 +94,7 @@ def to_onnx(network: nn.Module, example: Tensor, outputs: Sequence[str], opset: 
             )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise UsageError(
+        raise ModelError(
             f"PyTorch cannot write this network as ONNX ({reason}): --format torchscript"
         ) from error
     assert program is not None

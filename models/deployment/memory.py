@@ -1,7 +1,7 @@
 """Nearest stored features, and normalised pixels, written so that a graph for export can hold them.
 
-Where `models.features.nearest` looks again at whatever rounding could hide, `Memory` always proposes
-`SPARE` features more than are wanted by a product, and ranks them by subtraction.
+Where `models.features.nearest` looks again at whatever rounding could hide, `Memory` always
+proposes `SPARE` features more than are wanted by a product, and ranks them by subtraction.
 """
 
 import torch

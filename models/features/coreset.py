@@ -32,8 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.detector import FeatureSource
-from models.features.nearest import direct_distances, rounding_share
 from models.features.matmul import full_precision, linear
+from models.features.nearest import direct_distances, rounding_share
 
 READ = 4
 """Images read at once."""

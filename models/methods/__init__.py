@@ -1,1 +1,1 @@
-"""A file for each method, with its options, its detector and its METHOD; families in a folder each."""
+"""A file for each method: its options, its detector and its METHOD; a folder for a family."""

@@ -99,9 +99,7 @@ class Knn(Detector):
         B, _, H, W = features.shape
         positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
         options = self.options
-        distances, _ = nearest(
-            positions, self.memory, options.num_neighbors, search=options.search
-        )
+        distances, _ = nearest(positions, self.memory, options.num_neighbors, search=options.search)
         if options.distance == "squared":
             distances = distances.square()
         return rearrange(distances.mean(dim=1), "(b h w) -> b h w", b=B, h=H, w=W)

@@ -56,8 +56,8 @@ class MahalanobisOptions(FeatureOptions):
     """One Gaussian over all normal features, its covariance shrunk."""
 
     shrinkage: OptionalFraction = None
-    """Weight rho of the scaled identity in the covariance; none for Ledoit and Wolf's optimum, which
-    Rippel et al. use."""
+    """Weight rho of the scaled identity in the covariance; none for Ledoit and Wolf's optimum,
+    which Rippel et al. use."""
 
 
 class Mahalanobis(Detector):

@@ -236,12 +236,12 @@ METHOD = Method(
             "batch_size": 64,
             "epochs": 10,
         },
-        "mpdd": {"batch_size": 8},
-        "visa": {"batch_size": 8},
+        **{name: {"batch_size": 8} for name in ("mpdd", "visa")},
         # The released CIFAR script adds 1e3 * r to the loss; it serves these data sets.
-        **dict.fromkeys(
-            ("cifar10", "cifar100", "cifar100_coarse", "cats_vs_dogs"), {"radius_weight": 1e3}
-        ),
-        **dict.fromkeys(("mnist", "fashion_mnist", "digits"), {"epochs": 20}),
+        **{
+            name: {"radius_weight": 1e3}
+            for name in ("cifar10", "cifar100", "cifar100_coarse", "cats_vs_dogs")
+        },
+        **{name: {"epochs": 20} for name in ("mnist", "fashion_mnist", "digits")},
     },
 )

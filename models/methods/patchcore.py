@@ -133,7 +133,9 @@ class PatchCore(Detector):
         """Return distance and row of the nearest in the memory, (B, H, W) each."""
         B, _, H, W = features.shape
         positions = rearrange(features, "b c h w -> (b h w) c")  # (P, C)
-        distances, rows = nearest(positions, self.memory, 1, search=self.options.search)  # (P, 1) each
+        distances, rows = nearest(
+            positions, self.memory, 1, search=self.options.search
+        )  # (P, 1) each
         shape = {"b": B, "h": H, "w": W}
         return (
             rearrange(distances, "(b h w) 1 -> b h w", **shape),

@@ -169,7 +169,7 @@ class Stpm(Detector):
             return bank, None
         if num_held == len(bank):
             raise ModelError(
-                f"a validation share of {self.options.validation_share} leaves no image to train on",
+                f"the validation share {self.options.validation_share} leaves no image to train on",
                 {"validation_share": "lower"},
             )
         order = torch.randperm(len(bank), generator=generator)
@@ -181,7 +181,9 @@ class Stpm(Detector):
 
     @torch.no_grad()
     def _validate(self, held: FeatureSource, epoch: int) -> float:
-        losses = [self._loss(images) * len(images) for images in held.batches(self.options.batch_size)]
+        losses = [
+            self._loss(images) * len(images) for images in held.batches(self.options.batch_size)
+        ]
         return mean_of_finite(losses, epoch) * len(losses) / len(held)
 
 

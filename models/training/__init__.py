@@ -1,1 +1,1 @@
-"""What methods that train share: epochs, initial weights, mixed precision, fine-tuning, augmentations."""
+"""What methods that train share: epochs, initial weights, mixed precision, augmentations."""

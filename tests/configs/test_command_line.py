@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, UNUSED
 
 from configs.command_line import parse
-from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, UNUSED
 from configs.semantic import COLOUR, GREY, semantic_experiment
 from configs.structured import DATASETS, structured_experiment
 

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, NocoConfig, method_config
 
 from configs import semantic, structured
 from configs.cache import cache_folder
 from configs.experiment import HOW_NOT_WHAT, Experiment, from_json
-from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, NocoConfig, method_config
 from configs.prediction import EvaluateOptions
 from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
 from configs.structured import StructuredExperiment, structured_experiment
+from datasets.reading.transforms import Resize
+from datasets.sets.visa import VisaSplit
 from datasets.tasks.labelled import LABELLED_SETS
 from datasets.tasks.one_class import OneClassProtocol
 from datasets.tasks.structured import StructuredDataset
-from datasets.reading.transforms import Resize
-from datasets.sets.visa import VisaSplit
 from models.backbone.extractor import describe_stages
 from models.methods.noco import LOSSES, OBJECTIVES
 from utils.features.extraction import CACHES

@@ -2,15 +2,14 @@ import dataclasses
 import inspect
 
 import pytest
+from configs.methods import METHODS
+from configs.simplenet import SIMPLENET, SimpleNetConfig
 
 from configs.command_line import parse
 from configs.experiment import from_json
-from configs.methods import METHODS
 from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
-from configs.simplenet import SIMPLENET, SimpleNetConfig
 from configs.structured import DATASETS, StructuredExperiment, structured_experiment
-from models import DETECTORS
-from models import build_detector
+from models import DETECTORS, build_detector
 from models.methods.simplenet.simplenet import SimpleNet
 from tests.models.banks import Stages
 

@@ -7,9 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from figures import closed_form_proof
-
-from figures import selection_curve
+from figures import closed_form_proof, selection_curve
 from figures.shared.run_log import read_runs
 from utils.errors import RunError
 from utils.runs.run import Run

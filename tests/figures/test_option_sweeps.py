@@ -8,13 +8,8 @@ import pytest
 from matplotlib.collections import PolyCollection
 from PIL import Image
 
-from figures import norm_sweep
-
+from figures import norm_sweep, patch_size, sigma_sweep
 from figures.shared import option_plots
-
-from figures import patch_size
-
-from figures import sigma_sweep
 from figures.shared.option_curves import Curve, Point, Sweep, read_curves
 from figures.shared.option_tables import near_best, shared_lines, to_csv, to_markdown
 from utils.errors import RunError

@@ -7,16 +7,14 @@ import shutil
 import subprocess
 
 import pytest
+from figures.shared.paper_table import Column, PaperTable, Row
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from configs.sweep import sweep_options
 from datasets.sets.cifar100_coarse import FINE_OF_COARSE
 from datasets.sets.demo.demo import DEMO_CATEGORIES
-from figures import simplenet_tables
-from figures import table2
-from figures import table3
+from figures import simplenet_tables, table2, table3
 from figures.shared.own_results import NUM_OWN, Cell, pool
-from figures.shared.paper_table import Column, PaperTable, Row
 from tests.figures.paper_runs import (
     CIFAR,
     MVTEC,
@@ -35,8 +33,8 @@ from tests.test_readme import (
     of_scripts,
     parse_only,  # noqa: F401
 )
-from utils.tables.published import PUBLISHED_FILE, published_table
 from utils.errors import RunError
+from utils.tables.published import PUBLISHED_FILE, published_table
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +377,9 @@ def test_latex_compiles(name, latex_tables, tmp_path):
 
 def test_the_picture_holds_every_text_and_none_covers_another(runs, monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr("figures.shared.paper_table.save_figure", lambda f, p: figures.append(f) or [p])
+    monkeypatch.setattr(
+        "figures.shared.paper_table.save_figure", lambda f, p: figures.append(f) or [p]
+    )
     table2.table2(pool(runs)).write(tmp_path / "t")
     renderer = FigureCanvasAgg(figures[0]).get_renderer()
     texts = [t for t in figures[0].axes[0].texts if t.get_text().strip()]

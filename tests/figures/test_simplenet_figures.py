@@ -6,11 +6,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from figures import adaptor_std
-
-from figures import instability
-
-from figures import loss_curve
+from figures import adaptor_std, instability, loss_curve
 from figures.shared.drawing import grid_rows, save_figure, style
 from figures.shared.run_log import read_runs
 from utils.errors import RunError

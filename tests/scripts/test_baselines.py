@@ -8,8 +8,7 @@ import torch
 
 import train_mnist
 import train_mvtec
-from models import build_detector
-from models import build_extractor
+from models import build_detector, build_extractor
 from models.backbone.extractor import FrozenExtractor
 from tests.datasets.trees import draw_mvtec_category
 from utils.features.store import FeatureStore, default_folder
@@ -133,7 +132,8 @@ def test_a_method_that_cannot_be_built_says_so_before_an_image_is_read(
     found = importlib.util.find_spec
     without = {"faiss": None}
     monkeypatch.setattr(
-        "models.features.nearest.importlib.util.find_spec", lambda name: without.get(name, found(name))
+        "models.features.nearest.importlib.util.find_spec",
+        lambda name: without.get(name, found(name)),
     )
     monkeypatch.setattr("datasets.reading.loading.BatchLoader.__iter__", forbidden)
     with pytest.raises(SystemExit) as exit_:

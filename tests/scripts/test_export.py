@@ -20,11 +20,11 @@ import train_mvtec
 from configs.prediction import ExportOptions
 from datasets.reading.images import read_image
 from datasets.reading.transforms import PairTransform
+from models.deployment import formats as exported
+from models.deployment.formats import ONNX_PACKAGES, example_program
 from pipeline.finished import load_run
 from tests.datasets.trees import draw_mvtec_category
-from models.deployment import formats as exported
 from utils.errors import UsageError
-from models.deployment.formats import ONNX_PACKAGES, example_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 HAS_ONNX = all(importlib.util.find_spec(name) is not None for name in ONNX_PACKAGES)

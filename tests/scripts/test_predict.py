@@ -21,8 +21,8 @@ import train_mvtec
 from datasets.reading.images import read_image
 from tests.datasets.trees import draw_mvtec_category, texture
 from tests.datasets.trees import save as save_image
-from utils.runs.predictions import MapScale
 from utils.runs.files import read_rows
+from utils.runs.predictions import MapScale
 
 NUM_TRAIN = 25
 QUICK = (

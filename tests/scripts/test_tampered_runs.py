@@ -13,12 +13,11 @@ import torch
 
 import train_mvtec
 from configs.structured import structured_experiment
-from figures import compare
-from figures import loss_curve
+from figures import compare, loss_curve
 from figures.compare import lines_of, read_runs_by_data
 from figures.shared.run_log import read_runs
-from utils.runs.run import Run
 from utils.errors import RunError
+from utils.runs.run import Run
 
 CONFIG = structured_experiment("folder", "noco").to_json()
 METRICS = {"image_auroc": 0.9, "pixel_auroc": 0.8, "aupro": 0.7}

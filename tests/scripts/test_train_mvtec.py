@@ -18,10 +18,10 @@ from models.methods.noco import Noco
 from tests.datasets.trees import draw_mvtec_category, draw_visa_category, texture, write_visa_csv
 from tests.datasets.trees import save as save_image
 from train_mvtec import main
+from utils.evaluation.smoothing import upsample_and_blur
 from utils.metrics.metrics import METRIC_NAMES
 from utils.runs.files import read_rows
 from utils.runs.run import Run
-from utils.evaluation.smoothing import upsample_and_blur
 
 SIZE = 64
 SIDE = 24  # of a defect

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from utils.cli import exits_cleanly
-from utils.errors import UsageError
 from utils.device import pick_device
+from utils.errors import UsageError
 
 
 class KnownError(Exception):

@@ -100,9 +100,7 @@ def score_all(
 
 
 @torch.inference_mode()
-def score_all_steps(
-    detector: KnowsSteps, bank: Features, scoring: Scoring
-) -> Iterator[Scores]:
+def score_all_steps(detector: KnowsSteps, bank: Features, scoring: Scoring) -> Iterator[Scores]:
     """Yield the scores after each step of the detector's last fit, as `score_all` gives them.
 
     Raises:

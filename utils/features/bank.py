@@ -19,12 +19,12 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.cli import exits_cleanly
-from utils.errors import UsageError
-from utils.features.store import Entry, EntryWriter, FeatureStore, default_folder
 from datasets.samples import ImageLoader
 from models.detector import Extractor
+from utils.cli import exits_cleanly
+from utils.errors import UsageError
 from utils.features.features import Features, Rows, rounded_maps
+from utils.features.store import Entry, EntryWriter, FeatureStore, default_folder
 
 STORES = ("auto", "device", "host", "disk")
 DEVICE_SHARE = 0.4

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from utils.features.bank import STORES, FeatureBank
 from datasets.samples import ImageLoader
 from models.detector import Extractor
+from utils.features.bank import STORES, FeatureBank
 from utils.features.features import Features
 from utils.features.streamed import StreamedFeatures
 

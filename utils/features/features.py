@@ -85,12 +85,17 @@ class Features(ABC):
             One (B, C_l, H_l, W_l) map per stage, float32 (images stay uint8).
         """
         for stages in self._maps(batch_size, self._order(generator)):
-            yield [stage.float() if stage.is_floating_point() else stage for stage in stages]
+            yield widened(stages)
 
     def _order(self, generator: torch.Generator | None) -> Tensor:
         if generator is None:
             return torch.arange(len(self))
         return torch.randperm(len(self), generator=generator)
+
+
+def widened(stages: Sequence[Tensor]) -> list[Tensor]:
+    """Return stages as heads read them: stored halves as float32, images as they are."""
+    return [stage.float() if stage.is_floating_point() else stage for stage in stages]
 
 
 def rounded_maps(

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from configs.cache import cache_folder
-
 from utils.errors import UsageError
 
 FORMAT = 2

@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.errors import UsageError
 from datasets.samples import ImageLoader
 from models.detector import Extractor
+from utils.errors import UsageError
 from utils.features.features import Features, Rows, rounded_maps
 
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from utils.metrics.curve import Curve
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PART_SIZE = 2**19
 """Scores that are worth a thread on the CPU: sorting them takes two milliseconds."""
@@ -40,6 +41,10 @@ class _Sorted(NamedTuple):
 
 def threads_for(num_scores: int) -> int:
     """Returns how many of PyTorch's threads so many scores are worth."""
+    if num_scores < PART_SIZE:
+        return 1
+    import torch  # figures count few scores, and need it for nothing else
+
     return min(torch.get_num_threads(), 1 + num_scores // PART_SIZE)
 
 
@@ -56,26 +61,26 @@ def threaded_map(num_threads: int) -> Iterator[Callable[..., Iterable[Any]]]:
             yield pool.map
 
 
-def count_at_thresholds(scores: Tensor, labels: Tensor) -> Curve:
+def count_at_thresholds(scores: "Tensor", labels: "Tensor") -> Curve:
     """Counts at each distinct anomalous score; both classes must be present.
-
-    On the CPU, many scores are sorted in as many parts as PyTorch has threads, and the counts of
-    the parts are added: the same integers, whatever the number of parts.
 
     Args:
         scores: (...), finite, float32 or float64.
         labels: (...) bool, True = anomalous, on the same device.
     """
-    of_scores = _on_cpu if scores.device.type == "cpu" else _on_device
-    order, thresholds, true_positives, not_above, below = of_scores(scores, labels)
-    num_normal = labels.numel() - len(order)
-    return Curve(
-        order, thresholds, true_positives, num_normal - not_above, num_normal - below, num_normal
-    )
+    if scores.device.type == "cpu":
+        return curve_of(scores.numpy(), labels.numpy())
+    order, thresholds, found, not_above, below = _on_device(scores, labels)
+    return _curve(order, thresholds, found, not_above, below, labels.numel())
 
 
-def _on_cpu(scores: Tensor, labels: Tensor) -> tuple[np.ndarray, ...]:
-    flat, anomalous_at = scores.numpy().reshape(-1), labels.numpy().reshape(-1)
+def curve_of(scores: np.ndarray, labels: np.ndarray) -> Curve:
+    """Does what `count_at_thresholds` does, for arrays.
+
+    Many scores are sorted in as many parts as PyTorch has threads, and the counts of the parts are
+    added: the same integers, whatever the number of parts.
+    """
+    flat, anomalous_at = scores.reshape(-1), labels.reshape(-1)
     num_parts = threads_for(flat.size)
     parts = np.array_split(flat, num_parts), np.array_split(anomalous_at, num_parts)
     with threaded_map(num_parts) as run:
@@ -86,10 +91,26 @@ def _on_cpu(scores: Tensor, labels: Tensor) -> tuple[np.ndarray, ...]:
         queries = np.array_split(ascending, -(-len(ascending) // QUERIES_AT_ONCE))
         counts = list(run(partial(_count_below, normal), queries))
     not_above, below = (np.concatenate(found)[::-1] for found in zip(*counts, strict=True))  # (K,)
-    return order, thresholds, true_positives, not_above, below
+    return _curve(order, thresholds, true_positives, not_above, below, flat.size)
 
 
-def _on_device(scores: Tensor, labels: Tensor) -> tuple[np.ndarray, ...]:
+def _curve(
+    order: np.ndarray,
+    thresholds: np.ndarray,
+    true_positives: np.ndarray,
+    not_above: np.ndarray,
+    below: np.ndarray,
+    num_scores: int,
+) -> Curve:
+    num_normal = num_scores - len(order)
+    return Curve(
+        order, thresholds, true_positives, num_normal - not_above, num_normal - below, num_normal
+    )
+
+
+def _on_device(scores: "Tensor", labels: "Tensor") -> tuple[np.ndarray, ...]:
+    import torch
+
     sorted_normal = scores[~labels].sort().values  # (M,)
     order, thresholds, true_positives = _group(scores[labels].cpu().numpy())
     queries = torch.from_numpy(thresholds).to(scores.device)

@@ -1,8 +1,8 @@
 """The metrics: one entry each in `METRICS`, a function of the sorted curve.
 
-Each is a sum over the distinct anomalous scores: there is no threshold grid, ties are one threshold,
-and scores are never squashed, normalised or rounded on the way. A metric that is added here is
-measured, recorded, shown in tables and compared by evaluate.py; nothing else names them all.
+Each is a sum over the distinct anomalous scores: there is no threshold grid, ties are one
+threshold, and scores are never squashed, normalised or rounded on the way. A metric that is added
+here is measured, recorded, shown in tables and compared by evaluate.py; nothing else names all.
 """
 
 from collections.abc import Callable

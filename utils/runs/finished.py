@@ -4,9 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.runs.files import read_records
-from utils.errors import RunError
 from utils.runs.run import Run
 
 

@@ -3,17 +3,15 @@
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.runs.files import atomic_path, flat, read_object, write_text
 from utils.errors import RunError
+from utils.runs.files import atomic_path, flat, read_object, write_text
 from utils.runs.run import Run
 
 Pair = tuple[str, int]
-MAY_DIFFER = frozenset({"categories", "seeds", "overlays"})
-"""Options in which a part may differ from the whole: which pairs, and whether they are drawn."""
 
 
 def merge(
@@ -24,6 +22,7 @@ def merge(
     seeds: Sequence[int],
     parts: Mapping[Pair, Path],
     command: Sequence[str],
+    may_differ: Collection[str],
 ) -> Run:
     """Bring finished pairs into the run folder that one command for all of them would have made.
 
@@ -37,6 +36,7 @@ def merge(
         seeds: of the whole, in the order of its table.
         parts: the run folder in which each pair was made.
         command: the one for all pairs, for environment.json.
+        may_differ: options in which a part may differ from the whole.
 
     Raises:
         RunError: a pair has no part or is not finished in it, a part was made with other options,
@@ -52,7 +52,7 @@ def merge(
             if (category, seed) not in parts:
                 raise RunError(f"{folder}: nothing to merge for {category!r}, seed {seed}")
             part = Run.read(parts[category, seed])
-            _check_same(part, run)
+            _check_same(part, run, may_differ)
             _bring(part, run, category, seed)
             merged.append(part.folder)
     if merged:
@@ -60,10 +60,10 @@ def merge(
     return run
 
 
-def _check_same(part: Run, whole: Run) -> None:
+def _check_same(part: Run, whole: Run, may_differ: Collection[str]) -> None:
     mine, its = flat(whole.config), flat(part.config)
     differing = [
-        key for key in {**mine, **its} if mine.get(key) != its.get(key) and key not in MAY_DIFFER
+        key for key in {**mine, **its} if mine.get(key) != its.get(key) and key not in may_differ
     ]
     if differing:
         raise RunError(

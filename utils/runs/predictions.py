@@ -14,15 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import matplotlib as mpl
 import numpy as np
 
-from utils.evaluation.calibration import DecisionRule
-from utils.runs.files import atomic_path, write_text
 from utils.errors import RunError
+from utils.runs.files import atomic_path, write_text
+
+if TYPE_CHECKING:
+    from utils.evaluation.calibration import DecisionRule
 
 COLUMNS = ("number", "path", "score", "p_value", "decision", "map", "error")
 LEVELS = 65534
@@ -52,7 +54,7 @@ class Prediction:
     anomaly_map: np.ndarray | None = None
     error: str | None = None
 
-    def row(self, rule: DecisionRule) -> dict[str, Any]:
+    def row(self, rule: "DecisionRule") -> dict[str, Any]:
         """Return what scores.csv says of the image; None is an empty cell."""
         return {
             "number": self.number,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
-import torch
 
 from utils.errors import UsageError
 from utils.sweep.jobs import Ended, Job, Started, run_job
@@ -96,16 +95,26 @@ class _Worker:
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
-            process = self._ready()
-            if process is None:
-                return
             events.put(Started(job.name))
-            events.put(self._run(process, job))
+            try:
+                process = self._ready()
+                if process is None:
+                    return
+                events.put(self._run(process, job))
+            except Exception as error:  # whatever it is, somebody waits for the end of this job
+                self._abandon()
+                events.put(Ended(job.name, 0.0, f"{type(error).__name__}: {error}"))
 
     def stop(self) -> None:
         """End the process, and those that read images for it."""
         with self._lock:
             self._stopped = True
+            if self._process is not None:
+                _end_tree(self._process)
+
+    def _abandon(self) -> None:
+        """End a process of which nobody knows what it would answer next."""
+        with self._lock:
             if self._process is not None:
                 _end_tree(self._process)
 
@@ -275,6 +284,8 @@ def python_path() -> str:
 
 def cuda_devices() -> list[str]:
     """Return the CUDA devices of this process, by the names CUDA_VISIBLE_DEVICES takes."""
+    import torch  # only --engine gpus asks
+
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]

@@ -77,9 +77,7 @@ def to_csv(table: Table) -> str:
         cells = [row.cells[c] for row in table.rows]
         has_std = any(cell.std is not None for cell in cells)
         is_pooled = any(cell.num_seeds for cell in cells)
-        extras.append(
-            ["_std"] * (has_std or is_pooled) + ["_num_seeds", "_categories"] * is_pooled
-        )
+        extras.append(["_std"] * (has_std or is_pooled) + ["_num_seeds", "_categories"] * is_pooled)
     header = [table.corner.replace(" ", "_")]
     for column, extra in zip(table.columns, extras, strict=True):
         header += [column.key, *(column.key + suffix for suffix in extra)]
@@ -104,9 +102,7 @@ def to_text(table: Table) -> str:
     """Return the table for a terminal: aligned, the heads on three lines."""
     heads = [column.name.rpartition(" ")[::2] for column in table.columns]
     rows = [["", *(first for first, _ in heads)], [table.corner, *(last for _, last in heads)]]
-    rows += [
-        [row.label, *texts] for row, texts in zip(table.rows, table.texts(), strict=True)
-    ]
+    rows += [[row.label, *texts] for row, texts in zip(table.rows, table.texts(), strict=True)]
     widths = _widths(rows)
     banner = " " * widths[0]
     for group, start, end in table.groups():

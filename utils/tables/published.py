@@ -12,6 +12,7 @@ Key = tuple[str, str, str, str]
 
 PUBLISHED_FILE = Path(__file__).parents[2] / "figures" / "published.csv"
 
+
 def published_by_paper(dataset: str, category: str, metric: str, method: str) -> dict[str, float]:
     """Return a compared method's value in percent, as each paper prints it.
 
@@ -30,7 +31,9 @@ def published_by_paper(dataset: str, category: str, metric: str, method: str) ->
     for source, value in found.items():
         paper = source.partition(" ")[0]
         if values.setdefault(paper, value) != value:
-            raise RunError(f"{PUBLISHED_FILE}: {method} on {dataset} {category} {metric} is {found}")
+            raise RunError(
+                f"{PUBLISHED_FILE}: {method} on {dataset} {category} {metric} is {found}"
+            )
     return values
 
 

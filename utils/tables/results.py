@@ -94,7 +94,10 @@ def build_table(
     """
     values = _values(rows, about)
     averages = [
-        *(_Average(name, about.labels.get(name, name), [k]) for k, name in enumerate(about.categories)),
+        *(
+            _Average(name, about.labels.get(name, name), [k])
+            for k, name in enumerate(about.categories)
+        ),
         *_means(about),
     ]
     columns, cells, remarks = [], [], []

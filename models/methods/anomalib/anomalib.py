@@ -31,11 +31,11 @@ INSTALL = "pip install -r requirements-anomalib.txt"
 class AnomalibOptions(MethodOptions):
     """A model of anomalib, on our images and splits, scored by our metrics."""
 
-    model: Hidden[str] = ""
+    model: Hidden = ""
     """In anomalib's spelling: padim, patchcore, reverse_distillation, ..."""
     epochs: OptionalInt = None
-    """Passes over the training images; none for what the model's own trainer arguments or anomalib's
-    example configuration say."""
+    """Passes over the training images; none for what the model's own trainer arguments or
+    anomalib's example configuration say."""
     batch_size: OptionalInt = None
     """Images per step; none for what the model's own configuration has."""
     model_options: tuple[str, ...] = ()

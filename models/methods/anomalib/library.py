@@ -16,10 +16,10 @@ from jsonargparse import ArgumentParser
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from models.backbone.extractor import FrozenExtractor
+from models.errors import ModelError
 from models.methods.anomalib.facts import FACTS, REFUSED, Facts
 from models.methods.anomalib.weights import base_name, experiment_weights
-from models.errors import ModelError
-from models.backbone.extractor import FrozenExtractor
 
 COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
 """Arguments of every model that the bridge has its own answer to."""

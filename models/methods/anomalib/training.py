@@ -27,9 +27,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
-from models.methods.anomalib.library import LibraryModel
 from models.detector import FeatureSource
 from models.errors import ModelError
+from models.methods.anomalib.library import LibraryModel
 
 NETWORK_TIMEOUT = 5.0
 """Seconds without an answer after which the network counts as absent."""

@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
+from models.errors import ModelError
 
 
 @contextlib.contextmanager
@@ -37,11 +37,12 @@ def experiment_weights(backbone: FrozenExtractor, copies: list[nn.Module]) -> It
             copies.append(net)
         return net
 
-    timm.create_model = answer
+    library: Any = timm
+    library.create_model = answer
     try:
         yield
     finally:
-        timm.create_model = create
+        library.create_model = create
 
 
 def _weights_for(backbone: FrozenExtractor, net: nn.Module) -> dict[str, Tensor]:

@@ -57,6 +57,8 @@ from models.training.epochs import epochs, mean_of_finite
 SOFT = OnlyWith("objective", "soft_boundary", lambda objective: objective == "soft_boundary")
 PRETRAINED = OnlyWith("pretrain_epochs", "above 0", lambda count: count > 0)
 CENTER_MARGIN = 0.1
+GREY = ("mnist", "fashion_mnist", "digits")
+"""Data sets that the smaller network is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +185,8 @@ class DeepSvdd(Detector):
         height, width = images.shape[2:]
         if (height, width) != (net.size, net.size):
             raise ModelError(
-                f"Deep SVDD's network {self.options.network} takes {net.size} x {net.size} images, not "
-                f"{height} x {width}: pass --image-size {net.size} --crop-size none"
+                f"Deep SVDD's network {self.options.network} takes {net.size} x {net.size} images, "
+                f"not {height} x {width}: pass --image-size {net.size} --crop-size none"
             )
         pixels = images.float() / 255
         if net.channels == 1:
@@ -290,8 +292,8 @@ METHOD = Method(
     # Paper, section 4.2: a LeNet of its own on images of the data sets' own size.
     experiment={
         "semantic": {"backbone": "lenet", "layers": (0,), "image_size": 32, "crop_size": None},
-        **dict.fromkeys(("mnist", "fashion_mnist", "digits"), {"image_size": 28}),
+        **{name: {"image_size": 28} for name in GREY},
     },
-    on=dict.fromkeys(("mnist", "fashion_mnist", "digits"), {"network": "mnist"}),
+    on={name: {"network": "mnist"} for name in GREY},
     ignores=frozenset({"backbone", "weights", "layers", "feature_location"}),
 )

@@ -9,7 +9,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from configs.options import Fraction, MethodOptions, NotNegative, OptionalFloat, Positive, PositiveInt
+from configs.options import (
+    Fraction,
+    MethodOptions,
+    NotNegative,
+    OptionalFloat,
+    Positive,
+    PositiveInt,
+)
 from models.backbone.extractor import FrozenExtractor, channels_first
 from models.backbone.weights import canonical_name
 from models.deployment.memory import Memory, normalised_pixels

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.detector import FeatureSource
-from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.weights import canonical_name, complete_state, read_checkpoint
+from models.detector import FeatureSource
+from models.errors import ModelError
 
 WAY_OUT = {"fisher_file": "name one in"}
 

@@ -30,8 +30,8 @@ from torch import Tensor
 from configs.options import Fraction, NotNegative, OptionalFloat, Positive, PositiveInt
 from models.detector import FeatureShape, FeatureSource
 from models.method import Method
-from models.training.augmentations import contrastive_augmentations, draw_views
 from models.methods.fine_tuned.fine_tuning import FineTunedDetector, FineTuningOptions, Objective
+from models.training.augmentations import contrastive_augmentations, draw_views
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""PANDA with elastic weights: a penalty on leaving the pretrained ones, by their Fisher information.
+"""PANDA with elastic weights: leaving the pretrained ones costs, by their Fisher information.
 
 Source: as `panda`; the defaults are those of the released command, 50 epochs and weight 1e4.
 
@@ -8,11 +8,11 @@ Source: as `panda`; the defaults are those of the released command, 50 epochs an
 
 The released Fisher diagonal is a file computed on labelled ImageNet images, by batches of 32 whose
 mean gradient is squared; here it is computed without labels, image by image, on the normal training
-images (see `models.methods.fine_tuned.fisher`), so that its scale, and what an `ewc_weight` means, is
-another. `fisher_file` takes the released file.
+images (see `models.methods.fine_tuned.fisher`), so that its scale, and what an `ewc_weight` means,
+is another. `fisher_file` takes the released file.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from configs.options import NotNegative, OnlyWith, OptionalPath, PositiveInt
 from models.detector import FeatureShape, FeatureSource
 from models.method import Method
+from models.methods.fine_tuned.fine_tuning import Objective
 from models.methods.fine_tuned.fisher import label_free_fisher, read_fisher
 from models.methods.fine_tuned.panda import METHOD as PANDA
 from models.methods.fine_tuned.panda import Panda, PandaOptions
-from models.methods.fine_tuned.fine_tuning import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,10 @@ def elastic_penalty(
     return torch.stack(terms).sum() / 2
 
 
-METHOD: Method = replace(
-    PANDA, detector=lambda: PandaEwc, options=PandaEwcOptions(epochs=50)
+METHOD = Method(
+    detector=lambda: PandaEwc,
+    options=PandaEwcOptions(epochs=50),
+    tasks=PANDA.tasks,
+    takes=PANDA.takes,
+    published_as=PANDA.published_as,
 )

@@ -6,8 +6,8 @@ Source: SimpleNet (CVPR 2023), section 3.2 and the ablation of Table 3.
 import torch
 from torch import Tensor, nn
 
-from models.training.initial_weights import draw_linear
 from models.features.matmul import Linear
+from models.training.initial_weights import draw_linear
 
 SLOPE = 0.2
 """Of the leaky rectifiers (the paper's value in the discriminator; the released adaptor's too)."""

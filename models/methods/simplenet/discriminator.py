@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.features.matmul import Linear
 from models.methods.simplenet.adaptor import SLOPE
 from models.training.initial_weights import draw_linear
-from models.features.matmul import Linear
 
 
 class Discriminator(nn.Module):

@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from models.method import Method
 from models.methods.simplenet.simplenet import METHOD as SIMPLENET
 from models.methods.simplenet.simplenet import SimpleNetOptions
 
-METHOD: Method = replace(SIMPLENET, options=SimpleNetOptions(norm=1.0), published_as="")
+METHOD = replace(SIMPLENET, options=SimpleNetOptions(norm=1.0), published_as="")

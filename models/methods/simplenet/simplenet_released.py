@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-from models.method import Method
 from models.methods.simplenet.simplenet import METHOD as SIMPLENET
 from models.methods.simplenet.simplenet import SimpleNetOptions
 
-METHOD: Method = replace(
+METHOD = replace(
     SIMPLENET,
     # The adaptor's AdamW has PyTorch's default weight decay.
     options=SimpleNetOptions(

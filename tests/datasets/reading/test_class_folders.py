@@ -1,10 +1,10 @@
 import pytest
 from PIL import Image
 
-from datasets.tasks.labelled import read_labelled_set
 from datasets.reading.loading import BatchLoader
-from datasets.samples import DataError
 from datasets.reading.transforms import PairTransform
+from datasets.samples import DataError
+from datasets.tasks.labelled import read_labelled_set
 
 
 def write_images(folder, names):

@@ -20,9 +20,9 @@ from PIL import ExifTags, Image, ImageFile
 
 from datasets.reading.images import MAX_PIXELS, read_image, read_mask, read_size
 from datasets.reading.loading import BatchLoader, ImageDataset, read_masks
+from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError, Sample
 from datasets.tasks.structured import list_categories, read_category
-from datasets.reading.transforms import PairTransform
 from tests.datasets.trees import save, texture
 
 SUFFIXES = (".png", ".jpg", ".bmp", ".tif", ".webp", ".ppm")

@@ -21,9 +21,9 @@ from datasets.reading.loading import (
     ImageDataset,
     read_masks,
 )
+from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError, Sample
 from datasets.synthetic import SyntheticDataset, cutpaste, rotate
-from datasets.reading.transforms import PairTransform
 from tests.datasets.trees import add_defect, save, texture
 
 TRANSFORM = PairTransform(32, None, "opencv_square")

@@ -13,9 +13,9 @@ import pytest
 import torchvision.datasets.cifar
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
+from datasets.samples import DataError
 from datasets.sets.cifar100_coarse import FINE_OF_COARSE
 from datasets.tasks.labelled import read_labelled_set
-from datasets.samples import DataError
 
 SPLITS = {"train": 30, "t10k": 20}
 

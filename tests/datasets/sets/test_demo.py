@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from datasets.reading.images import read_image, read_mask
+from datasets.reading.loading import read_masks
+from datasets.reading.transforms import PairTransform
+from datasets.samples import DataError
 from datasets.sets.demo import demo
+from datasets.sets.demo.defects import CHANGE_THRESHOLD, DEFECTS, draw_defect
 from datasets.sets.demo.demo import (
     CROP_SIZE,
     DEMO_CATEGORIES,
@@ -20,12 +25,7 @@ from datasets.sets.demo.demo import (
     build_demo,
     cut_crop,
 )
-from datasets.sets.demo.defects import CHANGE_THRESHOLD, DEFECTS, draw_defect
-from datasets.reading.images import read_image, read_mask
-from datasets.reading.loading import read_masks
-from datasets.samples import DataError
 from datasets.tasks.structured import list_categories, read_category
-from datasets.reading.transforms import PairTransform
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 import pytest
 
 from datasets.reading.loading import read_masks
+from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError, Sample
 from datasets.tasks.structured import list_categories, read_category
-from datasets.reading.transforms import PairTransform
 from tests.datasets.trees import draw_mvtec_category, draw_visa_category, write_visa_csv
 
 

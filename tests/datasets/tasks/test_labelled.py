@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.tasks.labelled import LABELLED_SETS, LabelledSplit, read_labelled_set
 from datasets.reading.loading import BatchLoader
-from datasets.samples import DataError
 from datasets.reading.transforms import PairTransform
+from datasets.samples import DataError
+from datasets.tasks.labelled import LABELLED_SETS, LabelledSplit, read_labelled_set
 
 
 def test_digits_split_is_complete_disjoint_and_stratified():

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from datasets.samples import DataError
 from datasets.tasks.labelled import LabelledSet, LabelledSplit, read_labelled_set
 from datasets.tasks.one_class import one_class_tasks
-from datasets.samples import DataError
 
 ANIMALS = ("bird", "cat", "dog")
 

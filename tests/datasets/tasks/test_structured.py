@@ -9,6 +9,7 @@ from PIL import Image
 
 from datasets.reading.images import read_image, read_mask
 from datasets.reading.loading import read_masks
+from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError, Sample
 from datasets.tasks.structured import (
     MPDD_CATEGORIES,
@@ -18,7 +19,6 @@ from datasets.tasks.structured import (
     list_categories,
     read_category,
 )
-from datasets.reading.transforms import PairTransform
 from tests.datasets.trees import draw_mvtec_category, save, texture
 
 

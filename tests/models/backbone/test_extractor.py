@@ -7,8 +7,8 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor, describe_stages
+from models.errors import ModelError
 
 LITE0 = "tf_efficientnet_lite0"
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from models.backbone import weights
-from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.weights import load_backbone, read_checkpoint, state_digest
+from models.errors import ModelError
 
 LITE0 = "tf_efficientnet_lite0"
 

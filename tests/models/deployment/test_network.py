@@ -6,13 +6,11 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from models.deployment.heads import BLOCK, Memory
 from torch import nn
 
-from models import build_detector
-
-from models import build_extractor
+from models import build_detector, build_extractor
 from models.deployment.network import Deployed
-from models.deployment.heads import BLOCK, Memory
 from models.detector import Detector
 from models.errors import ModelError
 from models.features.nearest import nearest

@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from models import DETECTORS
-
-from models import build_detector
-from models.methods.noco_cf import ClosedFormNoco
+from models import DETECTORS, build_detector
 from models.errors import ModelError
 from models.features.feature_norm import FEATURE_NORMS, FeatureNorm, NormalisedDetector
 from models.methods.noco import Noco
+from models.methods.noco_cf import ClosedFormNoco
 from models.methods.simplenet.simplenet import SimpleNet
 from tests.models.banks import Bank, Stages, draw_bank, seeded
 

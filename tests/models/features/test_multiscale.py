@@ -5,9 +5,6 @@ from einops import rearrange
 
 from models.features import matmul as products
 from models.features import multiscale as under_test
-from models.methods.noco_cf import ClosedFormNoco
-from models.methods.mahalanobis import Mahalanobis
-from models.methods.noco import Noco, _MeanExcess
 from models.features.matmul import FEW_ROWS
 from models.features.multiscale import (
     add_outer,
@@ -19,6 +16,9 @@ from models.features.multiscale import (
     project,
     squared_lengths,
 )
+from models.methods.mahalanobis import Mahalanobis
+from models.methods.noco import Noco, _MeanExcess
+from models.methods.noco_cf import ClosedFormNoco
 from tests.models.banks import Bank, StagedBank, seeded
 
 SHAPES = {

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from models.features import nearest as module
 from models.errors import ModelError
+from models.features import nearest as module
 from models.features.nearest import check_search, direct_distances, nearest
 from tests.models.banks import seeded
 

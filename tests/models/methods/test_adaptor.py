@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from models.methods.simplenet.adaptor import ADAPTORS, Adaptor
 from models.errors import ModelError
+from models.methods.simplenet.adaptor import ADAPTORS, Adaptor
 
 
 def seeded(seed=0):

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load, save
 from sklearn.metrics import roc_auc_score
 
+from models.backbone.extractor import FrozenExtractor
+from models.errors import ModelError
 from models.methods.anomalib.anomalib import AnomalibDetector
 from models.methods.anomalib.facts import FACTS, REFUSED
-from models.errors import ModelError
-from models.backbone.extractor import FrozenExtractor
 from tests.models.banks import Bank, seeded
 
 needs_anomalib = pytest.mark.skipif(

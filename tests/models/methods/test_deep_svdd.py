@@ -5,9 +5,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from models.methods.deep_svdd.deep_svdd import DeepSvdd, soft_boundary_loss
 from models.errors import ModelError
-from models.methods.deep_svdd.lenet import NETWORKS, build_decoder, build_encoder, global_contrast_normalise
+from models.methods.deep_svdd.deep_svdd import DeepSvdd, soft_boundary_loss
+from models.methods.deep_svdd.lenet import (
+    NETWORKS,
+    build_decoder,
+    build_encoder,
+    global_contrast_normalise,
+)
 from tests.models.banks import Bank, seeded
 
 SIZES = {"cifar": 32, "mnist": 28}

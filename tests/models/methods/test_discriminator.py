@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from models.methods.simplenet.discriminator import Discriminator, cross_entropy, truncated_l1
 from models.errors import ModelError
+from models.methods.simplenet.discriminator import Discriminator, cross_entropy, truncated_l1
 
 
 def seeded(seed=0):

@@ -5,8 +5,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
+from models.errors import ModelError
 from models.methods.fine_tuned.fine_tuning import trained_parameters
 from models.methods.fine_tuned.mean_shifted import (
     MeanShifted,

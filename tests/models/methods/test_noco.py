@@ -4,9 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from models import DETECTORS
-
-from models import build_detector
+from models import DETECTORS, build_detector
 from models.errors import ModelError
 from models.methods.noco import Noco
 from models.training.epochs import mean_of_finite

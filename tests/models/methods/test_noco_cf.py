@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.methods import noco_cf as closed_form
-
-from models.features import matmul as products
-from models.methods.noco_cf import ClosedFormNoco
 from models.errors import ModelError
+from models.features import matmul as products
 from models.features.feature_norm import FeatureNorm, NormalisedDetector
+from models.methods import noco_cf as closed_form
+from models.methods.noco_cf import ClosedFormNoco
 from tests.models.banks import Bank, draw_bank, seeded
 
 D = 6

@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from models.methods import padim as module
 from models.errors import ModelError
+from models.methods import padim as module
 from models.methods.padim import Padim
 from tests.models.banks import Bank, draw_bank, seeded
 

@@ -6,10 +6,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
-from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
-from models.methods.fine_tuned.fine_tuning import trained_parameters
 from models.backbone.weights import canonical_name
+from models.errors import ModelError
+from models.methods.fine_tuned.fine_tuning import trained_parameters
 from models.methods.fine_tuned.fisher import _draw_gradient, label_free_fisher, read_fisher
 from models.methods.fine_tuned.panda import Panda, compactness_loss, elastic_penalty
 from tests.models.banks import Bank, seeded

@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from models.features.coreset import draw_projection, greedy_k_centre
 from models.errors import ModelError
+from models.features.coreset import draw_projection, greedy_k_centre
 from models.methods.patchcore import PatchCore
 from tests.models.banks import Bank, draw_bank, seeded
 

@@ -12,7 +12,9 @@ from models.methods.simplenet.simplenet import SimpleNet
 from tests.models.banks import Bank, Stages, draw_bank, seeded
 
 # Most heads here are trained for three epochs on noise, about which they remark.
-pytestmark = pytest.mark.filterwarnings("ignore::models.methods.simplenet.simplenet.TrivialSolutionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::models.methods.simplenet.simplenet.TrivialSolutionWarning"
+)
 
 
 def fitted(bank, seed=0, **options):

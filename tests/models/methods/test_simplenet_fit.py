@@ -12,7 +12,9 @@ from models.methods.simplenet.simplenet import SimpleNet, TrivialSolutionWarning
 from tests.models.banks import Bank, draw_bank, seeded
 
 # Most heads here are trained for three epochs on noise, about which they remark.
-pytestmark = pytest.mark.filterwarnings("ignore::models.methods.simplenet.simplenet.TrivialSolutionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::models.methods.simplenet.simplenet.TrivialSolutionWarning"
+)
 
 
 def fitted(bank, seed=0, **options):
@@ -218,7 +220,9 @@ def test_mixed_precision_changes_nothing_without_a_cuda_device():
 def test_under_bfloat16_noise_is_added_in_float32(monkeypatch):
     """The same step in bfloat16, which the CPU knows too."""
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)
-    monkeypatch.setattr("models.methods.simplenet.simplenet.bfloat16_autocast", lambda *_, **__: autocast)
+    monkeypatch.setattr(
+        "models.methods.simplenet.simplenet.bfloat16_autocast", lambda *_, **__: autocast
+    )
     detector = SimpleNet(8, adaptor="linear")
     seen = []
     detector.discriminator.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
@@ -229,7 +233,8 @@ def test_under_bfloat16_noise_is_added_in_float32(monkeypatch):
     assert (both[500:] - both[:500]).std().item() == pytest.approx(0.015, rel=0.05)
     plain = fitted(draw_bank(), mixed_precision=False)
     monkeypatch.setattr(
-        "models.methods.simplenet.simplenet.bfloat16_autocast", lambda *_, **__: contextlib.nullcontext()
+        "models.methods.simplenet.simplenet.bfloat16_autocast",
+        lambda *_, **__: contextlib.nullcontext(),
     )
     exact = fitted(draw_bank(), mixed_precision=False)
     features = draw_bank(seed=7).features

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.errors import ModelError
 from models.backbone.extractor import FrozenExtractor
+from models.errors import ModelError
 from models.methods.stpm import Stpm
 from tests.models.banks import Bank, seeded
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utils.errors import RunError, UsageError
 from utils.evaluation.calibration import (
     Calibration,
     calibration_file,
@@ -21,8 +22,6 @@ from utils.evaluation.calibration import (
     load_calibration,
     save_calibration,
 )
-from utils.errors import UsageError
-from utils.errors import RunError
 
 
 def calibration(*scores):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from models.methods.noco_cf import ClosedFormNoco
 from models.errors import ModelError
 from models.methods.noco import Noco
+from models.methods.noco_cf import ClosedFormNoco
+from utils.evaluation.online import COLUMNS, checkpoints, online_curve, save_online_curve
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
-from utils.evaluation.online import COLUMNS, checkpoints, online_curve, save_online_curve
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,17 @@ import math
 
 import pytest
 import torch
+from configs.methods import METHODS
+from utils.runs.recording import fit_and_record
 
 from configs.experiment import parse_grid
-from configs.methods import METHODS
 from models.detector import Detector
 from utils.errors import UsageError
+from utils.evaluation.selection import choose, hold_out, num_copies, validation_set
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
-from utils.runs.recording import fit_and_record
 from utils.runs.files import read_rows
 from utils.runs.run import Run
-from utils.evaluation.selection import choose, hold_out, num_copies, validation_set
 
 SIDE = 4
 

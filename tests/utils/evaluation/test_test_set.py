@@ -6,11 +6,11 @@ import torch
 
 from models.detector import Detector
 from utils.errors import UsageError
-from utils.evaluation.test_set import TestSet
 from utils.evaluation.monitor import Monitor
+from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
-from utils.metrics.metrics import METRIC_NAMES
 from utils.metrics.evaluate import ranking_metrics
+from utils.metrics.metrics import METRIC_NAMES
 
 CPU = torch.device("cpu")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.utils.test_feature_bank import Loader, Scaled, numbered
 
 from configs.cache import cache_folder
-from tests.utils.test_feature_bank import Loader, Scaled, numbered
-from utils.features.features import bank as feature_bank
-from utils.features.features import store as feature_store
 from utils.errors import UsageError
 from utils.features.bank import FeatureBank
+from utils.features.features import bank as feature_bank
+from utils.features.features import store as feature_store
 from utils.features.store import FeatureStore, default_folder, key_of
 
 ROOT = Path(__file__).parents[2]

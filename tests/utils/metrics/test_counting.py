@@ -3,12 +3,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.utils.test_metrics import evaluate_pixels, random_maps, sklearn_ranking, slow_aupro
 
 from tests.threads import torch_threads
-from tests.utils.test_metrics import evaluate_pixels, random_maps, sklearn_ranking, slow_aupro
-from utils.metrics.metrics import counting
 from utils.metrics.counting import count_at_thresholds
 from utils.metrics.evaluate import ranking_metrics
+from utils.metrics.metrics import counting
 
 
 @pytest.fixture(params=[1, 2, 4])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from skimage.measure import label as label_regions
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from utils.metrics.metrics import METRIC_NAMES
 from utils.metrics.evaluate import Metrics, aupro, evaluate, ranking_metrics
+from utils.metrics.metrics import METRIC_NAMES
 
 EXACT = 1e-9
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.runs.merging import merge
 from utils.errors import RunError
+from utils.runs.merging import merge
 from utils.runs.run import Run
 
 CONFIG = {"dataset": "demo", "method": {"norm": 1.0}, "categories": [], "seeds": [0, 1]}

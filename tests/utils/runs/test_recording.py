@@ -5,10 +5,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-
-from models.detector import Detector
-from utils.evaluation.test_set import TestSet
-from utils.features.bank import FeatureBank
 from utils.runs.recording import (
     finish_tables,
     fit_and_record,
@@ -16,8 +12,12 @@ from utils.runs.recording import (
     summary_line,
     undefined_reasons,
 )
-from utils.runs.run import Run
+
+from models.detector import Detector
 from utils.errors import RunError
+from utils.evaluation.test_set import TestSet
+from utils.features.bank import FeatureBank
+from utils.runs.run import Run
 
 CATEGORIES = ("tile", "wood")
 

@@ -13,12 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.runs.run import environment
-
-from utils.runs.run import run as runs
-from utils.runs.files import file_stem, read_rows, write_rows
-from utils.runs.run import Run
 from utils.errors import RunError
+from utils.runs.files import file_stem, read_rows, write_rows
+from utils.runs.run import Run, environment
+from utils.runs.run import run as runs
 
 CONFIG = {"dataset": "mvtec", "method": {"name": "noco", "norm": 1.0}, "layers": [1, 2]}
 CATEGORIES = ("bottle", "cable")

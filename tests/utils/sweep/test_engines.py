@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from tests.rays import require_ray
-from utils.sweep import engines as sweep_engines
 from utils.errors import UsageError
+from utils.sweep import engines as sweep_engines
 from utils.sweep.engines import InProcess, RayTasks, Workers, cuda_devices
 from utils.sweep.jobs import Ended, Job, Started, last_lines, output_to
 

@@ -6,10 +6,9 @@ import unicodedata
 
 import pytest
 
-from utils.tables.results import published
-from utils.tables.published import NAMES, NUM_CATEGORIES, published_by_paper, published_values
 from utils.errors import RunError
-from utils.tables.results import build_table
+from utils.tables.published import NAMES, NUM_CATEGORIES, published_by_paper, published_values
+from utils.tables.results import build_table, published
 
 TEXTURES = ["carpet", "grid", "leather", "tile", "wood"]
 OBJECTS = ["bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush"]

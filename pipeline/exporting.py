@@ -1,0 +1,281 @@
+"""A head with its backbone as one network in another format, checked against our scoring."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.prediction import ExportOptions
+from datasets.reading.finding import find_images
+from datasets.reading.loading import ArrayDataset, ImageDataset, images_of
+from datasets.samples import DataError
+from models.backbone.extractor import FrozenExtractor
+from models.backbone.raw_images import RawImages
+from models.deployment.formats import (
+    Exported,
+    differences,
+    example_program,
+    require_onnx,
+    to_onnx,
+    to_torchscript,
+)
+from models.deployment.network import Deployed
+from models.detector import Detector
+from pipeline.experiments import read_tasks
+from pipeline.finished import FinishedRun
+from utils.errors import UsageError
+from utils.evaluation.calibration import calibration_file, load_calibration
+from utils.evaluation.smoothing import smoothing_matrix
+
+CHECKED = 16
+"""Test images of the run that the file is checked on, evenly spread over the test set."""
+BATCH_SIZES = (1, 3, 8)
+TOLERANCE = 1e-3
+"""Largest difference accepted: of scores as a share of the range of the run's test scores, of maps
+as a share of the range of theirs."""
+RATES = (0.1, 0.05, 0.01, 0.001)
+"""False-alarm rates whose thresholds are stated, as far as the calibration can promise them."""
+
+
+@dataclass(frozen=True)
+class ExportedHead:
+    """A head in its new format, not yet a file.
+
+    Attributes:
+        exported: what is written.
+        about: what it is, goes in and comes out, decides by, and how it was checked; JSON values.
+        checked: of `about`.
+    """
+
+    exported: Exported
+    about: dict[str, Any]
+    checked: dict[str, Any]
+
+
+def export_head(
+    options: ExportOptions, finished: FinishedRun, category: str, seed: int, file: str
+) -> ExportedHead:
+    """Turn a head with its backbone into another format, and check that on images.
+
+    Args:
+        options: the format, which of a pair's heads, and perhaps images.
+        finished: the run, on the CPU.
+        category: a finished category.
+        seed: a finished seed.
+        file: name of the file to come.
+
+    Raises:
+        DataError: images cannot be read.
+        ModelError: the method cannot be exported.
+        UsageError: a package is missing, or what came out scores differently.
+    """
+    if options.format == "onnx":
+        require_onnx()
+    detector = finished.detector(category, seed, options.suffix)
+    network = build_network(finished, detector)
+    # The head that is best by pixel AUROC has no image scores of its own.
+    of_scores = "" if options.head == "pixel" else options.suffix
+    recorded = finished.run.load_scores(category, seed, of_scores)
+    images, rows = images_to_check(options, finished, category, recorded["path"].tolist())
+    expected = expected_outputs(finished, detector, images)
+    example = torch.stack([images[0], images[-1]])  # (2, 3, S, S)
+    if options.format == "onnx":
+        exported = to_onnx(network, example, network.outputs, options.opset)
+    else:
+        exported = to_torchscript(network, example)
+    checked = check(exported, images, expected, recorded["score"])
+    if rows is not None and options.head != "pixel":
+        difference = np.abs(exported.run(images)[0].numpy() - recorded["score"][rows]).max()
+        checked["scores"]["largest_difference_to_scores_in_run_folder"] = float(difference)
+    about = {
+        **{"file": file, "format": options.format},
+        **{"category": category, "seed": seed, "head": options.head},
+        **description(finished, network),
+        "decision": decision(finished, category, seed, options.suffix),
+        **{"checked": checked, "versions": exported.versions},
+        "example": program_for(finished, network, file, options.format),
+    }
+    return ExportedHead(exported, about, checked)
+
+
+def build_network(finished: FinishedRun, detector: Detector) -> Deployed:
+    """Return backbone and head as one network; from here on the run's own backbone is float32."""
+    extractor, experiment = finished.extractor, finished.experiment
+    frozen = extractor.features if isinstance(extractor, RawImages) else extractor
+    if isinstance(frozen, FrozenExtractor) and frozen.precision != "fp32":
+        frozen.precision = "fp32"
+        sys.stderr.write(
+            f"the run's backbone computed in {experiment.precision}; the file computes in float32\n"
+        )
+    scoring = finished.scoring
+    smoothing = None
+    if scoring.map_size is not None:
+        smoothing = functools.partial(
+            smoothing_matrix, size=scoring.map_size, sigma=scoring.blur_sigma
+        )
+    return Deployed(extractor, detector, image_size=experiment.input_size, smoothing=smoothing)
+
+
+def images_to_check(
+    options: ExportOptions, finished: FinishedRun, category: str, names: Sequence[str]
+) -> tuple[Tensor, np.ndarray | None]:
+    """Return images (N, 3, S, S), some of the run's test images unless others are given.
+
+    Args:
+        options: may give others.
+        finished: the run.
+        category: a finished category.
+        names: of its test images, as recorded.
+
+    Returns:
+        The images, at least as many as the largest batch, and the positions of their names (N,);
+        None for given images.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    if options.images:
+        given = find_images(options.images)
+        chosen = [given[i] for i in evenly_spread(len(given))]
+        dataset = ImageDataset(chosen, finished.transform)
+        return read_all(dataset, range(len(chosen))), None
+    rows = evenly_spread(len(names))
+    try:
+        return read_all(*test_images(finished, category, [names[i] for i in rows])), rows
+    except DataError as error:
+        raise DataError(
+            f"the run's test images cannot be read ({error}): pass others, --images FOLDER"
+        ) from error
+
+
+def test_images(
+    finished: FinishedRun, category: str, names: Sequence[str]
+) -> tuple[ImageDataset | ArrayDataset, Sequence[int]]:
+    """Return a data set that has the named test images, and their positions in it."""
+    if finished.experiment.map_size is not None or Path(names[0]).is_file():
+        return ImageDataset([Path(name) for name in names], finished.transform), range(len(names))
+    (task,) = read_tasks(finished.experiment, [category])
+    places = {name: place for place, name in enumerate(task.test.names)}
+    if unknown := set(names) - set(places):
+        raise DataError(f"{finished.experiment.dataset} has no test image {sorted(unknown)[0]}")
+    return images_of(task.test, finished.transform), [places[name] for name in names]
+
+
+def evenly_spread(count: int) -> np.ndarray:
+    """Return up to `CHECKED` of `count` positions; repeated where that is less than a batch."""
+    chosen = np.unique(np.linspace(0, count - 1, CHECKED).round().astype(int))
+    return np.resize(chosen, max(len(chosen), *BATCH_SIZES))
+
+
+def read_all(dataset: ImageDataset | ArrayDataset, positions: Sequence[int]) -> Tensor:
+    """Return images (N, 3, S, S) uint8."""
+    images = [dataset[place][1] for place in positions]
+    for image in images:
+        if isinstance(image, str):
+            raise DataError(image)
+    return torch.stack([image for image in images if isinstance(image, Tensor)])
+
+
+def expected_outputs(
+    finished: FinishedRun, detector: Detector, images: Tensor
+) -> dict[str, Tensor]:
+    """Return what the suite's scoring gives: "scores" (N,), and "maps" (N, S, S) if it has any."""
+    batches = [finished.score(detector, batch) for batch in images.split(max(BATCH_SIZES))]
+    expected = {"scores": torch.cat([scores.images for scores in batches])}  # (N,)
+    if finished.scoring.map_size is not None:
+        expected["maps"] = torch.cat([scores.maps for scores in batches])  # (N, S, S)
+    return expected
+
+
+def check(
+    exported: Exported, images: Tensor, expected: dict[str, Tensor], run_scores: np.ndarray
+) -> dict[str, Any]:
+    """Compare what is exported with the suite's scoring and return what was found.
+
+    Args:
+        exported: not yet written.
+        images: (N, 3, S, S).
+        expected: of `expected_outputs`.
+        run_scores: of all test images of the run; their range is the scale of scores.
+
+    Raises:
+        UsageError: a difference exceeds `TOLERANCE`.
+    """
+    ranges = {"scores": float(np.ptp(run_scores))}
+    if "maps" in expected:
+        ranges["maps"] = float(expected["maps"].max() - expected["maps"].min())
+    largest = differences(exported, images, expected, BATCH_SIZES)
+    found: dict[str, Any] = {
+        "images": len(images.flatten(1).unique(dim=0)),
+        "batch_sizes": list(BATCH_SIZES),
+        "tolerance": TOLERANCE,
+    }
+    for name, difference in largest.items():
+        found[name] = {
+            "largest_difference": difference,
+            "range": ranges[name],
+            "share_of_range": difference / ranges[name] if ranges[name] else None,
+        }
+        if not difference <= TOLERANCE * ranges[name]:
+            raise UsageError(
+                f"nothing was written: {name} differ from the suite's by up to {difference:.3g}, "
+                f"more than {TOLERANCE:g} of their range {ranges[name]:.3g}; please report this "
+                "with the run's config.json"
+            )
+    return found
+
+
+def description(finished: FinishedRun, network: Deployed) -> dict[str, Any]:
+    """Return how the head was made, and what goes in and comes out."""
+    experiment, transform = finished.experiment, finished.transform
+    size = transform.output_size
+    outputs = {"scores": "(B,) float32, higher = more anomalous"}
+    if "maps" in network.outputs:
+        outputs["maps"] = f"(B, {size}, {size}) float32, in pixels of the input"
+    return {
+        **{"method": experiment.method_name, "dataset": experiment.dataset},
+        **{"select": experiment.select, "backbone": experiment.backbone},
+        **{"layers": list(experiment.layers), "precision": "fp32"},
+        "precision_of_run": experiment.precision,
+        "blur": {"sigma": finished.scoring.blur_sigma, "precision": "fp32"},
+        "input": {
+            "images": f"(B, 3, {size}, {size}) uint8, RGB; mean and deviation are applied inside",
+            **{"resize": transform.resize, "image_size": transform.image_size},
+            "crop_size": transform.crop_size,
+        },
+        "output": outputs,
+    }
+
+
+def decision(finished: FinishedRun, category: str, seed: int, suffix: str) -> dict[str, Any] | None:
+    """Return the thresholds of a calibrated head by false-alarm rate; None for others."""
+    calibration = load_calibration(
+        calibration_file(finished.run.folder, category, seed, suffix),
+        head=finished.run.head_path(category, seed, suffix),
+    )
+    if calibration is None:
+        return None
+    promised = [rate for rate in RATES if rate >= calibration.smallest_rate]
+    return {
+        "rule": "anomalous where score > threshold",
+        "thresholds": {f"{rate:g}": calibration.threshold(rate) for rate in promised},
+        "calibration_images": len(calibration.scores),
+    }
+
+
+def program_for(finished: FinishedRun, network: Deployed, file: str, file_format: str) -> str:
+    """Return a program that scores an image with the file, resized as this run's images were."""
+    return example_program(
+        file,
+        file_format,
+        network.outputs,
+        image_size=finished.transform.image_size,
+        crop_size=finished.transform.crop_size,
+        resize=finished.transform.resize,
+    )
