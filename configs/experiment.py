@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (
     Annotated,
@@ -114,7 +114,7 @@ class Experiment:
     restart: How[bool] = False
     """Throw away what the run folder holds instead of continuing it."""
 
-    data: Annotated[DataOptions, Since.LATER] = DataOptions()
+    data: Annotated[DataOptions, Since.LATER] = field(default_factory=DataOptions)
     """Options of the data set."""
     method: MethodOptions
     """Options of the method."""

@@ -3,7 +3,7 @@
 import math
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -136,7 +136,7 @@ def marks_of(kind: type, name: str) -> tuple[Any, ...]:
 
 def fields_marked(kind: type, mark: Enum) -> frozenset[str]:
     """Return the names of a dataclass's fields that carry a mark."""
-    return frozenset(name for name in get_type_hints(kind) if mark in marks_of(kind, name))
+    return frozenset(one.name for one in fields(kind) if mark in marks_of(kind, one.name))
 
 
 def option_name(name: str, prefix: str = "") -> str:
@@ -150,7 +150,7 @@ def check_bounds(config: Any, *, prefix: str = "") -> None:
     Raises:
         ValueError: one is beyond it, or not finite; the message names the option.
     """
-    for name in get_type_hints(type(config)):
+    for name in (entry.name for entry in fields(config)):
         value = getattr(config, name)
         for mark in marks_of(type(config), name):
             if not isinstance(mark, Bound) or value is None:
@@ -165,10 +165,11 @@ def check_types(config: Any) -> None:
     Raises:
         ValueError: one does not; the message names the field.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not _is_a(value, hint):
-            raise ValueError(f"{name} is {value!r}, which it cannot be")
+    hints = get_type_hints(type(config))
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if not _is_a(value, hints[entry.name]):
+            raise ValueError(f"{entry.name} is {value!r}, which it cannot be")
 
 
 def _is_a(value: Any, hint: Any) -> bool:

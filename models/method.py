@@ -14,7 +14,7 @@ from models import deferred
 if TYPE_CHECKING:
     from models.detector import Detector, FeatureShape
 
-O = TypeVar("O", bound=MethodOptions)
+Options = TypeVar("Options", bound=MethodOptions)
 
 DECLARES = re.compile(r"^METHOD\b", re.MULTILINE)
 OF_FEATURES = frozenset({"precision", "compile", "patch_size"})
@@ -23,7 +23,7 @@ FIRST = "noco"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(MethodPreset, Generic[O]):
+class Method(MethodPreset, Generic[Options]):
     """The constant METHOD of a method's file: all that the rest of the suite knows of it.
 
     The method's name is that of its file. A file is run in two parts (see `models.deferred`), so
@@ -38,8 +38,8 @@ class Method(MethodPreset, Generic[O]):
             options have the field `model`.
     """
 
-    options: O
-    detector: "Callable[[], Callable[[FeatureShape, O], Detector]]"
+    options: Options
+    detector: "Callable[[], Callable[[FeatureShape, Options], Detector]]"
     tasks: frozenset[str] = frozenset({"structured", "semantic"})
     takes: frozenset[str] = frozenset({"features"})
     published_as: str | dict[str, str] = ""
@@ -50,7 +50,7 @@ class Method(MethodPreset, Generic[O]):
         """All options that do nothing for it: without features, those of their extraction."""
         return self.ignores if "features" in self.takes else self.ignores | OF_FEATURES
 
-    def detector_class(self) -> "Callable[[FeatureShape, O], Detector]":
+    def detector_class(self) -> "Callable[[FeatureShape, Options], Detector]":
         """Return the detector's class; the rest of its file is run first."""
         deferred.complete(self.detector.__module__)
         return self.detector()
