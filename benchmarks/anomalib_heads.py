@@ -20,15 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.cache import cache_folder
-from datasets.reading.loading import BatchLoader, ImageDataset
-from datasets.reading.transforms import PairTransform
-from datasets.samples import Sample
-from datasets.sets.demo.demo import build_demo
-from datasets.tasks.structured import read_category
+from benchmarks.images import loader_of, read_tasks
+from datasets.samples import ImageSet
 from models.backbone.extractor import FrozenExtractor
-from models.methods.padim import Padim
-from models.methods.patchcore import PatchCore
+from models.detector import FeatureShape
+from models.methods.padim import Padim, PadimOptions
+from models.methods.patchcore import PatchCore, PatchCoreOptions
 from utils.device import keep_freed_memory
 from utils.features.bank import FeatureBank
 
@@ -48,15 +45,15 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit(f"error: {error}; pip install -r requirements-anomalib.txt") from None
     keep_freed_memory()
-    root = arguments.data_root or build_demo(cache_folder())
-    category = read_category("folder", root, arguments.category)
+    (task,) = read_tasks(arguments.data_root, arguments.category)
     extractor = FrozenExtractor("tf_efficientnet_lite0", (2, 3))
-    train, test = read(category.train, extractor), read(category.test, extractor)
+    train, test = read(task.train, extractor), read(task.test, extractor)
     features = torch.cat(list(train.batches(32)))  # (N, C, H, W)
     queries = torch.cat(list(test.batches(32)))
 
-    patchcore = PatchCore(train.channels, coreset_ratio=arguments.ratio)
-    padim = Padim(train.channels, dims=None)
+    shape = FeatureShape(extractor.stage_channels)
+    patchcore = PatchCore(shape, PatchCoreOptions(coreset_ratio=arguments.ratio))
+    padim = Padim(shape, PadimOptions(dims=None))
     their_patchcore: Any = PatchcoreModel(["layer1"], "resnet18", False, 9).eval()
     their_padim: Any = MultiVariateGaussian()
     generator = AnomalyMapGenerator()
@@ -107,11 +104,9 @@ def main() -> None:
             print(f"| {name} | {float(difference):.1e} |")
 
 
-def read(samples: tuple[Sample, ...], extractor: FrozenExtractor) -> FeatureBank:
+def read(images: ImageSet, extractor: FrozenExtractor) -> FeatureBank:
     """Extract the features of some images."""
-    images = ImageDataset(samples, PairTransform(224, None, "opencv_square"))
-    loader = BatchLoader(images, batch_size=32, workers=2, skip_unreadable=False)
-    return FeatureBank.extract(extractor, loader)
+    return FeatureBank.extract(extractor, loader_of(images))
 
 
 def fit(head: PatchCore | Padim, bank: FeatureBank) -> None:

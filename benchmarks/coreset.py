@@ -9,9 +9,8 @@ side by side. Ours runs in full. A loop's steps all cost the same, so it is time
 and projected; that these choices are the same is checked.
 """
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -19,10 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from datasets.reading.loading import BatchLoader, ImageDataset
-from datasets.reading.transforms import PairTransform
-from datasets.sets.demo.demo import DEMO_CATEGORIES, build_demo
-from datasets.tasks.structured import read_category
+from benchmarks.images import loader_of, read_tasks
 from models.backbone.extractor import FrozenExtractor
 from models.features.coreset import draw_projection, greedy_k_centre, read_projected
 from models.features.nearest import direct_distances
@@ -73,18 +69,14 @@ LOOPS: dict[str, Loop] = {
 }
 
 
-def read_points(
-    root: Path, dataset: str, categories: tuple[str, ...], device: torch.device
-) -> Tensor:
+def read_points(root: Path | None, categories: Sequence[str], device: torch.device) -> Tensor:
     """Returns the projected training features (N, 128) of some categories."""
     extractor = FrozenExtractor("tf_efficientnet_lite0", (2, 3)).to(device)
-    transform = PairTransform(224, None, "opencv_square")
     projection = draw_projection(extractor.channels, DIM, torch.Generator().manual_seed(SEED))
     points = []
-    for category in categories:
-        images = ImageDataset(read_category(dataset, root, category).train, transform)
-        loader = BatchLoader(images, batch_size=32, workers=0, skip_unreadable=False)
-        points.append(read_projected(FeatureBank.extract(extractor, loader), projection))
+    for task in read_tasks(root, *categories):
+        bank = FeatureBank.extract(extractor, loader_of(task.train, workers=0))
+        points.append(read_projected(bank, projection))
     return torch.cat(points)
 
 
@@ -156,11 +148,7 @@ def main(
         raise SystemExit("--data-root and --category go together")
     keep_freed_memory()
     place = pick_device(device)
-    with tempfile.TemporaryDirectory() as folder:
-        if data_root is None or category is None:
-            points = read_points(build_demo(Path(folder)), "demo", DEMO_CATEGORIES, place)
-        else:
-            points = read_points(data_root, "folder", (category,), place)
+    points = read_points(data_root, (category,) if category else (), place)
     print(f"{len(points):,} features of {points.shape[1]} dimensions\n")
     print("| ratio | selection | time / ours | over the repeats | median or projection |")
     print("| ---: | --- | ---: | ---: | ---: |")

@@ -10,15 +10,15 @@ and a growing one has a slope below that of the growing part: the ranges are cho
 """
 
 import argparse
+import dataclasses
 import time
 from typing import Any
 
 import numpy as np
 import torch
 
-from configs.structured import structured_experiment
-from models import build_detector
-from models.detector import FeatureSource
+from models.detector import FeatureShape, FeatureSource
+from models.method import find_method
 from utils.device import keep_freed_memory, pick_device
 from utils.features.bank import FeatureBank
 
@@ -31,13 +31,6 @@ AXES = {
 """Axis -> its sizes; the grid's is its side, so that a cost per position has exponent 2."""
 FIXED = {"images": 64, "channels": 64, "grid": 14}
 """What stays the same along the other axes."""
-
-
-class Stages:
-    """An extractor's stages, as heads see them."""
-
-    def __init__(self, channels: int) -> None:
-        self.stage_channels: tuple[int, ...] = (channels,)
 
 
 def main() -> None:
@@ -71,12 +64,12 @@ def _fastest(method: str, sizes: dict[str, int], repeats: int) -> float:
         assemble=lambda maps: maps[0].float().contiguous(memory_format=torch.channels_last),
         device=device,
     )
-    options: dict[str, Any] = structured_experiment("demo", method).method_options()
-    if "epochs" in options:
-        options["epochs"] = 1
+    found = find_method(method)
+    short: dict[str, Any] = {"epochs": 1} if hasattr(found.options, "epochs") else {}
+    options = dataclasses.replace(found.options, **short)
     times = []
     for _ in range(repeats):
-        head = build_detector(method, Stages(channels), options).to(device)
+        head = found.detector_class()(FeatureShape((channels,)), options).to(device)
         start = time.perf_counter()
         head.fit(bank, generator=torch.Generator().manual_seed(0))
         if device.type == "cuda":

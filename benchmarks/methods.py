@@ -12,6 +12,7 @@ ratios are medians of `--repeats`, each beside its own passes.
 """
 
 import argparse
+import dataclasses
 import time
 import warnings
 from pathlib import Path
@@ -20,19 +21,17 @@ from typing import Any
 
 import sklearn.cluster  # noqa: F401  models.features.kmeans imports it late: not to be timed
 import torch
-from configs.methods import STRUCTURED_METHODS
 
-from configs.cache import cache_folder
-from configs.structured import StructuredExperiment, structured_experiment
-from datasets.reading.loading import BatchLoader, ImageDataset
-from datasets.reading.transforms import PairTransform
-from datasets.samples import Category, Sample
-from datasets.sets.demo.demo import build_demo
-from datasets.tasks.structured import read_category
-from models import build_detector, build_extractor
+from benchmarks.images import loader_of, read_tasks
+from configs.structured import StructuredExperiment
+from datasets.samples import ImageSet, Task
+from models.building import build_detector, build_extractor
 from models.errors import ModelError
+from models.method import find_method, find_methods
+from pipeline.experiments import structured_catalogue
+from pipeline.features import scoring_of, transform_of
 from utils.device import keep_freed_memory, pick_device
-from utils.evaluation.test_set import TestSet
+from utils.evaluation.scoring import score_all
 from utils.features.bank import FeatureBank
 
 
@@ -41,81 +40,70 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, help="folder of categories; the demo without it")
     parser.add_argument("--category", default="brick")
-    parser.add_argument("--methods", nargs="+", default=list(STRUCTURED_METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(find_methods("structured")))
     parser.add_argument("--measured", type=int, default=2, help="epochs that are timed")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     keep_freed_memory()
     warnings.simplefilter("ignore")  # two epochs teach nothing, and some methods say so
-    root = arguments.data_root or build_demo(cache_folder())
-    category = read_category("folder", root, arguments.category)
-    print(f"{len(category.train)} train and {len(category.test)} test images\n")
+    (task,) = read_tasks(arguments.data_root, arguments.category)
+    print(f"{len(task.train)} train and {len(task.test)} test images\n")
     print("| method | fit | scoring | head MB | |\n| --- | ---: | ---: | ---: | --- |")
     for method in arguments.methods:
         if method.endswith(":NAME"):
             continue  # a library's models are named one by one: --methods anomalib:padim
         try:
-            experiment = structured_experiment("demo", method)
-            print(_row(category, experiment, arguments.measured, arguments.repeats))
+            experiment = structured_catalogue().compose("demo", method)
+            print(_row(task, experiment, arguments.measured, arguments.repeats))
         except ModelError as error:
             print(f"| {method} | | | | {error} |")
 
 
-def _row(category: Category, experiment: StructuredExperiment, measured: int, repeats: int) -> str:
+def _row(task: Task, experiment: StructuredExperiment, measured: int, repeats: int) -> str:
     """Time one method; return its line of the table."""
     device = pick_device("auto")
-    transform = PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
+    transform = transform_of(experiment)
     options: dict[str, Any] = {
         "patch_size": experiment.patch_size,
         "feature_location": experiment.feature_location,
     }
-    extractor = build_extractor(
-        experiment.method_name, experiment.backbone, experiment.layers, **options
-    ).to(device)
-    passing = build_extractor("noco", experiment.backbone, experiment.layers, **options).to(device)
 
-    def read(samples: tuple[Sample, ...], source: Any) -> tuple[FeatureBank, float]:
-        loader = BatchLoader(
-            ImageDataset(samples, transform),
-            batch_size=32,
-            workers=2,
-            skip_unreadable=False,
-            for_gpu=device.type == "cuda",
-        )
+    def extractor_for(method: str) -> Any:
+        where = (experiment.backbone, experiment.layers)
+        return build_extractor(find_method(method), *where, **options).to(device)
+
+    extractor, passing = extractor_for(experiment.method_name), extractor_for("noco")
+
+    def read(images: ImageSet, source: Any) -> tuple[FeatureBank, float]:
         start = time.perf_counter()
-        bank = FeatureBank.extract(source, loader)
+        bank = FeatureBank.extract(source, loader_of(images, transform, device=device))
         return bank, time.perf_counter() - start
 
-    read(category.test[:8], passing)  # warm
-    train, _ = read(category.train, extractor)
-    bank, _ = read(category.test, extractor)
-    labels = torch.tensor([sample.label for sample in category.test])
-    names = [""] * len(bank)
-    test = TestSet(
-        bank, labels, names=names, kinds=names, map_size=experiment.map_size,
-        blur_sigma=experiment.blur_sigma,
-    )  # fmt: skip
+    read(task.test, passing)  # warm
+    train, _ = read(task.train, extractor)
+    bank, _ = read(task.test, extractor)
+    scoring = scoring_of(experiment, extractor)
 
-    method: dict[str, Any] = experiment.method_options()
+    method = experiment.method
     projected = {
-        name: method[name]
+        name: getattr(method, name)
         for name in ("epochs", "pretrain_epochs")
-        if (method.get(name) or 0) > measured and method.get("solver") != "closed_form"
+        if (getattr(method, name, 0) or 0) > measured
     }
     share = sum(projected.values()) / (measured * len(projected)) if projected else 1
     fits, scorings = [], []
     for _ in range(repeats):
-        _, train_pass = read(category.train, passing)
-        _, test_pass = read(category.test, passing)
-        head = build_detector(
-            experiment.method_name, extractor, method | dict.fromkeys(projected, measured)
-        ).to(device)
+        _, train_pass = read(task.train, passing)
+        _, test_pass = read(task.test, passing)
+        changes: dict[str, Any] = dict.fromkeys(projected, measured)
+        shortened = dataclasses.replace(method, **changes)
+        head = build_detector(experiment.method_name, extractor, shortened).to(device)
         start = time.perf_counter()
         head.fit(train, generator=torch.Generator().manual_seed(0))
         _wait(device)
         fits.append(share * (time.perf_counter() - start) / train_pass)
         start = time.perf_counter()
-        test.score(head)
+        score_all(head, bank, scoring)
         scorings.append((time.perf_counter() - start) / test_pass)
     megabytes = sum(t.numel() * t.element_size() for t in head.state_dict().values()) / 1e6
     note = f"projected from {measured} of {sum(projected.values())} epochs" if projected else ""

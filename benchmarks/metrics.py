@@ -138,7 +138,7 @@ def print_agreement(maps: Tensor, masks: Tensor, exact: dict[str, float]) -> Non
     stretched = maps.double().exp()
     exact_stretched = evaluate(
         image_scores(stretched), masks.flatten(1).any(1), stretched, masks
-    ).values()
+    ).values
     loop = threshold_loop_aupro(maps.numpy(), masks.numpy(), label_once=True)
     loop_stretched = threshold_loop_aupro(stretched.numpy(), masks.numpy(), label_once=True)
     rows = [
@@ -191,7 +191,7 @@ def main(repeats: int = 3) -> None:
         "`F.interpolate`, then `gaussian_filter`": lambda: interpolate_then_filter(grids),
     }
     print_times(*time_side_by_side(smoothing, repeats))
-    print_agreement(maps, masks, evaluate(image_scores(maps), labels, maps, masks).values())
+    print_agreement(maps, masks, evaluate(image_scores(maps), labels, maps, masks).values)
 
 
 if __name__ == "__main__":

@@ -11,26 +11,28 @@ evaluation, and projected to all classes and epochs (it is linear in both).
 
 import argparse
 import dataclasses
-import functools
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from datasets.reading.loading import BatchLoader
+from benchmarks.images import loader_of
+from datasets.data_set import SemanticSet, find_data_sets
 from datasets.reading.transforms import PairTransform
-from datasets.tasks.labelled import LabelledSet, read_labelled_set
+from datasets.tasks.labelled import LabelledSet
 from datasets.tasks.one_class import one_class_tasks
 from models.backbone.extractor import FrozenExtractor
-from models.methods.noco import Noco
+from models.detector import FeatureShape
+from models.methods.noco import Noco, NocoOptions
 from utils.device import pick_device
+from utils.evaluation.scoring import Scoring
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 
 EPOCHS = 10  # of the released CIFAR script
-OPTIONS: dict[str, Any] = {"loss": "squared", "nu": 1.0, "learning_rate": 1e-3, "batch_size": 64}
+OPTIONS = NocoOptions(loss="squared", nu=1.0, learning_rate=1e-3, batch_size=64)
+SCORING = Scoring(batch_size=1024)
 
 
 def main() -> None:
@@ -42,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = pick_device("auto")
     dataset = "digits" if arguments.data_root is None else "folder"
-    labelled = read_labelled_set(dataset, arguments.data_root)
+    labelled = find_data_sets(SemanticSet)[dataset].read(arguments.data_root or Path())
     extractor = FrozenExtractor(arguments.backbone, (4,), pooled=True).to(device)
     transform = PairTransform(arguments.image_size, None, "bilinear_shorter")
     extract(extractor, labelled, transform, "test", np.arange(min(64, len(labelled.test))))  # warm
@@ -65,35 +67,48 @@ def time_ours(
     start = time.perf_counter()
     train = extract(extractor, labelled, transform, "train", np.arange(len(labelled.train)))
     test_bank = extract(extractor, labelled, transform, "test", np.arange(len(labelled.test)))
-    tasks = one_class_tasks(labelled, "one-vs-rest", None)
+    tasks = one_class_tasks(labelled, "one-vs-rest")
     for task in tasks:
         test = test_set(test_bank, task.test_labels)
-        head = Noco(extractor.channels, epochs=EPOCHS, **OPTIONS).to(extractor.device)
-        watch = functools.partial(evaluate_step, head, test)
+        head = new_head(extractor, EPOCHS).to(extractor.device)
+        watch = Watch(head, test)
         generator = torch.Generator().manual_seed(0)
         head.fit(train.subset(task.train_indices), generator=generator, monitor=watch)
     return time.perf_counter() - start, len(tasks)
 
 
-def evaluate_step(head: Noco, test: TestSet, step: int, values: dict[str, float]) -> None:
-    """Evaluate on the test set after an epoch, as the released scripts do."""
-    del step, values
-    test.metrics(test.score(head))
+def new_head(extractor: FrozenExtractor, epochs: int) -> Noco:
+    """Return an untrained head."""
+    shape = FeatureShape(extractor.stage_channels)
+    return Noco(shape, dataclasses.replace(OPTIONS, epochs=epochs)).to(extractor.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Evaluates a head on the test set after each epoch, as the released scripts do."""
+
+    head: Noco
+    test: TestSet
+    scores_steps: bool = True
+
+    def __call__(self, _step: int, _values: dict[str, float], /) -> None:
+        """Take the end of an epoch."""
+        self.test.measure(self.test.score(self.head))
 
 
 def time_one_epoch(
     extractor: FrozenExtractor, labelled: LabelledSet, transform: PairTransform
 ) -> tuple[float, float]:
     """Return the seconds of one epoch and of one evaluation, each with its backbone passes."""
-    task = one_class_tasks(labelled, "one-vs-rest", None)[0]
-    head = Noco(extractor.channels, epochs=1, **OPTIONS).to(extractor.device)
+    task = one_class_tasks(labelled, "one-vs-rest")[0]
+    head = new_head(extractor, 1).to(extractor.device)
     start = time.perf_counter()
     bank = extract(extractor, labelled, transform, "train", task.train_indices)
     head.fit(bank, generator=torch.Generator().manual_seed(0))
     middle = time.perf_counter()
     test = extract(extractor, labelled, transform, "test", np.arange(len(labelled.test)))
     scored = test_set(test, task.test_labels)
-    scored.metrics(scored.score(head))
+    scored.measure(scored.score(head))
     return middle - start, time.perf_counter() - middle
 
 
@@ -112,14 +127,14 @@ def extract(
         images=None if whole.images is None else whole.images[indices],
         paths=None if whole.paths is None else tuple(whole.paths[i] for i in indices),
     )
-    loader = BatchLoader(part.dataset(transform), batch_size=32, workers=0, skip_unreadable=False)
+    loader = loader_of(part, transform, workers=0)
     return FeatureBank.extract(extractor, loader, description=split)
 
 
 def test_set(bank: FeatureBank, labels: np.ndarray) -> TestSet:
     """Wrap features and labels for scoring."""
     names = [str(i) for i in range(len(bank))]
-    return TestSet(bank, torch.from_numpy(labels), names=names, kinds=names, batch_size=1024)
+    return TestSet(bank, torch.from_numpy(labels), names=names, kinds=names, scoring=SCORING)
 
 
 if __name__ == "__main__":

@@ -26,21 +26,16 @@ import sklearn.cluster  # noqa: F401  models.features.kmeans imports it late: no
 import torch
 
 import train_mvtec
-from datasets.reading.loading import BatchLoader, ImageDataset
-from datasets.reading.transforms import PairTransform
-from datasets.sets.demo.demo import build_demo
-from datasets.tasks.structured import list_categories, read_category
+from benchmarks.images import WHOLE_224, loader_of, read_tasks
 from models.backbone.extractor import FrozenExtractor
 from utils.device import keep_freed_memory
 from utils.evaluation.scoring import Scores
 from utils.evaluation.test_set import TestSet
-from utils.metrics.evaluate import Metrics
+from utils.metrics.evaluate import Measured
 from utils.runs.files import read_rows
 
 BACKBONE = "tf_efficientnet_lite0"
 LAYERS = (2, 3)  # the preset of noco_cf
-SIZE = 224
-BATCH_SIZE = 32
 FIXED_TIME = ("--select", "last", "--method.time", "300")
 RUNS: dict[str, tuple[str, ...]] = {
     "time chosen on pasted defects": (),
@@ -61,9 +56,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         dataset = "demo" if arguments.data_root is None else "folder"
-        root = build_demo(scratch) if arguments.data_root is None else arguments.data_root
-        words = [dataset, "noco_cf", "--data-root", str(scratch if dataset == "demo" else root)]
-        rounds = [measure(dataset, root, words, scratch) for _ in range(arguments.repeats)]
+        root = arguments.data_root
+        words = [dataset, "noco_cf", *(["--data-root", str(root)] if root else [])]
+        rounds = [measure(root, words, scratch) for _ in range(arguments.repeats)]
     middle = {what: statistics.median(r[what] for r in rounds) for what in rounds[0]}
     bare = middle["bare passes"]
     print(f"{dataset}, {torch.get_num_threads()} threads, median of {arguments.repeats} rounds\n")
@@ -76,9 +71,9 @@ def main() -> None:
         print(f"| {what} | {middle[what + SHARE]:.2f} |")
 
 
-def measure(dataset: str, root: Path, words: list[str], scratch: Path) -> dict[str, float]:
+def measure(root: Path | None, words: list[str], scratch: Path) -> dict[str, float]:
     """Return the seconds of each thing that is compared, and the shares, measured once."""
-    seconds = {"bare passes": clocked(lambda: bare_passes(dataset, root))}
+    seconds = {"bare passes": clocked(lambda: bare_passes(root))}
     for what, options in RUNS.items():
         with tempfile.TemporaryDirectory(dir=scratch) as cache:
             os.environ["NOCO_CACHE"] = cache
@@ -103,19 +98,19 @@ def measure(dataset: str, root: Path, words: list[str], scratch: Path) -> dict[s
 def clocked_metrics() -> Iterator[list[float]]:
     """Give the seconds of each computation of all metrics within the block."""
     seconds: list[float] = []
-    compute = TestSet.metrics
+    compute = TestSet.measure
 
-    def timed(self: TestSet, scores: Scores) -> Metrics:
+    def timed(self: TestSet, scores: Scores) -> Measured:
         start = time.perf_counter()
-        metrics = compute(self, scores)
+        measured = compute(self, scores)
         seconds.append(time.perf_counter() - start)
-        return metrics
+        return measured
 
-    TestSet.metrics = timed  # type: ignore[method-assign]
+    TestSet.measure = timed  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        TestSet.metrics = compute  # type: ignore[method-assign]
+        TestSet.measure = compute  # type: ignore[method-assign]
 
 
 def clocked(run: Callable[[], None]) -> float:
@@ -125,16 +120,12 @@ def clocked(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def bare_passes(dataset: str, root: Path) -> None:
+def bare_passes(root: Path | None) -> None:
     """Decode every image and run the backbone over it."""
     net = FrozenExtractor(BACKBONE, LAYERS)
-    transform = PairTransform(SIZE, None, "opencv_square")
-    for name in list_categories(dataset, root, None):
-        category = read_category(dataset, root, name, visa_split="auto")
-        for samples in (category.train, category.test):
-            images = ImageDataset(samples, transform)
-            loader = BatchLoader(images, batch_size=BATCH_SIZE, workers=2, skip_unreadable=False)
-            for batch in loader:
+    for task in read_tasks(root):
+        for images in (task.train, task.test):
+            for batch in loader_of(images, WHOLE_224):
                 with torch.inference_mode():
                     net.net(net.pixels(batch.images))
 

@@ -10,8 +10,8 @@ timed side by side in one run: ours in full, the released scheme for `--measured
 its evaluation, and projected (it is linear in them). Both take the same head steps, images and
 backbone; "ours, evaluated in every epoch" also looks at the test set as often as the other. The
 released scheme runs the backbone as timm builds it and reads images in worker processes; ours runs
-what `models.backbone.rewriting` makes of it and reads as our scripts do, in threads without a GPU. With
-`--threads` both read that way.
+what `models.backbone.rewriting` makes of it and reads as our scripts do, in threads without a GPU.
+With `--threads` both read that way.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +30,15 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from configs.cache import cache_folder
-from datasets.reading.loading import BatchLoader, ImageDataset, read_masks
+from benchmarks.images import read_tasks
+from datasets.reading.loading import BatchLoader, images_of, read_masks
 from datasets.reading.transforms import PairTransform
-from datasets.samples import Category, Sample
-from datasets.sets.demo.demo import build_demo
-from datasets.tasks.structured import read_category
+from datasets.samples import ImageSet, Task
 from models.backbone.extractor import FrozenExtractor
-from models.methods.noco import Noco
+from models.detector import FeatureShape
+from models.methods.noco import Noco, NocoOptions
 from utils.device import keep_freed_memory, pick_device
+from utils.evaluation.scoring import Scoring
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 
@@ -77,15 +78,14 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of processes without a GPU
     keep_freed_memory()
-    root = arguments.data_root or build_demo(cache_folder())
-    category = read_category("folder", root, arguments.category)
-    bench = Bench(category, arguments)
+    (task,) = read_tasks(arguments.data_root, arguments.category)
+    bench = Bench(task, arguments)
     bench.released(epochs=1)  # warm
     released = bench.released(epochs=arguments.measured)
     scale = EPOCHS / arguments.measured
     ours, watched = bench.ours(watch=False), bench.ours(watch=True)
     total = sum(ours.values())
-    print(f"{len(category.train)} train and {len(category.test)} test images, {EPOCHS} epochs\n")
+    print(f"{len(task.train)} train and {len(task.test)} test images, {EPOCHS} epochs\n")
     print("| stage | released | ours | ours, evaluated in every epoch |")
     print("| --- | ---: | ---: | ---: |")
     for name in released:
@@ -98,26 +98,26 @@ def main() -> None:
 class Bench:
     """Both schemes on one category."""
 
-    def __init__(self, category: Category, arguments: argparse.Namespace) -> None:
+    def __init__(self, task: Task, arguments: argparse.Namespace) -> None:
         self.transform = PairTransform(arguments.image_size, None, "opencv_square")
-        self.category = category
+        self.task = task
         self.size = arguments.image_size
         self.workers = arguments.workers
         self.processes = not arguments.threads
         self.extractor = FrozenExtractor(arguments.backbone, tuple(arguments.layers))
         self.extractor.to(pick_device("auto"))
-        # The released scheme runs the backbone as it was built, ours rewritten (models/frozen.py).
+        # The released scheme runs the backbone as it was built, ours rewritten.
         self.as_built = FrozenExtractor(arguments.backbone, tuple(arguments.layers), rewrite=False)
         self.as_built.to(self.extractor.device)
-        self.labels = torch.tensor([sample.label for sample in category.test])
-        self.masks = read_masks(category.test, self.transform)
+        self.labels = torch.from_numpy(task.test_labels)
+        assert task.test.paths is not None
+        assert task.masks is not None
+        self.masks = read_masks(task.test.paths, task.masks, task.test_labels, self.transform)
 
-    def loader(
-        self, samples: tuple[Sample, ...], batch_size: int, *, processes: bool = False
-    ) -> BatchLoader:
+    def loader(self, images: ImageSet, batch_size: int, *, processes: bool = False) -> BatchLoader:
         """Return batches of decoded images."""
         return BatchLoader(
-            ImageDataset(samples, self.transform),
+            images_of(images, self.transform),
             batch_size=batch_size,
             workers=self.workers,
             skip_unreadable=False,
@@ -126,42 +126,34 @@ class Bench:
 
     def head(self, epochs: int) -> Noco:
         """Return an untrained head."""
-        head = Noco(
-            self.extractor.channels, epochs=epochs, learning_rate=LEARNING_RATE,
-            batch_size=BATCH_SIZE,
-        )  # fmt: skip
+        options = NocoOptions(epochs=epochs, learning_rate=LEARNING_RATE, batch_size=BATCH_SIZE)
+        head = Noco(FeatureShape(self.extractor.stage_channels), options)
         return head.to(self.extractor.device)
 
     def ours(self, *, watch: bool) -> dict[str, float]:
         """Run our scheme in full; return the seconds of its stages."""
         clock = Clock()
         with clock.stage("decode + backbone, train"):
-            train = FeatureBank.extract(self.extractor, self.loader(self.category.train, 32))
+            train = FeatureBank.extract(self.extractor, self.loader(self.task.train, 32))
         with clock.stage("decode + backbone, test"):
-            bank = FeatureBank.extract(self.extractor, self.loader(self.category.test, 32))
+            bank = FeatureBank.extract(self.extractor, self.loader(self.task.test, 32))
         names = [""] * len(bank)
         test = TestSet(
-            bank, self.labels, names=names, kinds=names, masks=self.masks, map_size=self.size,
-            blur_sigma=BLUR_SIGMA,
+            bank, self.labels, names=names, kinds=names, masks=self.masks,
+            scoring=Scoring(self.size, BLUR_SIGMA),
         )  # fmt: skip
         head = self.head(EPOCHS)
 
-        def evaluate(step: int, values: dict[str, float]) -> None:
-            del step, values
-            with clock.stage("head, upsampling, blur"):
-                scores = test.score(head)
-            with clock.stage("metrics"):
-                test.metrics(scores)
-
+        watcher = Watcher(head, test, clock)
         before = sum(clock.seconds.values())
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
-        head.fit(train, generator=generator, monitor=evaluate if watch else None)
+        head.fit(train, generator=generator, monitor=watcher if watch else None)
         fit = time.perf_counter() - start
         watched = sum(clock.seconds.values()) - before
         clock.seconds["head steps"] = fit - watched
         if not watch:
-            evaluate(EPOCHS, {})
+            watcher(EPOCHS, {})
         return clock.seconds
 
     def released(self, *, epochs: int) -> dict[str, float]:
@@ -170,7 +162,7 @@ class Bench:
         head = self.head(1)
         steps = Steps(head)
         for _ in range(epochs):
-            train = self.loader(self.category.train, BATCH_SIZE, processes=self.processes)
+            train = self.loader(self.task.train, BATCH_SIZE, processes=self.processes)
             loader = iter(train)
             while True:
                 with clock.stage("decode + backbone, train"):
@@ -181,7 +173,7 @@ class Bench:
                 with clock.stage("head steps"):
                     steps.take(features)
             maps = []
-            loader = iter(self.loader(self.category.test, BATCH_SIZE, processes=self.processes))
+            loader = iter(self.loader(self.task.test, BATCH_SIZE, processes=self.processes))
             while True:
                 with clock.stage("decode + backbone, test"):
                     batch = next(loader, None)
@@ -203,19 +195,39 @@ class Bench:
         return [gaussian_filter(each, sigma=BLUR_SIGMA) for each in maps.cpu().numpy()]
 
 
+@dataclass(frozen=True)
+class Watcher:
+    """Evaluates a head on the test set after each epoch."""
+
+    head: Noco
+    test: TestSet
+    clock: Clock
+    scores_steps: bool = True
+
+    def __call__(self, _step: int, _values: dict[str, float], /) -> None:
+        """Take the end of an epoch."""
+        with self.clock.stage("head, upsampling, blur"):
+            scores = self.test.score(self.head)
+        with self.clock.stage("metrics"):
+            self.test.measure(scores)
+
+
 class Steps:
     """The optimizer steps of `Noco.fit`, one at a time."""
 
     def __init__(self, head: Noco) -> None:
         self.head = head
         self.optimizer = torch.optim.AdamW(
-            head.parameters(), lr=LEARNING_RATE, weight_decay=head.weight_decay, amsgrad=True
+            head.parameters(),
+            lr=LEARNING_RATE,
+            weight_decay=head.options.weight_decay,
+            amsgrad=True,
         )
 
     def take(self, features: Tensor) -> None:
         """Take one step on features (B, C, H, W)."""
         excess = F.relu(self.head(features) - self.head.radius**2)
-        loss = excess.mean() / self.head.nu
+        loss = excess.mean() / self.head.options.nu
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from models.detector import FeatureShape
 from models.features.multiscale import join_stages
-from models.methods.noco import Noco
-from models.methods.noco_cf import ClosedFormNoco
+from models.methods.noco import Noco, NocoOptions
+from models.methods.noco_cf import NocoCf, NocoCfOptions
 from utils.device import keep_freed_memory, pick_device
 
 SHAPES = {
@@ -62,9 +63,10 @@ def main() -> None:
 
 def both_ways(stages: list[Tensor]) -> list[tuple[Callable[[], object], Callable[[], object]]]:
     """Return (on joined features, ours) for a training step, scoring and the second moment."""
-    channels = sum(stage.shape[1] for stage in stages)
-    trained = Noco(channels).to(stages[0].device)
-    closed = ClosedFormNoco(channels).to(stages[0].device)
+    shape = FeatureShape(tuple(stage.shape[1] for stage in stages))
+    trained = Noco(shape, NocoOptions()).to(stages[0].device)
+    one_centre = NocoCfOptions(prototypes=1, time=(1e4,))
+    closed = NocoCf(shape, one_centre).to(stages[0].device)
     closed.start(torch.Generator())
 
     def step(loss: Callable[[], Tensor]) -> None:
@@ -72,7 +74,7 @@ def both_ways(stages: list[Tensor]) -> list[tuple[Callable[[], object], Callable
         loss().backward()
 
     def joined_loss() -> Tensor:
-        return F.relu(trained(join_stages(stages)) - trained.radius**2).mean() / trained.nu
+        return F.relu(trained(join_stages(stages)) - trained.radius**2).mean() / trained.options.nu
 
     def joined_moment() -> Tensor:
         positions = rearrange(join_stages(stages), "b c h w -> (b h w) c").double()

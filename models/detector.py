@@ -111,7 +111,7 @@ class Monitor(Protocol):
         """Whether it scores images with the detector each time it is called."""
         ...
 
-    def __call__(self, step: int, values: dict[str, float]) -> None:
+    def __call__(self, step: int, values: dict[str, float], /) -> None:
         """Take the number of the step, from 1, and values to log."""
         ...
 
