@@ -23,7 +23,7 @@ from torch import Tensor
 from models.detector import FeatureShape
 from models.features.multiscale import join_stages
 from models.methods.noco import Noco, NocoOptions
-from models.methods.noco_cf import NocoCf, NocoCfOptions
+from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
 from utils.device import keep_freed_memory, pick_device
 
 SHAPES = {

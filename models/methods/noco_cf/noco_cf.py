@@ -45,7 +45,7 @@ from configs.options import FeatureOptions, OnlyWith, Positive, PositiveInt
 from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scored
 from models.errors import ModelError
 from models.features.kmeans import kmeans_centres
-from models.features.matmul import add_product, full_precision, linear
+from models.features.matmul import add_product, full_precision
 from models.features.multiscale import (
     add_second_moment,
     grid_size,
@@ -55,10 +55,9 @@ from models.features.multiscale import (
     project,
 )
 from models.method import Method
+from models.methods.noco_cf.centres import Exported, nearest, offsets_from, smallest
 
 SEVERAL = OnlyWith("prototypes", "above 1", lambda prototypes: prototypes > 1)
-ROUND = 256
-"""Positions of a centre are filled up to multiples of it: `linear` likes few different numbers."""
 FEW_CHANNELS = 4096
 """Channels of the images whose second moment is added at once, in all: as few as fit the cache."""
 MANY_CHANNELS = 16384
@@ -208,12 +207,12 @@ class NocoCf(Detector):
             self._counts += len(stages[0]) * H * W
             return
         positions = rearrange(join_stages(stages), "b c h w -> (b h w) c")  # (P, D)
-        owner = self._nearest(positions, 1)[:, 0]  # (P,)
+        owner = nearest(positions, self.centres, 1)[:, 0]  # (P,)
         sizes = torch.bincount(owner, minlength=len(self.centres))
         product = torch.empty_like(self._sums[0, :-1, :-1], dtype=positions.dtype)
         with full_precision(positions.device):
             for k, rows in enumerate(owner.argsort().split(sizes.tolist())):
-                offsets = self._offsets(positions, rows, k)  # (M, D)
+                offsets = offsets_from(self.centres[k], positions, rows)  # (M, D)
                 add_product(product.zero_(), offsets, offsets)
                 self._sums[k, :-1, :-1] += product
                 self._sums[k, :-1, -1] += offsets.sum(dim=0, dtype=torch.float64)
@@ -257,7 +256,9 @@ class NocoCf(Detector):
             weight, bias = self.filters[0, :, :-1], self.filters[0, :, -1]
             scores = _energy(F.linear(positions, weight, bias))  # (P, 1)
         else:
-            scores = self._smallest(positions, self.filters, _energy)  # (P, 1)
+            scores = smallest(
+                positions, self.centres, self.filters, self.nearest, _energy
+            )  # (P, 1)
         if self.options.loss == "distance":
             scores = scores.sqrt()
         return rearrange(scores, "(b h w) 1 -> b h w", b=B, h=H, w=W)
@@ -268,7 +269,11 @@ class NocoCf(Detector):
 
     def exported(self) -> nn.Module:
         """See `Detector.exported`."""
-        return _Exported(self) if len(self.centres) > 1 else self
+        if len(self.centres) == 1:
+            return self
+        return Exported(
+            self.centres, self.filters, self.nearest, takes_root=self.options.loss == "distance"
+        )
 
     def _scores(
         self,
@@ -295,86 +300,16 @@ class NocoCf(Detector):
             scores = torch.cat(found)  # (P, T)
         else:
             positions = rearrange(join_stages(stages), "b c h w -> (b h w) c")  # (P, D)
-            scores = self._smallest(positions, matrices, energies)  # (P, T)
+            scores = smallest(positions, self.centres, matrices, self.nearest, energies)  # (P, T)
         if self.options.loss == "distance":
             scores = scores.sqrt()
         return rearrange(scores, "(b h w) t -> b h w t", h=H, w=W)
-
-    def _smallest(
-        self, positions: Tensor, matrices: Tensor, energies: Callable[[Tensor, int], Tensor]
-    ) -> Tensor:
-        """Return the smallest energies of positions (P, D), (P, T); see `_scores`."""
-        P = len(positions)
-        centre = rearrange(self._nearest(positions, self.nearest), "p n -> (n p)")
-        order = centre.argsort()
-        sizes = torch.bincount(centre, minlength=len(self.centres)).tolist()
-        parts = []
-        for k, rows in enumerate(order.split(sizes)):
-            offsets = self._offsets(positions, rows % P, k)
-            product = linear(offsets, matrices[k, :, :-1], matrices[k, :, -1])
-            parts.append(energies(product[: len(rows)], k))
-        found = torch.cat(parts)  # (N*P, T), by centre
-        by_position = torch.empty_like(found).index_copy_(0, order, found)
-        return rearrange(by_position, "(n p) t -> n p t", p=P).amin(dim=0)  # (P, T)
-
-    def _offsets(self, positions: Tensor, rows: Tensor, k: int) -> Tensor:
-        """Return the rows' positions relative to the k-th centre, filled up with zeros, (M, D)."""
-        filled = F.pad(rows, (0, -len(rows) % ROUND))
-        offsets = positions.index_select(0, filled).sub_(self.centres[k])
-        offsets[len(rows) :] = 0
-        return offsets
-
-    def _nearest(self, positions: Tensor, count: int) -> Tensor:
-        """Return the indices of the nearest centres, (P, count)."""
-        # |f - c|^2 without |f|^2, which orders the same and needs one product.
-        lengths = self.centres.square().sum(dim=1)  # (K,)
-        distance = linear(positions, -2 * self.centres, lengths)  # (P, K)
-        if count == 1:
-            return distance.argmin(dim=1, keepdim=True)
-        return distance.topk(count, dim=1, largest=False).indices
 
 
 def _energy(filtered: Tensor, k: int = 0) -> Tensor:
     """Return the squared lengths (P, 1) of features behind the filters, (P, R)."""
     del k  # every centre's filter has its weights in it
     return torch.linalg.vector_norm(filtered, dim=1, keepdim=True).square_()
-
-
-class _Exported(nn.Module):
-    """`NocoCf` with several centres, for a graph that any number of images can go through.
-
-    Where the detector sorts features by their nearest centres, this picks each centre's features
-    out of all.
-    """
-
-    centres: Tensor
-    filters: Tensor
-    lengths: Tensor
-
-    def __init__(self, detector: NocoCf) -> None:
-        super().__init__()
-        self.nearest = detector.nearest
-        self.takes_root = detector.options.loss == "distance"
-        self.register_buffer("centres", detector.centres)
-        self.register_buffer("filters", detector.filters)
-        self.register_buffer("lengths", detector.centres.square().sum(dim=1))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return maps (B, H, W) of features (B, C, H, W)."""
-        B, _, H, W = features.shape
-        positions = rearrange(features, "b c h w -> (b h w) c")  # (P, D)
-        distance = torch.addmm(self.lengths, positions, self.centres.T, alpha=-2)  # (P, K)
-        near = distance.topk(self.nearest, dim=1, largest=False).indices  # (P, n)
-        smallest = torch.full_like(distance[:, 0], torch.inf)  # (P,)
-        for k, (centre, matrix) in enumerate(zip(self.centres, self.filters, strict=True)):
-            rows = (near == k).any(dim=1).nonzero().squeeze(1)  # (M,)
-            offsets = positions.index_select(0, rows) - centre  # (M, D)
-            filtered = torch.addmm(matrix[:, -1], offsets, matrix[:, :-1].T)  # (M, R)
-            energies = filtered.square().sum(dim=1)  # (M,)
-            energies = torch.minimum(energies, smallest.index_select(0, rows))
-            smallest = smallest.scatter(0, rows, energies)
-        scores = smallest.sqrt() if self.takes_root else smallest
-        return rearrange(scores, "(b h w) -> b h w", b=B, h=H, w=W)
 
 
 METHOD = Method(
