@@ -12,6 +12,7 @@ from pathlib import Path
 
 from configs.experiment import Experiment
 from configs.options import Role, fields_marked
+from configs.semantic import SemanticExperiment
 from configs.sweep import SweepOptions
 from datasets.samples import DataError
 from pipeline.experiments import SCRIPTS, AnyExperiment, read_tasks
@@ -251,7 +252,7 @@ def plan_run(
     experiment = combination.parse(combination.command(output))
     key = (
         *(combination.script, experiment.dataset, experiment.data_root, experiment.categories),
-        getattr(experiment, "protocol", None),
+        *(experiment.data, isinstance(experiment, SemanticExperiment) and experiment.protocol),
     )
     if key not in listed:
         listed[key] = tuple(task.category for task in read_tasks(experiment))

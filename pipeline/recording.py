@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from configs.semantic import SemanticExperiment
+from configs.structured import StructuredExperiment
 from datasets.data_set import num_categories
 from datasets.reading.images import read_image
 from datasets.reading.transforms import PairTransform
@@ -83,7 +85,7 @@ def record(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) 
         curve = online_curve(fitted.learner, data.train, data.test, generator=generator)
         path = run.folder / "online" / f"{file_stem(category, seed)}.csv"
         save_online_curve(path, curve, title=f"{category}, seed {seed}")
-    keep_maps = getattr(experiment, "save_maps", False)
+    keep_maps = isinstance(experiment, StructuredExperiment) and experiment.save_maps
     for outcome in fitted.outcomes:
         _save(run, data, fitted, outcome, keep_maps=keep_maps)
     alarms = {}
@@ -118,7 +120,7 @@ def draw(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) ->
     task, test, outcome = data.task, data.test, fitted.outcomes[-1]
     folder = run.overlays_folder(task.category, fitted.seed)
     if experiment.map_size is None:
-        is_anomaly = getattr(experiment, "protocol", "") == "leave-one-out"
+        is_anomaly = _leaves_one_out(experiment)
         save_gallery(
             folder / "gallery.png",
             images=lambda i: stored_image(task.test, test.bank.indices[i]),
@@ -248,7 +250,7 @@ def write_table(
     rows = run.rows()
     metrics = [m.name for m in table_metrics(has_maps=experiment.map_size is not None)]
     # The papers' numbers are for one class against the rest.
-    is_published = getattr(experiment, "protocol", "one-vs-rest") == "one-vs-rest"
+    is_published = not _leaves_one_out(experiment)
     reasons = undefined_reasons(rows)
     notes = [RANDOM_WEIGHTS] if extractor.random_weights else []
     shared = any(task.peers for task in tasks)
@@ -276,6 +278,11 @@ def remarks_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return what the fits of a run remark."""
     found = [(row["category"], row["seed"], row["remarks"]) for row in rows if row["remarks"]]
     return [f"{category}, seed {seed}: {text}" for category, seed, text in found]
+
+
+def _leaves_one_out(experiment: AnyExperiment) -> bool:
+    """Whether the class that a task is named after is its anomaly."""
+    return isinstance(experiment, SemanticExperiment) and experiment.protocol == "leave-one-out"
 
 
 def _num_bytes(state: State) -> int:
