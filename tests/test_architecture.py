@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "scripts": {"configs", "models", "datasets", "utils", "pipeline"},
 }
 # Third-party packages that configs may import.
-LIGHT = {"tyro"}
+LIGHT = {"platformdirs", "tyro"}
 MAX_LINES = 350
 MAX_FILES = 16
 MAX_PARAMETERS = 10
