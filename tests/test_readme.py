@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.experiments import SCRIPTS, Script
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```(?:bash|sh|shell|console)\s*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -67,17 +69,18 @@ def parse_only(monkeypatch, tmp_path):
     """Run a script up to the end of its parsing and return the experiment."""
 
     def run(name, arguments):
-        script, found = importlib.import_module(name), []
-        parse = script.parse
+        found, parse = [], Script.parse
 
-        def stop(*args, **options):
-            found.append(parse(*args, **options))
+        def stop(script, words):
+            found.append((script.name, parse(script, words)))
             raise Parsed
 
-        monkeypatch.setattr(script, "parse", stop)
+        monkeypatch.setattr(Script, "parse", stop)
         with pytest.raises(Parsed):
-            script.main(with_runs(name, arguments, tmp_path))
-        return found[0]
+            importlib.import_module(name).main(with_runs(name, arguments, tmp_path))
+        ((parsed_by, experiment),) = found
+        assert parsed_by == name
+        return experiment
 
     return run
 
@@ -87,11 +90,8 @@ def with_runs(name, arguments, tmp_path):
     if "--from-run" not in arguments:
         return arguments
     place = arguments.index("--from-run") + 1
-    script = importlib.import_module(name)
-    if name == "train_mvtec":
-        experiment = script.structured_experiment("mvtec", "noco")
-    else:
-        experiment = script.semantic_experiment("mnist", "noco")
+    dataset = {"train_mvtec": "mvtec", "train_cifar10": "cifar10", "train_mnist": "mnist"}[name]
+    experiment = SCRIPTS[name].catalogue().compose(dataset, "noco")
     (tmp_path / "config.json").write_text(json.dumps(experiment.to_json()))
     return [*arguments[:place], str(tmp_path), *arguments[place + 1 :]]
 

@@ -8,8 +8,10 @@ import torch
 
 import train_mnist
 import train_mvtec
-from models import build_detector, build_extractor
 from models.backbone.extractor import FrozenExtractor
+from models.building import build_detector, build_extractor
+from models.method import find_method
+from models.methods.stpm import StpmOptions
 from tests.datasets.trees import draw_mvtec_category
 from utils.features.store import FeatureStore, default_folder
 from utils.runs.files import read_rows
@@ -90,15 +92,16 @@ def test_digits_are_told_apart(tmp_path, method, options):
 
 
 def test_a_method_on_images_builds_from_what_stands_in_the_extractors_place():
-    source = build_extractor("stpm", "resnet10t", (1, 2), weights="random")
+    stpm = find_method("stpm")
+    assert stpm.takes == {"images"}
+    source = build_extractor(stpm, "resnet10t", (1, 2), weights="random")
     assert source.stage_channels == (3,)
     assert isinstance(source.network, FrozenExtractor)
     assert source.random_weights
-    head = build_detector("stpm", source, {"epochs": 1})
-    assert head.takes == "images"
+    head = build_detector("stpm", source, StpmOptions(epochs=1))
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     assert head(images).shape == (1, 32, 32)
-    lenet = build_extractor("deep_svdd", "lenet", (0,))
+    lenet = build_extractor(find_method("deep_svdd"), "lenet", (0,))
     assert lenet.network is None
     assert not lenet.random_weights
 

@@ -20,8 +20,10 @@ import train_mvtec
 from configs.prediction import ExportOptions
 from datasets.reading.images import read_image
 from datasets.reading.transforms import PairTransform
-from models.deployment import formats as exported
+from models.deployment import formats
 from models.deployment.formats import ONNX_PACKAGES, example_program
+from models.errors import ModelError
+from pipeline import exporting
 from pipeline.finished import load_run
 from tests.datasets.trees import draw_mvtec_category
 from utils.errors import UsageError
@@ -189,7 +191,7 @@ def test_a_semantic_run_has_scores_alone_and_is_checked_on_its_own_array(semanti
     path = export.main([str(semantic), "--format", "torchscript", "--category", "7"])
     said = about(path)
     assert said["output"].keys() == {"scores"}
-    assert said["checked"]["images"] == export.CHECKED
+    assert said["checked"]["images"] == exporting.CHECKED
     assert said["checked"]["scores"]["largest_difference_to_scores_in_run_folder"] < 1e-2
     (scores,) = torch.jit.load(path)(torch.zeros(5, 3, 32, 32, dtype=torch.uint8))
     assert scores.shape == (5,)
@@ -198,7 +200,7 @@ def test_a_semantic_run_has_scores_alone_and_is_checked_on_its_own_array(semanti
 
 def test_a_file_that_disagrees_is_not_written(structured, torchscript_file, capsys, monkeypatch):
     before = torchscript_file.read_bytes()
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     error = refused(capsys, structured, "--format", "torchscript")
     assert "nothing was written: scores differ from the suite's by up to" in error
     assert torchscript_file.read_bytes() == before
@@ -209,9 +211,9 @@ def test_a_difference_that_is_not_a_number_is_one(structured):
     images, wanted = scored(structured)
     expected = {"scores": wanted.images.clone(), "maps": wanted.maps}
     expected["scores"][0] = torch.nan
-    same = exported.Exported(lambda batch: (batch[:, 0, 0, 0].float(), batch[:, 0]), print, {})
+    same = formats.Exported(lambda batch: (batch[:, 0, 0, 0].float(), batch[:, 0]), print, {})
     with pytest.raises(UsageError, match="scores differ from the suite's by up to nan"):
-        export.check(same, images, expected, wanted.images.numpy())
+        exporting.check(same, images, expected, wanted.images.numpy())
 
 
 def test_a_run_in_half_precision_is_exported_in_float32(structured, tmp_path, capsys):
@@ -240,7 +242,7 @@ def test_images_that_are_gone_have_to_be_given(structured, root, tmp_path, capsy
 
 
 def test_missing_packages_are_named_before_anything_is_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(exported.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda _: None)
     error = refused(capsys, tmp_path / "no run")
     assert "pip install -r requirements-export.txt" in error
     assert "not a run folder" in refused(capsys, tmp_path, "--format", "torchscript")
@@ -256,15 +258,15 @@ class Branching(torch.nn.Module):
 @needs_onnx
 def test_a_network_that_no_graph_can_hold_is_refused_in_one_message():
     example = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    with pytest.raises(UsageError, match=r"cannot write this network as ONNX \(.*--format torchs"):
-        exported.to_onnx(Branching().eval(), example, ["scores"], 18)
+    with pytest.raises(ModelError, match=r"cannot write this network as ONNX \(.*--format torchs"):
+        formats.to_onnx(Branching().eval(), example, ["scores"], 18)
 
 
 @needs_onnx
 def test_weights_beyond_the_formats_limit_are_refused(monkeypatch):
-    monkeypatch.setattr(exported, "LARGEST", 10)
-    with pytest.raises(UsageError, match="one ONNX file holds 2"):
-        exported.to_onnx(torch.nn.Linear(3, 3), torch.zeros(2, 3), ["scores"], 18)
+    monkeypatch.setattr(formats, "LARGEST", 10)
+    with pytest.raises(ModelError, match="one ONNX file holds 2"):
+        formats.to_onnx(torch.nn.Linear(3, 3), torch.zeros(2, 3), ["scores"], 18)
 
 
 def test_old_operator_sets_are_refused(structured, capsys):

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+import pipeline.features
 import train_mnist
 import train_mvtec
 import utils.runs.files
@@ -125,7 +127,7 @@ def run_in_process(arguments, errors, file_size=None):
 def start(tmp_path_factory):
     """Start the script in a process of its own; a server forks it, after the slow imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_mvtec"])
+    context.set_forkserver_preload(["train_mvtec", "pipeline.training", "pipeline.recording"])
     errors = tmp_path_factory.mktemp("errors") / "stderr.txt"
 
     def begin(arguments, file_size=None):
@@ -195,13 +197,13 @@ def test_a_category_that_disappears_in_between(images, undisturbed, tmp_path, mo
 def test_all_images_gone_with_skip_unreadable(images, tmp_path, monkeypatch, stopped):
     """Leaving out unreadable images must not end in a category without images."""
     root = Path(shutil.copytree(images, tmp_path / "images"))
-    finish_reading = train_mvtec.build_extractor
+    build = pipeline.features.build_extractor
 
     def lose_all(*args, **kwargs):
         shutil.rmtree(root / "tile")
-        return finish_reading(*args, **kwargs)
+        return build(*args, **kwargs)
 
-    monkeypatch.setattr(train_mvtec, "build_extractor", lose_all)
+    monkeypatch.setattr(pipeline.features, "build_extractor", lose_all)
     message = stopped(root, "--skip-unreadable", "--categories", "tile")
     assert message == "error: tile: train features: not one image could be read"
 
@@ -243,7 +245,7 @@ def test_disk_full(name, images, undisturbed, tmp_path, monkeypatch, stopped):
 
             patch.setattr(utils.runs.run, "append_text", append_half)
         elif name.endswith("safetensors"):
-            save = utils.runs.run.save_file
+            save = safetensors.torch.save_file
 
             def save_half(tensors, path, metadata):
                 if "tile" in path.name:
@@ -251,7 +253,7 @@ def test_disk_full(name, images, undisturbed, tmp_path, monkeypatch, stopped):
                     raise SafetensorError("I/O error: No space left on device (os error 28)")
                 save(tensors, path, metadata=metadata)
 
-            patch.setattr(utils.runs.run, "save_file", save_half)
+            patch.setattr(safetensors.torch, "save_file", save_half)
         else:
             rows = run_folder(tmp_path) / "results.csv"
             full_disk(patch, lambda path: path.name.endswith(name) and (
@@ -458,7 +460,7 @@ def test_a_killed_worker(images, undisturbed, tmp_path, monkeypatch, stopped):
         return BatchLoader(images, **options | {"for_gpu": True})
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_mvtec, "BatchLoader", in_processes)
+        patch.setattr(pipeline.features, "BatchLoader", in_processes)
         patch.setattr(ImageDataset, "__getitem__", die_at_tile)
         message = stopped(images, "--workers", "1")
     assert message.startswith("error: a process that reads images was killed")

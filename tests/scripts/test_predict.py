@@ -19,6 +19,7 @@ import predict
 import train_mnist
 import train_mvtec
 from datasets.reading.images import read_image
+from pipeline.finished import FinishedRun, load_run
 from tests.datasets.trees import draw_mvtec_category, texture
 from tests.datasets.trees import save as save_image
 from utils.runs.files import read_rows
@@ -240,7 +241,7 @@ def test_heads_must_be_named_where_there_are_several(semantic, tmp_path, capsys)
 
 def test_runs_of_earlier_versions_load(copy, root, capsys):
     """Their heads do not say what was chosen, metrics.jsonl does; config.json lacks new fields."""
-    run_now = predict.load_run(copy)
+    run_now = load_run(copy)
     expected = run_now.detector("cloth", 0).state_dict()
     path = copy / "heads/cloth-seed0.safetensors"
     metadata = {"category": "cloth", "seed": "0", "select": "synthetic"}
@@ -249,7 +250,7 @@ def test_runs_of_earlier_versions_load(copy, root, capsys):
     assert config.pop("calibration_share") == 0.4
     config.pop("false_alarm_rate")
     (copy / "config.json").write_text(json.dumps(config))
-    old = predict.load_run(copy)
+    old = load_run(copy)
     assert old.experiment.calibration_share == 0
     again = old.detector("cloth", 0)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
@@ -354,7 +355,7 @@ def test_memory_does_not_grow_with_the_number_of_images(structured, root, tmp_pa
             peak[half] = max(peak[half], process.memory_info().rss)
             time.sleep(0.005)
 
-    finished = predict.load_run(structured)
+    finished = load_run(structured)
     detector = finished.detector("cloth", 0)
     options = predict.PredictOptions(
         structured, (str(images),), threshold=0.0, workers=0, maps="none"
@@ -374,7 +375,7 @@ def test_memory_does_not_grow_with_the_number_of_images(structured, root, tmp_pa
 
 def test_a_kill_loses_at_most_a_batch(structured, root, tmp_path, monkeypatch):
     scored = []
-    score = predict.FinishedRun.score
+    score = FinishedRun.score
 
     def interrupted(self, detector, images):
         if len(scored) == 2:
@@ -382,7 +383,7 @@ def test_a_kill_loses_at_most_a_batch(structured, root, tmp_path, monkeypatch):
         scored.append(len(images))
         return score(self, detector, images)
 
-    monkeypatch.setattr(predict.FinishedRun, "score", interrupted)
+    monkeypatch.setattr(FinishedRun, "score", interrupted)
     with pytest.raises(SystemExit) as stop:
         run(structured, root / "cloth/test", "--out", tmp_path, "--batch-size", "4",
             "--threshold", "0")  # fmt: skip

@@ -74,7 +74,7 @@ def read(monkeypatch):
     counts, item, stage_maps = Counter(), ImageDataset.__getitem__, FrozenExtractor.stage_maps
 
     def counted(self, index):
-        counts[self.samples[index].path] += 1
+        counts[self.paths[index]] += 1
         return item(self, index)
 
     def seen(self, images):

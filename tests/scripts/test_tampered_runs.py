@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import train_mvtec
-from configs.structured import structured_experiment
 from figures import compare, loss_curve
 from figures.compare import lines_of, read_runs_by_data
 from figures.shared.run_log import read_runs
+from pipeline.experiments import structured_catalogue
 from utils.errors import RunError
 from utils.runs.run import Run
 
-CONFIG = structured_experiment("folder", "noco").to_json()
+CONFIG = structured_catalogue().compose("folder", "noco").to_json()
 METRICS = {"image_auroc": 0.9, "pixel_auroc": 0.8, "aupro": 0.7}
 ROW = {"category": "wood", "seed": 0, "select": "last", **METRICS, "fit_seconds": 1.5}
 
@@ -148,6 +148,8 @@ FOREIGN = {
     "nested": {"method": {"epochs": {"a": [1]}}},
     "options are a list": {"method": [1, 2]},
     "option nobody has": {"method": {"__class__": "x"}},
+    "options of its data are text": {"data": "csv"},
+    "option its data have not": {"data": {"split": "csv"}},
     "layers are text": {"layers": "23"},
     "seeds are text": {"seeds": ["0"]},
     "categories are numbers": {"categories": [1]},

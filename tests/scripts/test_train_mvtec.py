@@ -14,18 +14,20 @@ from sklearn.metrics import roc_auc_score
 
 from datasets.reading.images import read_image, read_mask
 from models.backbone.extractor import FrozenExtractor
-from models.methods.noco import Noco
+from models.detector import FeatureShape
+from models.methods.noco import Noco, NocoOptions
 from tests.datasets.trees import draw_mvtec_category, draw_visa_category, texture, write_visa_csv
 from tests.datasets.trees import save as save_image
 from train_mvtec import main
 from utils.evaluation.smoothing import upsample_and_blur
-from utils.metrics.metrics import METRIC_NAMES
+from utils.metrics.metrics import metric_names
 from utils.runs.files import read_rows
 from utils.runs.run import Run
 
 SIZE = 64
 SIDE = 24  # of a defect
 CATEGORIES = ("cloth", "wood")
+TABLES = ("table.md", "table.tex", "table.csv", "table.json")
 QUICK = (
     *("--backbone", "tf_efficientnet_lite0", "--image-size", str(SIZE), "--crop-size", "none"),
     *("--method.epochs", "3", "--method.batch-size", "4", "--method.learning-rate", "1e-3"),
@@ -164,7 +166,7 @@ def test_every_file_of_the_run_is_there_and_readable(full, root):
             assert [x["event"] for x in events] == ["data", "step", "step", "step"]
             losses = [x["loss"] for x in events[1:]]
             assert losses == sorted(losses, reverse=True)
-    for name in ("table.md", "table.tex", "table.csv"):
+    for name in TABLES:
         text = (full / name).read_text()
         assert all(category in text for category in (*CATEGORIES, "mean"))
     assert "n = 2 seeds (0, 1)" in (full / "table.md").read_text()
@@ -205,7 +207,7 @@ def test_saved_head_gives_the_saved_scores(full):
     images = torch.stack(
         [torch.from_numpy(read_image(Path(path))).permute(2, 0, 1) for path in scores["path"]]
     )
-    head = Noco(extractor.channels)
+    head = Noco(FeatureShape(extractor.stage_channels), NocoOptions())
     head.load_state_dict(run.load_head("wood", 1)[0])
     with torch.no_grad():
         features = extractor.assemble([m.half() for m in extractor.stage_maps(images)])
@@ -244,7 +246,7 @@ def test_interrupted_run_continues_to_the_same_bytes(full, root, tmp_path, monke
     assert len(resumed) == 2
     assert folder.name == full.name
     assert measured(folder) == measured(full)
-    for name in ("metrics.jsonl", "config.json", "table.md", "table.csv", "table.tex"):
+    for name in ("metrics.jsonl", "config.json", *TABLES):
         assert (folder / name).read_bytes() == (full / name).read_bytes(), name
     for category in CATEGORIES:
         for seed in (0, 1):
@@ -357,7 +359,7 @@ def test_without_ground_truth_pixel_metrics_are_dashes(full, root, tmp_path):
     folder = train(tmp_path / "images", tmp_path)
     (row,) = measured(folder)
     expected = next(row for row in measured(full) if row["category"] == "wood")
-    for name in METRIC_NAMES:
+    for name in metric_names():
         if name.startswith("image"):
             assert row[name] == expected[name]
         else:
@@ -450,14 +452,14 @@ def test_visa_runs_in_its_own_layout(tmp_path):
         tmp_path / "images",
         tmp_path,
         *("--categories", "candle", "pcb1", "--method.epochs", "1", "--image-size", "64"),
-        *("--crop-size", "56", "--visa-split", "csv"),
+        *("--crop-size", "56", "--data.split", "csv"),
         dataset="visa",
     )
     for row in measured(folder):
         assert (row["num_train"], row["num_test"]) == (4, 4)
         assert row["aupro"] > 0.5
     config = json.loads((folder / "config.json").read_text())
-    assert (config["resize"], config["visa_split"]) == ("lanczos_shorter", "csv")
+    assert (config["resize"], config["data"]) == ("lanczos_shorter", {"split": "csv"})
 
 
 @pytest.mark.slow

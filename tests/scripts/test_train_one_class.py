@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+import pipeline.features
 import train_cifar10
 import train_mnist
 from models.backbone.extractor import FrozenExtractor
@@ -30,7 +31,7 @@ def train_digits(output, *options):
 @pytest.fixture
 def seen(monkeypatch, tmp_path):
     """How many images each call of the backbone got; none finds its features on disk."""
-    monkeypatch.setattr(train_cifar10, "default_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(pipeline.features, "default_folder", lambda: tmp_path / "cache")
     counts = []
     stage_maps = FrozenExtractor.stage_maps
 
@@ -104,7 +105,7 @@ def test_every_file_of_the_run_is_there_and_readable(digits):
         assert not (digits / f"overlays/{category}-seed1").exists()
     lines = [json.loads(line) for line in (digits / "metrics.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["data", "step", "step"] * 6
-    for name in ("table.md", "table.tex", "table.csv"):
+    for name in ("table.md", "table.tex", "table.csv", "table.json"):
         text = (digits / name).read_text()
         assert "mean" in text
         assert "pixel" not in text
@@ -152,7 +153,7 @@ def test_interrupted_run_continues_to_the_same_results(digits, tmp_path, monkeyp
     assert len(measured(folder)) == 3
     assert train_digits(tmp_path, "--seeds", "0", "1") == folder
     assert measured(folder) == measured(digits)
-    for name in ("metrics.jsonl", "config.json", "table.md", "table.csv"):
+    for name in ("metrics.jsonl", "config.json", "table.md", "table.csv", "table.json"):
         assert (folder / name).read_bytes() == (digits / name).read_bytes(), name
 
     seen.clear()
@@ -198,12 +199,13 @@ def class_folders(tmp_path_factory):
     return root
 
 
-def train_folder(root, output, *options):
+def train_folder(root, output, *options, method="noco"):
     """Run train_cifar10.py on a folder of classes and return its run folder."""
-    arguments = ["folder", "--data-root", str(root), "--output", str(output)]
+    arguments = ["folder", method, "--data-root", str(root), "--output", str(output)]
     arguments += ["--backbone", "tf_efficientnet_lite0", "--layers", "3"]
-    arguments += ["--image-size", "64", "--crop-size", "none", "--method.batch-size", "8"]
-    arguments += ["--workers", "0", "--overlays", "2", "--method.epochs", "20"]
+    arguments += ["--image-size", "64", "--crop-size", "none", "--workers", "0", "--overlays", "2"]
+    if method == "noco":
+        arguments += ["--method.batch-size", "8", "--method.epochs", "20"]
     return train_cifar10.main([*arguments, *options])
 
 
@@ -235,6 +237,23 @@ def test_leave_one_out_trains_on_all_other_classes(class_folders, tmp_path):
     scores = Run.read(folder).load_scores("rings", 0)
     assert scores["label"].tolist() == [0] * 8 + [1] * 8 + [0] * 8
     assert "leave-one-out" in (folder / "table.md").read_text()
+
+
+def test_a_class_that_is_left_out_may_have_a_single_training_image(tmp_path, seen):
+    """Turned images are made for the tasks of all classes; such a class has no task."""
+    root = tmp_path / "classes"
+    draw_class_folders(root)
+    for path in sorted((root / "train/stripes").iterdir())[1:]:
+        path.unlink()
+    options = ("--method.prototypes", "1", "--select", "synthetic")
+    chosen = ("--categories", "checks", "rings")
+    rows = measured(train_folder(root, tmp_path, *options, *chosen, method="noco_cf"))
+    assert [row["category"] for row in rows] == ["checks", "rings"]
+    for row in rows:
+        assert (row["select"], row["num_train"], row["num_test"]) == ("synthetic", 10, 24)
+        assert row["image_auroc"] > 0.9
+    # Two of ten images of either class are held out and turned.
+    assert sum(seen) == 21 + 24 + 2 * 2
 
 
 def test_unreadable_images_shift_nothing(class_folders, tmp_path):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.cli import exits_cleanly
+from models.errors import ModelError
+from utils.cli import FOR_THE_USER, exits_cleanly
 from utils.device import pick_device
 from utils.errors import UsageError
 
@@ -32,7 +33,7 @@ def test_a_script_that_works_returns_its_result():
     assert (main.__name__, main.__doc__) == ("main", "Adds.")
 
 
-@pytest.mark.parametrize("kind", [KnownError, UsageError])
+@pytest.mark.parametrize("kind", [KnownError, *FOR_THE_USER])
 def test_expected_errors_are_one_message_and_exit_code_2(kind, capsys):
     with pytest.raises(SystemExit) as exit_:
         ending_with(kind("no folder here; pass --data-root"))(1)
@@ -40,6 +41,15 @@ def test_expected_errors_are_one_message_and_exit_code_2(kind, capsys):
     printed = capsys.readouterr()
     assert printed.err == "error: no folder here; pass --data-root\n"
     assert printed.out == ""
+
+
+def test_a_models_error_is_told_with_the_options_that_mend_it(capsys):
+    error = ModelError("too few features", {"num_neighbors": "lower", "search": "or use exact"})
+    with pytest.raises(SystemExit):
+        ending_with(error)(1)
+    assert capsys.readouterr().err == (
+        "error: too few features; lower --method.num-neighbors; or use exact --method.search\n"
+    )
 
 
 def test_our_own_defects_keep_their_traceback():

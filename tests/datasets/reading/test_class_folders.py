@@ -1,10 +1,15 @@
+import functools
+
 import pytest
 from PIL import Image
 
-from datasets.reading.loading import BatchLoader
+from datasets.reading.class_folders import read_cats_and_dogs, read_class_folders
+from datasets.reading.loading import BatchLoader, images_of
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError
-from datasets.tasks.labelled import read_labelled_set
+
+read_folder = functools.partial(read_class_folders, name="folder")
+read_pets = functools.partial(read_cats_and_dogs, name="cats_vs_dogs")
 
 
 def write_images(folder, names):
@@ -25,7 +30,7 @@ def test_folder_of_classes(tmp_path):
     write_class_folders(tmp_path)
     (tmp_path / "train" / "bolt" / "notes.txt").write_text("no image")
     (tmp_path / "train" / "bolt" / "._0.png").write_text("a resource fork")
-    folder = read_labelled_set("folder", tmp_path)
+    folder = read_folder(tmp_path)
     assert folder.class_names == ("bolt", "screw", "alien")
     assert folder.train.labels.tolist() == [0, 0, 0, 1, 1]
     assert folder.test.labels.tolist() == [0, 1, 2]
@@ -42,7 +47,7 @@ def test_folder_of_classes(tmp_path):
 def test_folder_images_load(tmp_path):
     write_class_folders(tmp_path)
     transform = PairTransform(image_size=4, crop_size=None, resize="bilinear_shorter")
-    dataset = read_labelled_set("folder", tmp_path).train.dataset(transform)
+    dataset = images_of(read_folder(tmp_path).train, transform)
     batches = list(BatchLoader(dataset, batch_size=5, workers=0, skip_unreadable=False))
     assert batches[0].images.shape == (5, 3, 4, 4)
 
@@ -51,28 +56,28 @@ def test_unpacked_archive_is_descended_into(tmp_path):
     write_class_folders(tmp_path / "my_set")
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "my_set.zip").write_text("the archive itself")
-    assert len(read_labelled_set("folder", tmp_path).train) == 5
+    assert len(read_folder(tmp_path).train) == 5
 
 
 def test_folder_messages(tmp_path):
     with pytest.raises(DataError, match=r"nowhere does not exist.*--data-root"):
-        read_labelled_set("folder", tmp_path / "nowhere")
+        read_folder(tmp_path / "nowhere")
     write_images(tmp_path / "train" / "screw", ["a.png"])
     with pytest.raises(DataError, match=r"no train/ and test/ folders side by side.*train"):
-        read_labelled_set("folder", tmp_path)
+        read_folder(tmp_path)
     (tmp_path / "test").mkdir()
     with pytest.raises(DataError, match=r"test holds no folder of images"):
-        read_labelled_set("folder", tmp_path)
+        read_folder(tmp_path)
     (tmp_path / "train" / "bolt").mkdir()
     with pytest.raises(DataError, match=r"bolt holds no image .*\.png"):
-        read_labelled_set("folder", tmp_path)
+        read_folder(tmp_path)
 
 
 def test_cats_vs_dogs_with_named_test_files(tmp_path):
     write_images(tmp_path / "train" / "cat", ["cat.0.jpg", "cat.1.jpg"])
     write_images(tmp_path / "train" / "dog", ["dog.0.jpg", "dog.1.jpg"])
     write_images(tmp_path / "test", ["dog.7.jpg", "cat.5.jpg", "Cat.6.JPG", "dog.8.jpg"])
-    pets = read_labelled_set("cats_vs_dogs", tmp_path)
+    pets = read_pets(tmp_path)
     assert pets.class_names == ("cat", "dog")
     assert pets.train.labels.tolist() == [0, 0, 1, 1]
     for path, label in zip(pets.test.paths, pets.test.labels, strict=True):
@@ -84,7 +89,7 @@ def test_cats_vs_dogs_with_class_folders(tmp_path):
     for split in ("train", "test"):
         write_images(tmp_path / split / "dog", ["0.jpg", "1.jpg"])
         write_images(tmp_path / split / "cat", ["0.jpg"])
-    pets = read_labelled_set("cats_vs_dogs", tmp_path)
+    pets = read_pets(tmp_path)
     assert pets.train.labels.tolist() == pets.test.labels.tolist() == [0, 1, 1]
 
 
@@ -92,7 +97,7 @@ def test_cats_vs_dogs_messages(tmp_path):
     write_images(tmp_path / "train" / "cat", ["cat.0.jpg"])
     write_images(tmp_path / "test", ["cat.5.jpg", "12.jpg"])
     with pytest.raises(DataError, match=r"train holds no dog: .*dog\.\*"):
-        read_labelled_set("cats_vs_dogs", tmp_path)
+        read_pets(tmp_path)
     write_images(tmp_path / "train" / "dog", ["dog.0.jpg"])
     with pytest.raises(DataError, match=r"12\.jpg: neither a cat nor a dog by its name"):
-        read_labelled_set("cats_vs_dogs", tmp_path)
+        read_pets(tmp_path)

@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile
 
+from datasets.data_set import StructuredSet, find_data_sets
 from datasets.reading.images import MAX_PIXELS, read_image, read_mask, read_size
-from datasets.reading.loading import BatchLoader, ImageDataset, read_masks
+from datasets.reading.loading import BatchLoader, ImageDataset, images_of, read_masks
 from datasets.reading.transforms import PairTransform
-from datasets.samples import DataError, Sample
-from datasets.tasks.structured import list_categories, read_category
+from datasets.samples import DataError
+from datasets.tasks.structured import list_categories, structured_tasks
 from tests.datasets.trees import save, texture
 
 SUFFIXES = (".png", ".jpg", ".bmp", ".tif", ".webp", ".ppm")
@@ -344,7 +345,7 @@ def test_a_strip_that_resizing_would_blow_up_is_refused_by_name(tmp_path):
     path = save(tmp_path / "a.png", np.zeros((3, 20_000, 3), dtype=np.uint8))
     for resize in ("lanczos_shorter", "bilinear_shorter"):
         transform = PairTransform(256, 224, resize)
-        dataset = ImageDataset([Sample(path, 0)], transform)
+        dataset = ImageDataset([path], transform)
         loader = BatchLoader(dataset, batch_size=1, workers=0, skip_unreadable=False)
         with pytest.raises(DataError, match=r"a\.png.*1706666 x 256 pixels.*pass --skip-unread"):
             list(loader)
@@ -414,10 +415,9 @@ def test_mask_stays_on_its_defect_however_exif_turns(tmp_path, orientation, mask
         Image.fromarray(mask).save(tmp_path / "mask.png", exif=exif)
     else:
         Image.fromarray(np.ascontiguousarray(turn(mask, orientation))).save(tmp_path / "mask.png")
-    sample = Sample(tmp_path / "a.png", 1, "hole", tmp_path / "mask.png")
     transform = PairTransform(64, None, "opencv_square")
-    bright = transform.image(read_image(sample.path))[:, :, 0] > 180
-    (drawn,) = read_masks([sample], transform).numpy()
+    bright = transform.image(read_image(tmp_path / "a.png"))[:, :, 0] > 180
+    (drawn,) = read_masks([tmp_path / "a.png"], [tmp_path / "mask.png"], [1], transform).numpy()
     assert drawn.sum() > 100
     assert (bright & drawn).sum() > 0.9 * (bright | drawn).sum()
 
@@ -498,8 +498,8 @@ def mixed_folder(tmp_path_factory):
 def test_odd_files_through_the_loader(mixed_folder, workers, for_gpu):
     folder, expected = mixed_folder
     transform = PairTransform(32, None, "opencv_square")
-    samples = [Sample(folder / f"{index:03d}.png", 0) for index in range(len(expected))]
-    dataset = ImageDataset(samples, transform)
+    paths = [folder / f"{index:03d}.png" for index in range(len(expected))]
+    dataset = ImageDataset(paths, transform)
     options = {"batch_size": 8, "workers": workers, "for_gpu": for_gpu}
     loader = BatchLoader(dataset, skip_unreadable=True, **options)
     read = {i: image for b in loader for i, image in zip(b.indices, b.images, strict=True)}
@@ -546,16 +546,18 @@ def test_odd_names_of_folders_and_files(tmp_path, name):
         pytest.skip(f"this file system refuses the name ({error})")
     save(category / f"test/{name}/{name}.png", image)
     save(category / f"ground_truth/{name}/{name}_mask.png", image[:, :, 0] > 128)
-    assert list_categories("folder", tmp_path, None) == (name,)
-    read = read_category("folder", tmp_path, name)
+    folder = find_data_sets(StructuredSet)["folder"]
+    assert list_categories(folder, tmp_path) == (name,)
+    (task,) = structured_tasks(folder, tmp_path, [name], folder.options)
     transform = PairTransform(24, None, "opencv_square")
     loader = BatchLoader(
-        ImageDataset(read.train, transform), batch_size=1, workers=1, skip_unreadable=False
+        images_of(task.train, transform), batch_size=1, workers=1, skip_unreadable=False
     )
     (batch,) = loader
     np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0), image)
-    np.testing.assert_array_equal(read_masks(read.test, transform)[0], image[:, :, 0] > 128)
-    read.train[0].path.write_bytes(b"")
+    (mask,) = read_masks(task.test.paths, task.masks, task.test_labels, transform)
+    np.testing.assert_array_equal(mask, image[:, :, 0] > 128)
+    task.train.paths[0].write_bytes(b"")
     with pytest.raises(DataError, match="cannot read the image") as refusal:
         list(loader)
     assert name in str(refusal.value)

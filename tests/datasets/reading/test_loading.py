@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+import datasets
 from datasets.reading.loading import (
     BATCHES_AHEAD,
     ArrayDataset,
@@ -22,7 +23,7 @@ from datasets.reading.loading import (
     read_masks,
 )
 from datasets.reading.transforms import PairTransform
-from datasets.samples import DataError, Sample
+from datasets.samples import DataError
 from datasets.synthetic import SyntheticDataset, cutpaste, rotate
 from tests.datasets.trees import add_defect, save, texture
 
@@ -30,12 +31,9 @@ TRANSFORM = PairTransform(32, None, "opencv_square")
 
 
 @pytest.fixture
-def samples(tmp_path):
+def paths(tmp_path):
     rng = np.random.default_rng(0)
-    return [
-        Sample(save(tmp_path / f"{index}.png", texture(rng, (40, 36))), label=0)
-        for index in range(7)
-    ]
+    return [save(tmp_path / f"{index}.png", texture(rng, (40, 36))) for index in range(7)]
 
 
 def loader(dataset, *, workers=0, for_gpu=False, skip=False, batch_size=3):
@@ -59,8 +57,8 @@ def truncate(path):
 
 
 @WAYS
-def test_batches_come_in_order(samples, workers, for_gpu):
-    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu)
+def test_batches_come_in_order(paths, workers, for_gpu):
+    batches = loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu)
     assert len(batches) == 3
     assert batches.num_images == 7
     for _ in range(2):
@@ -71,48 +69,48 @@ def test_batches_come_in_order(samples, workers, for_gpu):
         assert images.shape == (7, 3, 32, 32)
         assert images.dtype == torch.uint8
         assert batches.skipped == []
-    with Image.open(samples[5].path) as image:
+    with Image.open(paths[5]) as image:
         expected = TRANSFORM.image(np.asarray(image))
     np.testing.assert_array_equal(images[5].permute(1, 2, 0), expected)
 
 
 @WAYS
-def test_truncated_image_is_named(samples, workers, for_gpu):
-    truncate(samples[4].path)
+def test_truncated_image_is_named(paths, workers, for_gpu):
+    truncate(paths[4])
     with pytest.raises(DataError, match=r"cannot read the image .*4\.png.*--skip-unreadable"):
-        list(loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu))
+        list(loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu))
 
 
 @WAYS
-def test_unreadable_images_are_left_out_and_listed(samples, workers, for_gpu):
-    truncate(samples[1].path)
-    samples[6].path.unlink()
-    batches = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
+def test_unreadable_images_are_left_out_and_listed(paths, workers, for_gpu):
+    truncate(paths[1])
+    paths[6].unlink()
+    batches = loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
     for _ in range(2):
         found = list(batches)
         # The last batch has no image left.
         assert [batch.indices for batch in found] == [[0, 2], [3, 4, 5]]
         assert [len(batch.images) for batch in found] == [2, 3]
         (cut, cut_error), (gone, gone_error) = batches.skipped
-        assert (cut, gone) == (samples[1].path, samples[6].path)
+        assert (cut, gone) == (paths[1], paths[6])
         assert "truncated" in cut_error
         assert "not found" in gone_error
-    save(samples[1].path, texture(np.random.default_rng(1), (8, 8)))
-    save(samples[6].path, texture(np.random.default_rng(1), (8, 8)))
+    save(paths[1], texture(np.random.default_rng(1), (8, 8)))
+    save(paths[6], texture(np.random.default_rng(1), (8, 8)))
     assert sum(len(batch.indices) for batch in batches) == 7
     assert batches.skipped == []
 
 
 @WAYS
-def test_some_images_in_any_order(samples, workers, for_gpu):
-    truncate(samples[1].path)
-    whole = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
+def test_some_images_in_any_order(paths, workers, for_gpu):
+    truncate(paths[1])
+    whole = loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
     assert whole.indices == [0, 1, 2, 3, 4, 5, 6]
     some = whole.at([5, 1, 0, 2, 5, 6])
     assert (some.indices, some.num_images, len(some)) == ([5, 1, 0, 2, 5, 6], 6, 2)
     found = list(some)
     assert [batch.indices for batch in found] == [[5, 0], [2, 5, 6]]
-    assert [path for path, _ in some.skipped] == [samples[1].path]
+    assert [path for path, _ in some.skipped] == [paths[1]]
     images = dict(zip([0, 2, 3, 4, 5, 6], torch.cat([b.images for b in whole]), strict=True))
     for batch in found:
         for index, image in zip(batch.indices, batch.images, strict=True):
@@ -123,7 +121,7 @@ def test_some_images_in_any_order(samples, workers, for_gpu):
     assert list(whole.at([])) == []
     prints = [json.dumps(part.fingerprint()) for part in (whole, some, again)]
     assert len(set(prints)) == 3
-    strict = loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu).at([1])
+    strict = loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu).at([1])
     assert whole.skips_unreadable > strict.skips_unreadable
     with pytest.raises(DataError, match=r"cannot read the image .*1\.png.*--skip-unreadable"):
         list(strict)
@@ -136,10 +134,10 @@ def test_empty_data_set_gives_no_batches():
 
 
 @WAYS
-def test_loading_leaves_the_global_generator_alone(samples, workers, for_gpu):
+def test_loading_leaves_the_global_generator_alone(paths, workers, for_gpu):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    list(loader(ImageDataset(samples, TRANSFORM), workers=workers, for_gpu=for_gpu))
+    list(loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -157,8 +155,8 @@ class WorkerState:
         raise NotImplementedError
 
 
-def test_processes_have_one_thread_and_leave_interrupts_to_the_main_process(samples):
-    batches = list(loader(ImageDataset(samples, WorkerState()), workers=2, for_gpu=True))
+def test_processes_have_one_thread_and_leave_interrupts_to_the_main_process(paths):
+    batches = list(loader(ImageDataset(paths, WorkerState()), workers=2, for_gpu=True))
     states = torch.cat([batch.images for batch in batches]).flatten(1)  # (7, 3)
     assert (states[:, 0] == 1).all()
     assert (states[:, 1] == 1).all()
@@ -226,7 +224,7 @@ def test_interrupt_ends_quickly_with_one_traceback(tmp_path, for_gpu):
             """
         ).replace("FOR_GPU", str(for_gpu))
     )
-    root = Path(__file__).parents[2]
+    root = Path(datasets.__file__).parents[1]
     process = subprocess.Popen(
         [sys.executable, script],
         env={**os.environ, "PYTHONPATH": str(root)},
@@ -276,69 +274,70 @@ def defective(tmp_path):
     image, mask = add_defect(texture(rng, (40, 36)), "hole", rng)
     path = save(tmp_path / "defective.png", image)
     mask_path = save(tmp_path / "defective_mask.png", mask)
-    return Sample(path, label=1, defect="hole", mask_path=mask_path), mask
+    return path, mask_path, mask
 
 
-def test_read_masks(samples, defective):
-    sample, mask = defective
-    masks = read_masks([samples[0], sample, samples[1]], TRANSFORM)
+def test_read_masks(paths, defective):
+    path, mask_path, mask = defective
+    images = [paths[0], path, paths[1]]
+    masks = read_masks(images, [None, mask_path, None], [0, 1, 0], TRANSFORM)
     assert masks.shape == (3, 32, 32)
     assert masks.dtype == torch.bool
     np.testing.assert_array_equal(masks[1], TRANSFORM.mask(mask))
     assert masks[1].any()
     assert not masks[0].any()
     assert not masks[2].any()
-    assert read_masks([], TRANSFORM).shape == (0, 32, 32)
+    assert read_masks([], [], [], TRANSFORM).shape == (0, 32, 32)
 
 
 def test_mask_of_another_size_is_named(defective):
-    sample, mask = defective
-    save(sample.mask_path, mask[:, :-1])
+    path, mask_path, mask = defective
+    save(mask_path, mask[:, :-1])
     message = r"defective_mask\.png is 39 x 36 pixels, its image .*defective\.png is 40 x 36"
     with pytest.raises(DataError, match=message):
-        read_masks([sample], TRANSFORM)
+        read_masks([path], [mask_path], [1], TRANSFORM)
 
 
 def test_mask_of_an_image_turned_by_exif(defective):
-    sample, mask = defective
+    path, mask_path, mask = defective
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    with Image.open(sample.path) as image:
+    with Image.open(path) as image:
         pixels = image.copy()
-    pixels.save(sample.path, exif=exif)
+    pixels.save(path, exif=exif)
     with pytest.raises(DataError, match=r"is 40 x 36 pixels, its image .* is 36 x 40"):
-        read_masks([sample], TRANSFORM)
-    save(sample.mask_path, np.rot90(mask, 3))
+        read_masks([path], [mask_path], [1], TRANSFORM)
+    save(mask_path, np.rot90(mask, 3))
     np.testing.assert_array_equal(
-        read_masks([sample], TRANSFORM)[0], TRANSFORM.mask(np.rot90(mask, 3))
+        read_masks([path], [mask_path], [1], TRANSFORM)[0], TRANSFORM.mask(np.rot90(mask, 3))
     )
 
 
-def test_defect_without_mask_is_refused(samples):
+def test_defect_without_mask_is_refused(paths):
     with pytest.raises(DataError, match=r"anomalous image .*0\.png has no mask"):
-        read_masks([Sample(samples[0].path, label=1, defect="hole")], TRANSFORM)
+        read_masks(paths[:1], [None], [1], TRANSFORM)
 
 
 def test_unreadable_mask_is_named(defective):
-    sample, _ = defective
-    truncate(sample.mask_path)
+    path, mask_path, _ = defective
+    truncate(mask_path)
     with pytest.raises(DataError, match=r"cannot read the image .*defective_mask\.png"):
-        read_masks([sample], TRANSFORM)
+        read_masks([path], [mask_path], [1], TRANSFORM)
 
 
 def test_fingerprint_changes_with_files_transform_and_drawing(tmp_path):
-    samples = []
-    for index in range(3):
+    paths = [
         save(tmp_path / f"{index}.png", texture(np.random.default_rng(index), (20, 20)))
-        samples.append(Sample(tmp_path / f"{index}.png", label=0))
+        for index in range(3)
+    ]
     small, large = (PairTransform(size, None, "opencv_square") for size in (16, 24))
 
     def prints():
-        images = ImageDataset(samples, small)
+        images = ImageDataset(paths, small)
         return [
             images.fingerprint(),
-            ImageDataset(samples, large).fingerprint(),
-            ImageDataset(samples[:2], small).fingerprint(),
+            ImageDataset(paths, large).fingerprint(),
+            ImageDataset(paths[:2], small).fingerprint(),
             SyntheticDataset(images, cutpaste).fingerprint(),
             SyntheticDataset(images, rotate).fingerprint(),
             SyntheticDataset(images, cutpaste, copies=2).fingerprint(),

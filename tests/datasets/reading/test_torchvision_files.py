@@ -13,11 +13,15 @@ import pytest
 import torchvision.datasets.cifar
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
+from datasets.data_set import SemanticSet, find_data_sets
 from datasets.samples import DataError
 from datasets.sets.cifar100_coarse import FINE_OF_COARSE
-from datasets.tasks.labelled import read_labelled_set
 
 SPLITS = {"train": 30, "t10k": 20}
+
+
+def read_set(name, root):
+    return find_data_sets(SemanticSet)[name].read(root)
 
 
 @pytest.fixture
@@ -88,7 +92,7 @@ def write_cifar(folder, reader, class_names, label_key):
 @pytest.mark.parametrize("inner", ["MNIST/raw", "raw", ".", "mnist", "mnist/MNIST/raw", "MNIST"])
 def test_mnist_layouts(tmp_path, inner, packed, no_network):
     written = write_mnist(tmp_path / inner, packed)
-    mnist = read_labelled_set("mnist", tmp_path)
+    mnist = read_set("mnist", tmp_path)
     np.testing.assert_array_equal(mnist.train.images, written["train"][0])
     np.testing.assert_array_equal(mnist.test.images, written["t10k"][0])
     np.testing.assert_array_equal(mnist.test.labels, written["t10k"][1])
@@ -101,7 +105,7 @@ def test_mnist_layouts(tmp_path, inner, packed, no_network):
 def test_mnist_is_read_without_writing_beside_it(tmp_path):
     write_mnist(tmp_path / "MNIST" / "raw")
     before = sorted(path for path in tmp_path.rglob("*"))
-    read_labelled_set("mnist", tmp_path)
+    read_set("mnist", tmp_path)
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
@@ -109,9 +113,9 @@ def test_fashion_mnist_is_not_taken_from_the_folder_of_mnist(tmp_path, no_networ
     write_mnist(tmp_path / "MNIST" / "raw")
     for root in (tmp_path, tmp_path / "MNIST", tmp_path / "MNIST" / "raw"):
         with pytest.raises(DataError, match="fashion_mnist is neither in"):
-            read_labelled_set("fashion_mnist", root)
+            read_set("fashion_mnist", root)
     write_mnist(tmp_path / "FashionMNIST" / "raw")
-    fashion = read_labelled_set("fashion_mnist", tmp_path)
+    fashion = read_set("fashion_mnist", tmp_path)
     assert fashion.class_names[0] == "t-shirt"
     assert not any("/" in name or " " in name for name in fashion.class_names)
 
@@ -120,7 +124,7 @@ def test_incomplete_mnist_names_the_missing_file(tmp_path, no_network):
     write_mnist(tmp_path / "MNIST" / "raw")
     (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(DataError, match="lacks t10k-labels-idx1-ubyte of mnist"):
-        read_labelled_set("mnist", tmp_path)
+        read_set("mnist", tmp_path)
     assert not no_network
 
 
@@ -139,7 +143,7 @@ def test_damaged_mnist_names_the_file(tmp_path, damage, message):
     path = tmp_path / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(damage(gzip.decompress(path.read_bytes())))
     with pytest.raises(DataError, match=message) as caught:
-        read_labelled_set("mnist", tmp_path)
+        read_set("mnist", tmp_path)
     assert str(path) in str(caught.value)
 
 
@@ -150,14 +154,14 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, labels, message):
     write_mnist(tmp_path, packed=False)
     write_idx(tmp_path / "t10k-labels-idx1-ubyte", labels, packed=False)
     with pytest.raises(DataError, match=message):
-        read_labelled_set("mnist", tmp_path)
+        read_set("mnist", tmp_path)
 
 
 def test_real_mnist():
     root = os.environ.get("NOCO_TEST_DATA")
     if root is None or not Path(root, "MNIST", "raw").is_dir():
         pytest.skip("NOCO_TEST_DATA names no folder with MNIST/raw")
-    mnist = read_labelled_set("mnist", Path(root))
+    mnist = read_set("mnist", Path(root))
     assert mnist.train.images.shape == (60000, 28, 28)
     assert mnist.test.images.shape == (10000, 28, 28)
     counts = np.bincount(mnist.train.labels) + np.bincount(mnist.test.labels)
@@ -170,7 +174,7 @@ def test_cifar10_layouts(tmp_path, inner, any_checksum, no_network):
     names = [f"class{number}" for number in range(10)]
     root = tmp_path / "my data"
     train = write_cifar(root / inner, CIFAR10, names, "labels")
-    cifar = read_labelled_set("cifar10", root)
+    cifar = read_set("cifar10", root)
     np.testing.assert_array_equal(cifar.train.images, train)
     assert cifar.train.labels.tolist() == [0, 9] * 5
     assert cifar.test.images.shape == (2, 32, 32, 3)
@@ -181,10 +185,10 @@ def test_cifar10_layouts(tmp_path, inner, any_checksum, no_network):
 def test_cifar100_fine_and_coarse(tmp_path, any_checksum):
     fine_names = sorted(fine for group in FINE_OF_COARSE.values() for fine in group)
     write_cifar(tmp_path / "cifar-100-python", CIFAR100, fine_names, "fine_labels")
-    fine = read_labelled_set("cifar100", tmp_path)
+    fine = read_set("cifar100", tmp_path)
     assert len(fine.class_names) == 100
     assert fine.train.labels.tolist() == [0, 99]
-    coarse = read_labelled_set("cifar100_coarse", tmp_path)
+    coarse = read_set("cifar100_coarse", tmp_path)
     assert coarse.class_names == tuple(FINE_OF_COARSE)
     named = [coarse.class_names[label] for label in coarse.train.labels]
     assert named == ["fruit_and_vegetables", "non-insect_invertebrates"]  # apple, worm
@@ -199,7 +203,7 @@ def test_cifar_with_a_wrong_checksum_is_refused_before_it_is_unpickled(tmp_path,
     write_cifar(tmp_path / "cifar-10-batches-py", CIFAR10, range(10), "labels")
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(DataError, match="not the official checksum of CIFAR10"):
-        read_labelled_set("cifar10", tmp_path)
+        read_set("cifar10", tmp_path)
     assert not (tmp_path / "exploded").exists()
     assert not no_network
 
@@ -212,7 +216,7 @@ def test_a_downloaded_archive_is_unpacked(tmp_path, monkeypatch, any_checksum, n
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "made" / "cifar-10-batches-py", "cifar-10-batches-py")
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    assert read_labelled_set("cifar10", root).train.labels.tolist() == [0, 9] * 5
+    assert read_set("cifar10", root).train.labels.tolist() == [0, 9] * 5
     assert sorted(path.name for path in root.iterdir()) == ["cifar-10-batches-py", archive.name]
     assert not no_network
 
@@ -232,7 +236,7 @@ def test_absent_set_says_where_it_looked_and_leaves_nothing_behind(
     root = tmp_path / "data" / "here"
     timeout = socket.getdefaulttimeout()
     with pytest.raises(DataError) as caught:
-        read_labelled_set(dataset, root)
+        read_set(dataset, root)
     message = str(caught.value)
     assert "\n" not in message
     for part in (str(root / folder), url, "--data-root", "no network in this test"):
@@ -246,7 +250,7 @@ def test_absent_set_says_where_it_looked_and_leaves_nothing_behind(
 def test_failed_download_keeps_what_the_root_held(tmp_path, no_network):
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(DataError):
-        read_labelled_set("mnist", tmp_path)
+        read_set("mnist", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -257,7 +261,7 @@ def test_download_moves_the_complete_files_into_place(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(MNIST, "download", download)
     root = tmp_path / "new"
-    assert len(read_labelled_set("mnist", root).train) == SPLITS["train"]
+    assert len(read_set("mnist", root).train) == SPLITS["train"]
     assert [path.name for path in root.iterdir()] == ["MNIST"]
     assert len(list((root / "MNIST" / "raw").iterdir())) == 4
     assert capsys.readouterr() == ("", "")

@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import ndimage
+from skimage import data
 
 from datasets.reading.images import read_image, read_mask
 from datasets.reading.loading import read_masks
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError
 from datasets.sets.demo import demo
-from datasets.sets.demo.defects import CHANGE_THRESHOLD, DEFECTS, draw_defect
+from datasets.sets.demo.defects import CHANGE_THRESHOLD, draw_defect
 from datasets.sets.demo.demo import (
     CROP_SIZE,
+    DATA_SET,
+    DEFECTS,
     DEMO_CATEGORIES,
     NUM_DEFECTIVE,
     NUM_GOOD,
@@ -25,7 +28,7 @@ from datasets.sets.demo.demo import (
     build_demo,
     cut_crop,
 )
-from datasets.tasks.structured import list_categories, read_category
+from datasets.tasks.structured import list_categories, read_category, task_of
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +45,17 @@ def digests(root):
 
 
 def test_layout(root):
-    assert list_categories("demo", root, None) == DEMO_CATEGORIES
+    assert list_categories(DATA_SET, root) == DEMO_CATEGORIES
     for name in DEMO_CATEGORIES:
-        category = read_category("demo", root, name)
+        category = read_category(DATA_SET, root, name, DATA_SET.options)
         assert category.has_masks
         assert len(category.train) == NUM_TRAIN
         assert [sample.defect for sample in category.test] == ["good"] * NUM_GOOD + [
             defect for defect in DEFECTS for _ in range(NUM_DEFECTIVE)
         ]
         assert read_image(category.train[0].path).shape == (CROP_SIZE, CROP_SIZE, 3)
-        masks = read_masks(category.test, PairTransform(224, None, "opencv_square"))
+        task, transform = task_of(category), PairTransform(224, None, "opencv_square")
+        masks = read_masks(task.test.paths, task.masks, task.test_labels, transform)
         assert masks[NUM_GOOD:].any((1, 2)).all()
         assert not masks[:NUM_GOOD].any()
 
@@ -77,7 +81,7 @@ def test_two_processes_build_at_once(root, tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script, tmp_path / "cache"],
-            cwd=Path(__file__).parents[2],
+            cwd=Path(demo.__file__).parents[3],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -159,7 +163,7 @@ def test_cut_crop_stays_in_its_columns(monkeypatch):
 
 def test_training_and_normal_test_crops_are_alike(root):
     for name in DEMO_CATEGORIES:
-        category = read_category("demo", root, name)
+        category = read_category(DATA_SET, root, name, DATA_SET.options)
         train = np.array([read_image(sample.path).mean() for sample in category.train])
         good = np.array([read_image(s.path).mean() for s in category.test if not s.label])
         assert train.std() > 2
@@ -172,8 +176,8 @@ def test_mask_is_what_the_defect_changed(kind, category):
     rng = np.random.default_rng(5)
     other = DEMO_CATEGORIES[DEMO_CATEGORIES.index(category) - 1]
     for _ in range(5):
-        crop = cut_crop(demo._TEXTURES[category](), TEST_COLUMNS, rng, turns=True)
-        foreign = cut_crop(demo._TEXTURES[other](), TEST_COLUMNS, rng, turns=True)
+        crop = cut_crop(getattr(data, category)(), TEST_COLUMNS, rng, turns=True)
+        foreign = cut_crop(getattr(data, other)(), TEST_COLUMNS, rng, turns=True)
         before = crop.copy()
         defective, mask = draw_defect(kind, crop, foreign, rng)
         np.testing.assert_array_equal(crop, before)
@@ -191,7 +195,7 @@ def test_mask_is_what_the_defect_changed(kind, category):
 def test_masks_on_disk_fit_their_images(root):
     # A hole is dark throughout, but for its soft edge.
     for name in DEMO_CATEGORIES:
-        for sample in read_category("demo", root, name).test:
+        for sample in read_category(DATA_SET, root, name, DATA_SET.options).test:
             if sample.defect == "hole":
                 grey, mask = read_image(sample.path)[:, :, 0], read_mask(sample.mask_path)
                 core = ndimage.binary_erosion(mask, iterations=2)

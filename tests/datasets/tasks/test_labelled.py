@@ -3,25 +3,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.reading.loading import BatchLoader
+from datasets.data_set import SemanticSet, find_data_sets
+from datasets.reading.loading import BatchLoader, images_of
 from datasets.reading.transforms import PairTransform
-from datasets.samples import DataError
-from datasets.tasks.labelled import LABELLED_SETS, LabelledSplit, read_labelled_set
+from datasets.sets import digits
+from datasets.tasks.labelled import LabelledSplit
+
+NOWHERE = Path("nowhere")
 
 
 def test_digits_split_is_complete_disjoint_and_stratified():
-    digits = read_labelled_set("digits", None)
-    assert digits.class_names == tuple("0123456789")
-    assert (len(digits.train), len(digits.test)) == (1078, 719)
-    everything = np.concatenate([digits.train.images, digits.test.images])
+    labelled = digits.read(NOWHERE)
+    assert labelled.class_names == tuple("0123456789")
+    assert (len(labelled.train), len(labelled.test)) == (1078, 719)
+    everything = np.concatenate([labelled.train.images, labelled.test.images])
     # The set holds no two equal images of 8 x 8 pixels, so distinct bytes mean disjoint splits.
     assert len({image.tobytes() for image in everything}) == 1797
-    shares = [np.bincount(split.labels) / len(split) for split in (digits.train, digits.test)]
+    shares = [np.bincount(split.labels) / len(split) for split in (labelled.train, labelled.test)]
     np.testing.assert_allclose(*shares, atol=1e-3)
 
 
 def test_digits_are_the_same_each_time_and_use_the_whole_range():
-    first, second = read_labelled_set("digits", None), read_labelled_set("digits", None)
+    first, second = digits.read(NOWHERE), digits.read(NOWHERE)
     np.testing.assert_array_equal(first.train.images, second.train.images)
     np.testing.assert_array_equal(first.test.labels, second.test.labels)
     assert first.train.images.dtype == np.uint8
@@ -31,32 +34,28 @@ def test_digits_are_the_same_each_time_and_use_the_whole_range():
 
 
 def test_grey_digits_load_as_rgb():
-    split = read_labelled_set("digits", None).test
+    split = digits.read(NOWHERE).test
     transform = PairTransform(image_size=8, crop_size=None, resize="bilinear_shorter")
-    loader = BatchLoader(split.dataset(transform), batch_size=4, workers=0, skip_unreadable=False)
+    loader = BatchLoader(
+        images_of(split, transform), batch_size=4, workers=0, skip_unreadable=False
+    )
     batch = next(iter(loader))
     assert batch.images.shape == (4, 3, 8, 8)
     for channel in range(3):
         np.testing.assert_array_equal(batch.images[:, channel].numpy(), split.images[:4])
 
 
-@pytest.mark.parametrize("dataset", [name for name in LABELLED_SETS if name != "digits"])
-def test_every_set_but_digits_needs_a_root(dataset):
-    with pytest.raises(DataError, match=f"{dataset} needs the folder of its images: --data-root"):
-        read_labelled_set(dataset, None)
-
-
-def test_unknown_set_is_named():
-    with pytest.raises(DataError, match=r"unknown data set 'cifar11'; known are cifar10, "):
-        read_labelled_set("cifar11", None)
+def test_every_set_but_digits_has_a_folder():
+    found = find_data_sets(SemanticSet)
+    assert [n for n, one in found.items() if "data_root" not in one.experiment] == ["digits"]
 
 
 def test_split_checks_its_fields():
     labels = np.zeros(2, dtype=np.int64)
     images = np.zeros((2, 4, 4), dtype=np.uint8)
     with pytest.raises(ValueError, match="either images or paths"):
-        LabelledSplit("test", labels)
+        LabelledSplit("test", labels=labels)
     with pytest.raises(ValueError, match="either images or paths"):
-        LabelledSplit("test", labels, images=images, paths=(Path("a"), Path("b")))
+        LabelledSplit("test", labels=labels, images=images, paths=(Path("a"), Path("b")))
     with pytest.raises(ValueError, match="2 images, but labels of shape"):
-        LabelledSplit("test", labels[:1], images=images)
+        LabelledSplit("test", labels=labels[:1], images=images)

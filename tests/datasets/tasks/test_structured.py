@@ -7,19 +7,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.data_set import StructuredSet, find_data_sets
 from datasets.reading.images import read_image, read_mask
 from datasets.reading.loading import read_masks
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError, Sample
-from datasets.tasks.structured import (
-    MPDD_CATEGORIES,
-    MVTEC_OBJECTS,
-    MVTEC_TEXTURES,
-    VISA_CATEGORIES,
-    list_categories,
-    read_category,
-)
+from datasets.sets.mvtec import OBJECTS, TEXTURES
+from datasets.tasks import structured
+from datasets.tasks.structured import list_categories, task_of
 from tests.datasets.trees import draw_mvtec_category, save, texture
+
+SETS = find_data_sets(StructuredSet)
+
+
+def read_category(name, root, category):
+    return structured.read_category(SETS[name], root, category, SETS[name].options)
 
 
 def names(samples):
@@ -27,10 +29,10 @@ def names(samples):
 
 
 def test_category_lists():
-    assert len(MVTEC_TEXTURES) == 5
-    assert len(MVTEC_OBJECTS) == 10
-    assert len(MPDD_CATEGORIES) == 6
-    assert len(VISA_CATEGORIES) == 12
+    assert (len(TEXTURES), len(OBJECTS)) == (5, 10)
+    counts = {name: data_set.num_categories for name, data_set in SETS.items()}
+    assert counts == {"mvtec": 15, "demo": 3, "folder": 0, "mpdd": 6, "visa": 12}
+    assert SETS["mvtec"].groups == {"mean_textures": TEXTURES, "mean_objects": OBJECTS}
 
 
 def test_mvtec_layout(tmp_path):
@@ -180,7 +182,7 @@ def test_missing_root(tmp_path, dataset, page):
     if dataset == "folder":
         message = rf"{tmp_path}/absent does not exist: pass --data-root"
     with pytest.raises(DataError, match=message):
-        list_categories(dataset, tmp_path / "absent", None)
+        list_categories(SETS[dataset], tmp_path / "absent")
     with pytest.raises(DataError, match=message):
         read_category(dataset, tmp_path / "absent", "bottle")
 
@@ -188,25 +190,26 @@ def test_missing_root(tmp_path, dataset, page):
 def test_root_that_is_a_file(tmp_path):
     (tmp_path / "mvtec.tar").touch()
     with pytest.raises(DataError, match=r"mvtec\.tar is not a folder"):
-        list_categories("mvtec", tmp_path / "mvtec.tar", None)
+        list_categories(SETS["mvtec"], tmp_path / "mvtec.tar")
 
 
 def test_official_categories_in_order(tmp_path):
-    for name in MPDD_CATEGORIES:
+    mpdd = SETS["mpdd"]
+    for name in mpdd.categories:
         draw_mvtec_category(tmp_path, name, num_train=1)
     draw_mvtec_category(tmp_path, "another", num_train=1)
-    assert list_categories("mpdd", tmp_path, None) == MPDD_CATEGORIES
-    assert list_categories("mpdd", tmp_path, ()) == MPDD_CATEGORIES
+    assert list_categories(mpdd, tmp_path) == mpdd.categories
+    assert list_categories(mpdd, tmp_path, ()) == mpdd.categories
     wanted = ["tubes", "connector", "tubes"]
-    assert list_categories("mpdd", tmp_path, wanted) == ("tubes", "connector")
+    assert list_categories(mpdd, tmp_path, wanted) == ("tubes", "connector")
 
 
 def test_missing_category_of_a_fixed_data_set(tmp_path):
     draw_mvtec_category(tmp_path, "bottle")
     draw_mvtec_category(tmp_path, "wood")
     with pytest.raises(DataError, match=r"no folder carpet, .*--categories wood bottle"):
-        list_categories("mvtec", tmp_path, None)
-    assert list_categories("mvtec", tmp_path, ["bottle"]) == ("bottle",)
+        list_categories(SETS["mvtec"], tmp_path)
+    assert list_categories(SETS["mvtec"], tmp_path, ["bottle"]) == ("bottle",)
     with pytest.raises(DataError, match=r"no folder cable: pass --categories wood bottle"):
         read_category("mvtec", tmp_path, "cable")
     with pytest.raises(DataError, match=r"no folder connector: pass --data-root.*MPDD"):
@@ -219,37 +222,49 @@ def test_unknown_category(tmp_path):
         r"unknown category 'Metal_nuts'; did you mean metal_nut .*\? .*: carpet, grid, .*zipper"
     )
     with pytest.raises(DataError, match=message):
-        list_categories("mvtec", tmp_path, ["Metal_nuts"])
+        list_categories(SETS["mvtec"], tmp_path, ["Metal_nuts"])
     with pytest.raises(DataError, match=r"unknown category 'qqqq'\. The data set mvtec has: carp"):
-        list_categories("mvtec", tmp_path, ["qqqq"])
+        list_categories(SETS["mvtec"], tmp_path, ["qqqq"])
     with pytest.raises(DataError, match=r"unknown category 'nut'.* folder has: metal_nut"):
-        list_categories("folder", tmp_path, ["nut"])
+        list_categories(SETS["folder"], tmp_path, ["nut"])
 
 
 def test_categories_of_a_folder(tmp_path):
     for name in ("zebra", "ant", ".trash"):
         draw_mvtec_category(tmp_path, name)
     (tmp_path / "notes").mkdir()
-    assert list_categories("folder", tmp_path, None) == ("ant", "zebra")
-    assert list_categories("folder", tmp_path, ["zebra"]) == ("zebra",)
+    assert list_categories(SETS["folder"], tmp_path) == ("ant", "zebra")
+    assert list_categories(SETS["folder"], tmp_path, ["zebra"]) == ("zebra",)
 
 
 def test_folder_root_that_is_a_category(tmp_path):
     folder = draw_mvtec_category(tmp_path, "nuts")
     with pytest.raises(DataError, match=rf"is itself a category.*--data-root {tmp_path}, "):
-        list_categories("folder", folder, None)
+        list_categories(SETS["folder"], folder)
 
 
 def test_folder_root_without_categories(tmp_path):
     with pytest.raises(DataError, match="has no categories: each is a sub-folder that holds train"):
-        list_categories("folder", tmp_path, None)
+        list_categories(SETS["folder"], tmp_path)
 
 
-def test_unknown_data_set(tmp_path):
-    with pytest.raises(ValueError, match="'mvtek' is none of mvtec, mpdd, visa, folder, demo"):
-        list_categories("mvtek", tmp_path, None)
-    with pytest.raises(ValueError, match="'mvtek' is none of"):
-        read_category("mvtek", tmp_path, "bottle")
+def test_tasks_have_images_of_their_own(tmp_path):
+    for name in ("ant", "zebra"):
+        draw_mvtec_category(tmp_path, name, num_train=3, masks=name == "ant")
+    folder = SETS["folder"]
+    zebra, ant = structured.structured_tasks(folder, tmp_path, ["zebra", "ant"], folder.options)
+    assert [(task.category, task.label, task.peers) for task in (ant, zebra)] == [
+        ("ant", "ant", ()),
+        ("zebra", "zebra", ()),
+    ]
+    category = read_category("folder", tmp_path, "ant")
+    assert ant.train.paths == tuple(sample.path for sample in category.train)
+    assert ant.train_indices.tolist() == [0, 1, 2]
+    assert ant.test.names == tuple(str(sample.path) for sample in category.test)
+    assert ant.test_labels.tolist() == [0, 0, 1, 1, 1, 1]
+    assert ant.kinds == ("good", "good", "hole", "hole", "scratch", "scratch")
+    assert ant.masks == tuple(sample.mask_path for sample in category.test)
+    assert zebra.masks is None
 
 
 @pytest.fixture
@@ -264,7 +279,7 @@ def magnetic_tiles():
 
 
 def test_magnetic_tiles(magnetic_tiles):
-    assert list_categories("folder", magnetic_tiles, None) == ("tile",)
+    assert list_categories(SETS["folder"], magnetic_tiles) == ("tile",)
     category = read_category("folder", magnetic_tiles, "tile")
     assert len(category.train) == 759
     labels = [sample.label for sample in category.test]
@@ -274,7 +289,8 @@ def test_magnetic_tiles(magnetic_tiles):
     defects = sorted({sample.defect for sample in category.test if sample.label})
     assert defects == ["blowhole", "break", "crack", "fray", "uneven"]
     # Reading checks each mask's size against its image.
-    whole = read_masks(category.test, PairTransform(224, None, "opencv_square"))
+    task, transform = task_of(category), PairTransform(224, None, "opencv_square")
+    whole = read_masks(task.test.paths, task.masks, task.test_labels, transform)
     assert whole[193:].any((1, 2)).sum() >= 385
     assert not whole[:193].any()
     # Blowholes are darker than what surrounds them, if image and mask are a pair.

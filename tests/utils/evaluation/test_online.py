@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from models.detector import FeatureShape, LearnsOnline
 from models.errors import ModelError
-from models.methods.noco import Noco
-from models.methods.noco_cf import ClosedFormNoco
+from models.methods.noco import Noco, NocoOptions
+from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
 from utils.evaluation.online import COLUMNS, checkpoints, online_curve, save_online_curve
+from utils.evaluation.scoring import Scoring
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 
@@ -55,19 +57,24 @@ def data():
     labels = torch.tensor([0] * 6 + [1] * 6)
     kinds = ["good"] * 6 + ["hole"] * 6
     names = [str(i) for i in range(12)]
-    return bank_of(flat[:12]), TestSet(bank_of(test), labels, names=names, kinds=kinds, masks=masks)
+    about = {"names": names, "kinds": kinds, "masks": masks, "scoring": Scoring()}
+    return bank_of(flat[:12]), TestSet(bank_of(test), labels, **about)
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def noco_cf(kind=NocoCf, prototypes=1, **options):
+    return kind(FeatureShape((6,)), NocoCfOptions(prototypes=prototypes, **options))
+
+
 def test_the_curve_ends_at_the_ordinary_fit(data):
     train, test = data
-    rows = online_curve(ClosedFormNoco(6, time=(100.0,)), train, test, generator=seeded())
-    fitted = ClosedFormNoco(6, time=(100.0,))
+    rows = online_curve(noco_cf(time=(100.0,)), train, test, generator=seeded())
+    fitted = noco_cf(time=(100.0,))
     fitted.fit(train, generator=seeded(1))
-    metrics = test.metrics(test.score(fitted)).values()
+    metrics = test.measure(test.score(fitted)).values
     assert [row["num_images"] for row in rows] == [1, 2, 5, 10, 12]
     assert all(tuple(row) == COLUMNS for row in rows)
     for name in COLUMNS[1:]:
@@ -80,18 +87,18 @@ def test_the_first_point_knows_one_image_of_a_random_order(data):
     train, test = data
     first = {}
     for seed in range(3):
-        detector = ClosedFormNoco(6, time=(100.0,))
+        detector = noco_cf(time=(100.0,))
         rows = online_curve(detector, train, test, generator=seeded(seed))
         row = int(torch.randperm(12, generator=seeded(seed))[0])
-        alone = ClosedFormNoco(6, time=(100.0,))
+        alone = noco_cf(time=(100.0,))
         alone.fit(train.subset([row]), generator=seeded())
-        expected = test.metrics(test.score(alone)).pixel_auroc
+        expected = test.measure(test.score(alone)).values["pixel_auroc"]
         assert rows[0]["pixel_auroc"] == pytest.approx(expected, abs=1e-6)
         first[row] = rows[0]["pixel_auroc"]
     assert len(set(first.values())) == len(first) > 1
 
 
-class Counting(ClosedFormNoco):
+class Counting(NocoCf):
     """Notes how many images it is given at a time, and when it is started."""
 
     def start(self, generator):
@@ -105,15 +112,18 @@ class Counting(ClosedFormNoco):
 
 def test_each_image_arrives_once_and_alone(data):
     train, test = data
-    detector = Counting(6)
+    detector = noco_cf(Counting)
     online_curve(detector, train, test, generator=seeded())
     assert detector.given == [1] * 12
 
 
-@pytest.mark.parametrize("detector", [Noco(6), ClosedFormNoco(6, prototypes=2)])
-def test_what_cannot_learn_online_says_so(data, detector):
-    with pytest.raises(ModelError, match=r"--method\.prototypes 1"):
-        online_curve(detector, *data, generator=seeded())
+def test_what_cannot_learn_online_says_so(data):
+    with pytest.raises(ModelError, match="prototypes are centres") as refused:
+        online_curve(noco_cf(prototypes=2), *data, generator=seeded())
+    assert refused.value.change == {"prototypes": "1"}
+    assert not NocoCfOptions(prototypes=2).learns_online
+    assert not isinstance(Noco(FeatureShape((6,)), NocoOptions()), LearnsOnline)
+    assert not NocoOptions().learns_online
 
 
 def test_curve_is_written_as_csv_and_picture(tmp_path):

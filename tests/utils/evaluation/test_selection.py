@@ -5,19 +5,18 @@ import math
 
 import pytest
 import torch
-from configs.methods import METHODS
-from utils.runs.recording import fit_and_record
 
 from configs.experiment import parse_grid
 from models.detector import Detector
+from models.method import find_method
 from utils.errors import UsageError
+from utils.evaluation.scoring import Scoring
 from utils.evaluation.selection import choose, hold_out, num_copies, validation_set
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
-from utils.runs.files import read_rows
-from utils.runs.run import Run
 
 SIDE = 4
+NOCO_CF = find_method("noco_cf").options
 
 
 def bank_of(values):
@@ -78,7 +77,9 @@ def make_validation(masks=True):
     kept, held = hold_out(10)
     drawn = torch.zeros(4, SIDE, SIDE, dtype=torch.bool)
     drawn[..., : SIDE // 2] = True
-    return validation_set(normals, kept, held, bank_of([5.0] * 4), drawn if masks else None)
+    return validation_set(
+        normals, kept, held, bank_of([5.0] * 4), Scoring(), drawn if masks else None
+    )
 
 
 def choose_step(functions, lines, *, validation=None, watched=None):
@@ -200,9 +201,8 @@ class Untouched(TestSet):
     """A test set that counts how often it was scored."""
 
     def __init__(self):
-        super().__init__(
-            bank_of([0.0, 1.0]), torch.tensor([0, 1]), names=["a", "b"], kinds=["good", "hole"]
-        )
+        about = {"names": ["a", "b"], "kinds": ["good", "hole"], "scoring": Scoring()}
+        super().__init__(bank_of([0.0, 1.0]), torch.tensor([0, 1]), **about)
         self.times = 0
 
     def score(self, detector, *, geometry=False):
@@ -266,50 +266,18 @@ def test_maps_of_a_size_are_judged_at_every_second_row_and_column():
     kept, held = hold_out(10)
     drawn = torch.zeros(4, 32, 32, dtype=torch.bool)
     drawn[:, 5:20, 4:11] = True
-    validation = validation_set(normals, kept, held, bank_of([5.0] * 4), drawn, map_size=32)
+    validation = validation_set(normals, kept, held, bank_of([5.0] * 4), Scoring(32), drawn)
     scores = validation.test.score(Stepper([FUNCTIONS["right"]]))
     assert scores.maps.shape == validation.test.masks.shape == (6, 16, 16)
     assert torch.equal(validation.test.masks[2:], drawn[:, ::2, ::2])
 
 
-@pytest.mark.parametrize(("monitor_test", "scored"), [(False, 1), (True, 5)])
-def test_a_run_scores_the_test_set_once_after_the_choice(tmp_path, monitor_test, scored):
-    test, built = Untouched(), []
-
-    def build(options):
-        built.append(options)
-        functions = [FUNCTIONS["wrong"], FUNCTIONS["right"]]
-        return Stepper(functions[: options.get("epochs", 2)])
-
-    run = Run.open(
-        tmp_path, {"method": "x"}, categories=["c"], seeds=[0], command=["x"], device="cpu"
-    )
-    fit_and_record(
-        run,
-        "c",
-        0,
-        build,
-        bank_of([0.1, 0.2]),
-        test,
-        select="synthetic",
-        candidates=[{}],
-        validation=make_validation(),
-        monitor_test=monitor_test,
-    )
-    assert built == [{}, {"epochs": 2}]
-    assert test.times == scored
-    (row,) = read_rows(tmp_path / "results.csv")
-    assert (row["select"], row["chosen"]) == ("synthetic", "epochs=2")
-    assert row["image_auroc"] == 1.0
-
-
 def test_the_grid_is_every_combination_in_order():
-    method = METHODS["noco_cf"]
-    points = parse_grid(["prototypes=1,8", "feature-norm=none,std", "norm=0.5"], method)
+    points = parse_grid(["prototypes=1,8", "feature-norm=none,std", "norm=0.5"], NOCO_CF)
     assert points == [
         {"prototypes": p, "feature_norm": f, "norm": 0.5} for p in (1, 8) for f in ("none", "std")
     ]
-    assert parse_grid([], method) == [{}]
+    assert parse_grid([], NOCO_CF) == [{}]
     assert [type(value) for value in points[0].values()] == [int, str, float]
 
 
@@ -328,21 +296,20 @@ def test_the_grid_is_every_combination_in_order():
         ("prototypes=0", "prototypes"),
         ("norm=-1", "norm"),
         ("feature_norm=l3", "l3 is none of none, l2, l2_per_layer, std"),
-        ("solver=magic", "'solver=magic': magic is none of sgd, closed_form"),
         ("loss=distance,cubed", "cubed is none of distance, squared"),
     ],
 )
 def test_a_bad_grid_is_refused(item, message):
     with pytest.raises(ValueError, match=message):
-        parse_grid([item], METHODS["noco_cf"])
+        parse_grid([item], NOCO_CF)
 
 
 @pytest.mark.parametrize("items", [("norm=1,2", "norm=3"), ("norm=1,1",)])
 def test_an_option_or_value_stands_once(items):
     with pytest.raises(ValueError, match="twice"):
-        parse_grid(items, METHODS["noco_cf"])
+        parse_grid(items, NOCO_CF)
 
 
 def test_grid_values_pass_the_checks_of_the_method():
-    for point in parse_grid(["prototypes=1,4", "loss=distance,squared"], METHODS["noco_cf"]):
-        dataclasses.replace(METHODS["noco_cf"], **point)
+    for point in parse_grid(["prototypes=1,4", "loss=distance,squared"], NOCO_CF):
+        dataclasses.replace(NOCO_CF, **point)

@@ -6,11 +6,12 @@ import torch
 
 from models.detector import Detector
 from utils.errors import UsageError
-from utils.evaluation.monitor import Monitor
+from utils.evaluation.monitor import FitMonitor
+from utils.evaluation.scoring import Scoring
 from utils.evaluation.test_set import TestSet
 from utils.features.bank import FeatureBank
 from utils.metrics.evaluate import ranking_metrics
-from utils.metrics.metrics import METRIC_NAMES
+from utils.metrics.metrics import metric_names
 
 CPU = torch.device("cpu")
 
@@ -35,9 +36,8 @@ def stored(maps):
 def scored_images(maps, labels, *, masks=None, **options):
     names = [f"{index}.png" for index in range(len(maps))]
     kinds = ["hole" if label else "good" for label in labels]
-    return TestSet(
-        stored(maps), torch.tensor(labels), names=names, kinds=kinds, masks=masks, **options
-    )
+    about = {"names": names, "kinds": kinds, "masks": masks, "scoring": Scoring(**options)}
+    return TestSet(stored(maps), torch.tensor(labels), **about)
 
 
 LABELS = [0, 1, 0, 1, 1, 0, 0]
@@ -75,9 +75,9 @@ def test_scores_are_never_squashed(scale, batch_size):
     scores = test.score(FirstChannel())
     assert torch.equal(scores.maps, maps)
     assert torch.equal(scores.images, maps.amax(dim=(1, 2)))
-    metrics = test.metrics(scores)
-    assert metrics.values() == dict.fromkeys(METRIC_NAMES, 1.0)
-    assert metrics.undefined == {}
+    measured = test.measure(scores)
+    assert measured.values == dict.fromkeys(metric_names(), 1.0)
+    assert measured.undefined == {}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
@@ -89,8 +89,8 @@ def test_upsampling_and_blur_keep_the_order_of_images(scale, batch_size):
     scores = test.score(FirstChannel())
     assert scores.maps.shape == (7, 24, 24)
     torch.testing.assert_close(scores.images, maps[:, 0, 0].float(), rtol=1e-5, atol=0)
-    metrics = test.metrics(scores)
-    assert metrics.image_auroc == metrics.image_ap == metrics.image_f1_max == 1.0
+    values = test.measure(scores).values
+    assert values["image_auroc"] == values["image_ap"] == values["image_f1_max"] == 1.0
 
 
 def test_scores_do_not_depend_on_the_batch_size():
@@ -111,10 +111,10 @@ def test_semantic_scores_are_the_maps():
     scores = test.score(FirstChannel())
     assert scores.maps.shape == (4, 1, 1)
     assert scores.images.tolist() == [1e6, 3e6, 2e6, 4e6]
-    metrics = test.metrics(scores)
-    assert metrics.image_auroc == 1.0
-    assert math.isnan(metrics.pixel_auroc)
-    assert metrics.undefined["pixel_auroc"] == "no masks"
+    measured = test.measure(scores)
+    assert measured.values["image_auroc"] == 1.0
+    assert math.isnan(measured.values["pixel_auroc"])
+    assert measured.undefined["pixel_auroc"] == "no masks"
 
 
 def test_empty_masks_are_anomalies_that_no_map_can_find():
@@ -131,8 +131,8 @@ def test_contour_separates_the_pixels_where_they_can_be():
 
     def contour(masks):
         test = scored_images(maps, LABELS, masks=masks)
-        (outcome,) = Monitor(FirstChannel(), test, "last", lambda **_: None).outcomes()
-        return outcome.contour_threshold
+        (outcome,) = FitMonitor(FirstChannel(), test, "last", lambda **_: None).outcomes()
+        return outcome.measured.pixel_f1_threshold
 
     assert torch.equal(maps >= contour(masks), masks)
     assert contour(None) is None
@@ -191,7 +191,7 @@ def follow(select, *, script=SCRIPT, masks=MASKS, labels=(0, 0, 1, 1)):
     detector = Scripted(script)
     numbers = torch.arange(4.0)[:, None, None].expand(4, 1, 2)
     test = scored_images(numbers, list(labels), masks=masks)
-    monitor = Monitor(detector, test, select, lambda **values: lines.append(values))
+    monitor = FitMonitor(detector, test, select, lambda **values: lines.append(values))
     detector.fit(monitor)
     return monitor.outcomes(), detector, lines
 
@@ -205,8 +205,8 @@ def test_script_has_the_aurocs_worked_by_hand():
 def test_last_is_the_last_epoch_and_looks_at_the_test_set_once():
     (last,), detector, lines = follow("last")
     assert last.select == "last"
-    assert last.metrics["image_auroc"] == pytest.approx(IMAGE_AUROC[-1])
-    assert last.metrics["pixel_auroc"] == pytest.approx(PIXEL_AUROC[-1])
+    assert last.measured.values["image_auroc"] == pytest.approx(IMAGE_AUROC[-1])
+    assert last.measured.values["pixel_auroc"] == pytest.approx(PIXEL_AUROC[-1])
     assert last.steps == {"step": 5, "pixel_step": 5}
     assert torch.equal(last.scores.maps, SCRIPT[4])
     assert {suffix: state["epoch"].item() for suffix, state in last.states.items()} == {"": 5}
@@ -217,25 +217,41 @@ def test_last_is_the_last_epoch_and_looks_at_the_test_set_once():
 def test_best_on_test_keeps_the_image_and_the_pixel_maximum_apart():
     (last, best), _, lines = follow("best_test")
     assert (last.select, best.select) == ("last", "best_test")
-    assert last.metrics["image_auroc"] == pytest.approx(IMAGE_AUROC[-1])
+    assert last.measured.values["image_auroc"] == pytest.approx(IMAGE_AUROC[-1])
     assert last.steps == {"step": 5, "pixel_step": 5}
     assert best.steps == {"step": 2, "pixel_step": 3}
-    for name in METRIC_NAMES:
+    for name in metric_names():
         source = lines[1] if name.startswith("image") else lines[2]
-        assert best.metrics[name] == source[name], name
-    assert best.metrics["image_auroc"] == 1.0
-    assert best.metrics["pixel_auroc"] == pytest.approx(8 / 12)
+        assert best.measured.values[name] == source[name], name
+    assert best.measured.values["image_auroc"] == 1.0
+    assert best.measured.values["pixel_auroc"] == pytest.approx(8 / 12)
     assert torch.equal(best.scores.maps, SCRIPT[1])
     assert torch.equal(last.scores.maps, SCRIPT[4])
     for outcome in (last, best):  # each has the contour of the maps that it gives
         threshold = ranking_metrics(outcome.scores.maps, MASKS).f1_threshold
-        assert outcome.contour_threshold == threshold
+        assert outcome.measured.pixel_f1_threshold == threshold
     states = {
         suffix: state["epoch"].item() for suffix, state in (last.states | best.states).items()
     }
     assert states == {"-last": 5, "": 2, "-pixel": 3}
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(line["event"] == "step" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("select", "monitor_test", "scores"),
+    [("last", False, 0), ("synthetic", False, 0), ("last", True, 5), ("best_test", False, 5)],
+)
+def test_a_monitor_says_whether_it_scores_the_steps(select, monitor_test, scores):
+    detector, lines = Scripted(SCRIPT), []
+    test = scored_images(torch.arange(4.0)[:, None, None].expand(4, 1, 2), [0, 0, 1, 1])
+    monitor = FitMonitor(
+        detector, test, select, lambda **line: lines.append(line), monitor_test=monitor_test
+    )
+    detector.fit(monitor)
+    assert monitor.scores_steps == (scores > 0)
+    assert detector.num_scored == scores
+    assert all(("image_auroc" in line) == monitor.scores_steps for line in lines)
 
 
 def test_first_of_equal_epochs_is_kept():
@@ -248,18 +264,18 @@ def test_without_masks_the_pixel_metrics_are_nan_with_a_reason(masks):
     (last, best), _, _ = follow("best_test", masks=masks)
     assert best.steps == {"step": 2, "pixel_step": 2}
     for outcome in (last, best):
-        assert math.isnan(outcome.metrics["pixel_auroc"])
-        assert math.isnan(outcome.metrics["aupro"])
-        assert {"pixel_auroc", "aupro"} <= set(outcome.undefined)
-    assert best.metrics["image_auroc"] == 1.0
+        assert math.isnan(outcome.measured.values["pixel_auroc"])
+        assert math.isnan(outcome.measured.values["aupro"])
+        assert {"pixel_auroc", "aupro"} <= set(outcome.measured.undefined)
+    assert best.measured.values["image_auroc"] == 1.0
 
 
 @pytest.mark.parametrize("labels", [(0, 0, 0, 0), (1, 1, 1, 1)])
 def test_one_class_of_test_images(labels):
     masks = torch.zeros_like(MASKS)
     (last,), _, _ = follow("last", labels=labels, masks=masks)
-    assert math.isnan(last.metrics["image_auroc"])
-    assert "images" in last.undefined["image_auroc"]
+    assert math.isnan(last.measured.values["image_auroc"])
+    assert "images" in last.measured.undefined["image_auroc"]
     with pytest.raises(UsageError, match="best_test needs normal and anomalous test images"):
         follow("best_test", labels=labels, masks=masks)
 
@@ -269,16 +285,16 @@ def test_time_of_the_fit_leaves_the_evaluations_out(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     score = TestSet.score
 
-    def slow_score(self, detector):
+    def slow_score(self, detector, **options):
         clock[0] += 100
-        return score(self, detector)
+        return score(self, detector, **options)
 
     monkeypatch.setattr(TestSet, "score", slow_score)
     detector = Scripted(SCRIPT)
     test = scored_images(
         torch.arange(4.0)[:, None, None].expand(4, 1, 2), [0, 0, 1, 1], masks=MASKS
     )
-    monitor = Monitor(detector, test, "best_test", lambda **_: None)
+    monitor = FitMonitor(detector, test, "best_test", lambda **_: None)
     for step in range(1, 6):
         clock[0] += 2
         with torch.no_grad():
@@ -310,7 +326,7 @@ def test_an_own_score_must_be_finite_too():
         def score(self, features):
             return self(features), torch.full((len(features),), math.nan)
 
-    with pytest.raises(FloatingPointError, match="a test score is not finite"):
+    with pytest.raises(FloatingPointError, match="a score is not finite"):
         scored_images(torch.zeros(7, 6, 6), LABELS).score(Broken())
 
 
@@ -327,8 +343,8 @@ def test_final_maps_are_not_smoothed_again():
 def test_scoring_time_is_in_the_outcome(monkeypatch):
     clock = iter(range(100))
     test = scored_images(torch.rand(7, 6, 6), LABELS)
-    monitor = Monitor(FirstChannel(), test, "last", lambda **_: None)
-    monkeypatch.setattr("utils.evaluation.test_set.time.perf_counter", lambda: next(clock))
+    monitor = FitMonitor(FirstChannel(), test, "last", lambda **_: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     (outcome,) = monitor.outcomes()
     assert outcome.score_seconds == 1
 

@@ -43,7 +43,7 @@ class Scaled:
     """
 
     device = CPU
-    stage_channels = (3, 3)
+    channels, stage_channels = 6, (3, 3)
     assemble = staticmethod(FrozenExtractor.assemble)
 
     def __init__(self, factor=1.0):

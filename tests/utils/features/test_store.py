@@ -9,18 +9,26 @@ import textwrap
 import time
 from pathlib import Path
 
+import cv2
+import PIL
 import pytest
 import torch
-from tests.utils.test_feature_bank import Loader, Scaled, numbered
 
 from configs.cache import cache_folder
+from datasets.reading import fingerprints
+from datasets.reading.loading import BatchLoader, ImageDataset
+from datasets.reading.transforms import PairTransform
+from models.backbone import extractor as backbones
+from models.backbone.extractor import FrozenExtractor
+from tests.datasets.trees import draw_mvtec_category
+from tests.utils.features.test_bank import Loader, Scaled, numbered
 from utils.errors import UsageError
+from utils.features import bank as feature_bank
+from utils.features import store as feature_store
 from utils.features.bank import FeatureBank
-from utils.features.features import bank as feature_bank
-from utils.features.features import store as feature_store
 from utils.features.store import FeatureStore, default_folder, key_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(feature_store.__file__).parents[2]
 
 
 def extract(folder, *, count=10, store="disk", loader=None, extractor=None, **options):
@@ -79,6 +87,62 @@ def test_anything_the_features_depend_on_makes_another_entry(tmp_path):
     assert extract(tmp_path)[1] == 0
 
 
+def stored_keys(folder):
+    return {entry.folder.name for entry in FeatureStore(folder).entries()}
+
+
+def extract_files(images, folder):
+    """Store the features that a backbone has of the images in a folder."""
+    dataset = ImageDataset(sorted(images.iterdir()), PairTransform(32, None, "opencv_square"))
+    loader = BatchLoader(dataset, batch_size=4, workers=0, skip_unreadable=False)
+    extractor = FrozenExtractor("tf_efficientnet_lite0", (1,))
+    FeatureBank.extract(extractor, loader, store="disk", folder=folder)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return draw_mvtec_category(tmp_path / "data", "nuts") / "train/good"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *((cv2, "__version__"), (PIL, "__version__"), (feature_store, "FORMAT")),
+        *((fingerprints, "VERSION"), (backbones, "VERSION")),
+    ],
+)
+def test_another_version_of_what_makes_features_makes_another_entry(
+    tmp_path, images, monkeypatch, module, name
+):
+    extract_files(images, tmp_path / "store")
+    first = stored_keys(tmp_path / "store")
+    monkeypatch.setattr(module, name, "0.0")
+    extract_files(images, tmp_path / "store")
+    both = stored_keys(tmp_path / "store")
+    assert len(both) == 2
+    monkeypatch.undo()
+    extract_files(images, tmp_path / "store")
+    assert first < both == stored_keys(tmp_path / "store")
+
+
+def test_the_text_of_the_sources_has_no_say(tmp_path, images):
+    extract_files(images, tmp_path / "store")
+    elsewhere = tmp_path / "elsewhere"
+    for package in ("configs", "datasets", "models", "utils", "tests"):
+        shutil.copytree(ROOT / package, elsewhere / package)
+    for path in elsewhere.rglob("*.py"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n# More text, and not one pixel changed.\n")
+    script = (
+        "import sys, pathlib, datasets; from tests.utils.features.test_store import extract_files; "
+        "extract_files(*map(pathlib.Path, sys.argv[1:])); print(datasets.__file__)"
+    )
+    command = [sys.executable, "-c", script, str(images), str(tmp_path / "store")]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(elsewhere / "datasets/__init__.py")
+    assert len(stored_keys(tmp_path / "store")) == 1
+
+
 def test_unreadable_images_are_remembered(tmp_path):
     for _ in range(2):
         bank, _ = extract(tmp_path, loader=Loader(numbered(10), missing=(0, 7)))
@@ -108,7 +172,7 @@ PROGRAM = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, {root!r})
-    from tests.utils.test_feature_bank import Loader, Scaled, numbered
+    from tests.utils.features.test_bank import Loader, Scaled, numbered
     from utils.features.bank import FeatureBank
 
     class Slow(Loader):

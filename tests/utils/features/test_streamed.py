@@ -4,7 +4,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from tests.utils.test_feature_bank import Scaled, numbered, numbers
 
 from datasets.reading.loading import ArrayDataset, BatchLoader
 from datasets.reading.transforms import PairTransform
@@ -12,10 +11,11 @@ from datasets.samples import DataError
 from datasets.synthetic import ImagesAt
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.raw_images import RawImages
+from tests.utils.features.test_bank import Scaled, numbered, numbers
 from utils.errors import UsageError
+from utils.features import streamed as streamed_features
 from utils.features.bank import FeatureBank
 from utils.features.extraction import CACHES, extract_features
-from utils.features.features import streamed as streamed_features
 from utils.features.streamed import StreamedFeatures
 
 

@@ -3,12 +3,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.utils.test_metrics import evaluate_pixels, random_maps, sklearn_ranking, slow_aupro
 
 from tests.threads import torch_threads
+from tests.utils.metrics.test_metrics import (
+    evaluate_pixels,
+    random_maps,
+    sklearn_ranking,
+    slow_aupro,
+)
+from utils.metrics import counting
 from utils.metrics.counting import count_at_thresholds
 from utils.metrics.evaluate import ranking_metrics
-from utils.metrics.metrics import counting
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -67,7 +72,7 @@ def test_all_metrics_from_many_parts(seed, levels):
     maps, masks = random_maps(seed, levels)
     result = evaluate_pixels(maps, masks)
     expected = (*sklearn_ranking(maps, masks), slow_aupro(maps, masks))
-    found = (*ranking_metrics(maps, masks), result.aupro)
+    found = (*ranking_metrics(maps, masks), result.values["aupro"])
     assert found == pytest.approx(expected, abs=1e-9)
     assert found[3] == result.pixel_f1_threshold
 
@@ -104,7 +109,7 @@ def test_little_work_starts_no_thread(monkeypatch):
 
     monkeypatch.setattr(counting, "ThreadPoolExecutor", refuse)
     maps, masks = random_maps(0, count=30, size=100)
-    assert 0 < evaluate_pixels(maps, masks).aupro < 1
+    assert 0 < evaluate_pixels(maps, masks).values["aupro"] < 1
 
 
 @pytest.mark.usefixtures("many_parts")
@@ -117,6 +122,6 @@ def test_regions_far_apart_in_a_mask_and_in_masks_that_are_views():
     whole[5, 14] = True
     for masks, scores in ((whole, maps), (whole[:, ::2, ::2], maps[:, ::2, ::2])):
         result = evaluate_pixels(scores, masks)
-        assert result.aupro == pytest.approx(slow_aupro(scores, masks), abs=1e-9)
+        assert result.values["aupro"] == pytest.approx(slow_aupro(scores, masks), abs=1e-9)
         copied = evaluate_pixels(scores.contiguous(), masks.contiguous())
         assert result == copied

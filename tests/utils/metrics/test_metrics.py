@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from skimage.measure import label as label_regions
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from utils.metrics.evaluate import Metrics, aupro, evaluate, ranking_metrics
-from utils.metrics.metrics import METRIC_NAMES
+from utils.metrics import metrics
+from utils.metrics.evaluate import aupro, evaluate, ranking_metrics
+from utils.metrics.metrics import Metric, heading_of, metric_names, table_metrics
 
 EXACT = 1e-9
 
@@ -88,9 +89,9 @@ class TestHandWorked:
     def test_all_scores_equal(self):
         maps, masks = torch.zeros(1, 2, 2), torch.tensor([[[True, False], [False, False]]])
         result = evaluate_pixels(maps, masks)
-        assert (result.pixel_auroc, result.pixel_ap) == (0.5, 0.25)
+        assert (result.values["pixel_auroc"], result.values["pixel_ap"]) == (0.5, 0.25)
         # The curve is the diagonal: its area to 0.3 is 0.3 * 0.3 / 2, and 0.15 after dividing.
-        assert result.aupro == pytest.approx(0.15, abs=1e-15)
+        assert result.values["aupro"] == pytest.approx(0.15, abs=1e-15)
 
     def test_negative_and_positive_zero_tie(self):
         result = ranking_metrics(torch.tensor([-0.0, 0.0, 0.0, -0.0]), torch.tensor([1, 1, 0, 0]))
@@ -146,8 +147,8 @@ class TestHandWorked:
         maps = torch.tensor([[[3.0, 0.0]], [[2.0, 0.0]], [[1.0, 0.0]]])
         masks = torch.tensor([[[False, False]], [[True, False]], [[False, False]]])
         result = evaluate(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1, 1, 0]), maps, masks)
-        assert result.image_auroc == 1.0
-        assert result.pixel_auroc == 4 / 5
+        assert result.values["image_auroc"] == 1.0
+        assert result.values["pixel_auroc"] == 4 / 5
 
 
 class TestAgainstReferences:
@@ -158,10 +159,10 @@ class TestAgainstReferences:
         maps, masks = random_maps(seed, levels, dtype=dtype)
         result = evaluate_pixels(maps, masks)
         auroc, ap, f1, _ = sklearn_ranking(maps, masks)
-        assert result.pixel_auroc == pytest.approx(auroc, abs=EXACT)
-        assert result.pixel_ap == pytest.approx(ap, abs=EXACT)
-        assert result.pixel_f1_max == pytest.approx(f1, abs=EXACT)
-        assert result.aupro == pytest.approx(slow_aupro(maps, masks), abs=EXACT)
+        assert result.values["pixel_auroc"] == pytest.approx(auroc, abs=EXACT)
+        assert result.values["pixel_ap"] == pytest.approx(ap, abs=EXACT)
+        assert result.values["pixel_f1_max"] == pytest.approx(f1, abs=EXACT)
+        assert result.values["aupro"] == pytest.approx(slow_aupro(maps, masks), abs=EXACT)
         assert result.undefined == {}
 
     @pytest.mark.parametrize("fpr_limit", [0.01, 0.05, 0.3, 1.0])
@@ -177,19 +178,19 @@ class TestAgainstReferences:
         scores, labels = maps.flatten(), torch.arange(200) % 3 == 0
         result = evaluate(scores, labels, None, None)
         auroc, ap, f1, threshold = sklearn_ranking(scores, labels)
-        assert result.image_auroc == pytest.approx(auroc, abs=EXACT)
-        assert result.image_ap == pytest.approx(ap, abs=EXACT)
-        assert result.image_f1_max == pytest.approx(f1, abs=EXACT)
+        assert result.values["image_auroc"] == pytest.approx(auroc, abs=EXACT)
+        assert result.values["image_ap"] == pytest.approx(ap, abs=EXACT)
+        assert result.values["image_f1_max"] == pytest.approx(f1, abs=EXACT)
         assert ranking_metrics(scores, labels).f1_threshold == pytest.approx(threshold)
 
     def test_evaluate_and_the_single_functions_agree(self):
         maps, masks = random_maps(8)
         result = evaluate_pixels(maps, masks)
-        assert result.aupro == aupro(maps, masks)
+        assert result.values["aupro"] == aupro(maps, masks)
         assert ranking_metrics(maps, masks)[:3] == (
-            result.pixel_auroc,
-            result.pixel_ap,
-            result.pixel_f1_max,
+            result.values["pixel_auroc"],
+            result.values["pixel_ap"],
+            result.values["pixel_f1_max"],
         )
 
 
@@ -256,7 +257,7 @@ class TestScale:
     def test_perfect_maps_give_exactly_one(self):
         _, masks = random_maps(2)
         result = evaluate_pixels(masks * 1e-6 + 5.0, masks)
-        assert result.values() == dict.fromkeys(METRIC_NAMES, 1.0)
+        assert result.values == dict.fromkeys(metric_names(), 1.0)
 
     def test_the_input_is_left_as_it_is(self):
         maps, masks = random_maps(4)
@@ -282,10 +283,10 @@ class TestUndefined:
     )
     def test_one_class_only(self, labels, reason):
         result = evaluate(self.scores, torch.tensor(labels), self.maps, self.no_masks)
-        assert all(math.isnan(value) for value in result.values().values())
+        assert all(math.isnan(value) for value in result.values.values())
         assert result.undefined == {
             name: reason if name.startswith("image") else "no anomalous pixels in the masks"
-            for name in METRIC_NAMES
+            for name in metric_names()
         }
 
     def test_no_images(self):
@@ -303,10 +304,10 @@ class TestUndefined:
     )
     def test_pixel_metrics_alone_are_nan(self, maps, masks, reason):
         result = evaluate(self.scores, torch.tensor([0, 1, 0]), maps, masks)
-        assert result.image_auroc == 1.0
+        assert result.values["image_auroc"] == 1.0
         pixel_names = ["pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"]
         assert result.undefined == dict.fromkeys(pixel_names, reason)
-        assert all(math.isnan(result.values()[name]) for name in pixel_names)
+        assert all(math.isnan(result.values[name]) for name in pixel_names)
 
     def test_no_normal_pixel(self):
         result = evaluate_pixels(self.maps, ~self.no_masks)
@@ -359,13 +360,27 @@ class TestBadInput:
             aupro(maps, masks, fpr_limit=30)
 
 
-def test_names_are_the_fields_in_order():
-    numbers = [float(i) for i in range(7)]
-    assert list(Metrics(*numbers, undefined={}).values().items()) == list(
-        zip(METRIC_NAMES, numbers, strict=True)
-    )
-    assert METRIC_NAMES[0] == "image_auroc"
-    assert METRIC_NAMES[-1] == "aupro"
+def test_names_are_in_order_with_their_headings():
+    assert tuple(evaluate_pixels(*random_maps(0)).values) == metric_names()
+    assert metric_names()[0] == "image_auroc"
+    assert metric_names()[-1] == "aupro"
+    assert len(set(map(heading_of, metric_names()))) == len(metric_names()) == 7
+    assert heading_of("pixel_f1_max") == "pixel F1-max"
+    of_images = ["image_auroc", "image_ap", "image_f1_max"]
+    assert [m.name for m in table_metrics(has_maps=False)] == of_images
+    assert [m.name for m in table_metrics(has_maps=True)] == [
+        *(*of_images, "pixel_auroc", "pixel_ap", "aupro")
+    ]
+
+
+def test_a_metric_that_is_added_is_measured(monkeypatch):
+    share = Metric("share", "share", "pixels", lambda c: c.num_anomalous / (6 * 12 * 12))
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, share))
+    maps, masks = random_maps(0)
+    assert evaluate_pixels(maps, masks).values["share"] == pytest.approx(masks.float().mean())
+    without = evaluate(torch.rand(2), torch.tensor([0, 1]), None, None)
+    assert math.isnan(without.values["share"])
+    assert without.undefined["share"] == "no masks"
 
 
 @pytest.mark.gpu

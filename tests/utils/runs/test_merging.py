@@ -50,7 +50,13 @@ def parts(tmp_path):
 
 def merge_into(folder, parts, config=CONFIG):
     return merge(
-        folder, config, categories=["a/b", "wood"], seeds=[0, 1], parts=parts, command=COMMAND
+        folder,
+        config,
+        categories=["a/b", "wood"],
+        seeds=[0, 1],
+        parts=parts,
+        command=COMMAND,
+        may_differ={"categories", "seeds", "overlays"},
     )
 
 
@@ -131,8 +137,23 @@ def test_without_hard_links_files_are_copied(parts, tmp_path, monkeypatch):
 
 def test_a_part_of_other_options_is_refused(parts, tmp_path):
     other = make_part(tmp_path / "other", "wood", 0, method={"norm": 2.0})
-    with pytest.raises(RunError, match=r"differ in method\.norm"):
+    with pytest.raises(RunError, match=r"differ in method\.norm$"):
         merge_into(tmp_path / "whole", parts | {("wood", 0): other})
+
+
+def test_a_part_may_differ_in_what_is_named_alone(parts, tmp_path):
+    parts["wood", 0] = make_part(tmp_path / "undrawn", "wood", 0, overlays=0)
+    assert len(merge_into(tmp_path / "whole", parts).rows()) == 4
+    with pytest.raises(RunError, match=r"differ in categories, seeds$"):
+        merge(
+            tmp_path / "other",
+            CONFIG,
+            categories=["wood"],
+            seeds=[1],
+            parts=parts,
+            command=COMMAND,
+            may_differ=(),
+        )
 
 
 def test_an_unfinished_or_missing_part_is_refused(parts, tmp_path):

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils.errors import RunError
+from utils.runs import environment
+from utils.runs import run as runs
 from utils.runs.files import file_stem, read_rows, write_rows
-from utils.runs.run import Run, environment
-from utils.runs.run import run as runs
+from utils.runs.run import Run
 
 CONFIG = {"dataset": "mvtec", "method": {"name": "noco", "norm": 1.0}, "layers": [1, 2]}
 CATEGORIES = ("bottle", "cable")
@@ -133,9 +134,12 @@ def test_restart_deletes_what_a_run_writes_and_nothing_else(tmp_path):
     run.save_scores("a/b", 0, paths=["a"], labels=[0], scores=[0.1], defects=["good"])
     run.save_head("a/b", 0, {"r": torch.zeros(1)}, {}, suffix="-last")
     run.finish("a/b", 0, [row("a/b", 0)])
-    overlays = run.overlays_folder("a/b", 0)
-    overlays.mkdir(parents=True)
-    (overlays / "samples.png").write_bytes(b"")
+    overlays, stem = run.overlays_folder("a/b", 0), file_stem("a/b", 0)
+    tables = [f"table.{suffix}" for suffix in ("md", "tex", "csv", "json")]
+    online = [f"online/{stem}.csv", f"online/{stem}.png"]
+    for name in (f"overlays/{stem}/samples.png", f"calibration/{stem}.json", *tables, *online):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
     mine = ["notes.txt", "table.txt", "scores/mine.npz", "heads/x-seed0.pt", "overlays/x/y.png"]
     for name in mine:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -145,6 +149,16 @@ def test_restart_deletes_what_a_run_writes_and_nothing_else(tmp_path):
     assert left == {*mine, "config.json", "environment.json"}
     assert again.pending("a/b") == [0]
     assert not overlays.exists()
+    assert not (tmp_path / "online").exists()
+
+
+def test_restart_keeps_what_the_user_put_beside_the_online_curves(tmp_path):
+    open_run(tmp_path)
+    (tmp_path / "online").mkdir()
+    for name in ("bottle-seed0.csv", "notes.txt", ".bottle-seed1.csv.0123abcd.tmp"):
+        (tmp_path / "online" / name).write_text("")
+    open_run(tmp_path, restart=True)
+    assert [path.name for path in (tmp_path / "online").iterdir()] == ["notes.txt"]
 
 
 def test_kill_leftovers(tmp_path):
@@ -178,7 +192,7 @@ def test_process_killed_while_writing_leaves_the_old_file(tmp_path):
             temporary.write_text("category,seed,sel")
             os._exit(9)
     """
-    root = Path(__file__).parents[2]
+    root = Path(runs.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=root).returncode == 9
     assert len(list(tmp_path.glob(".results.csv.*.tmp"))) == 1
     assert open_run(tmp_path).rows() == [row("bottle", 0, image_auroc=0.75)]
@@ -371,6 +385,16 @@ def test_scores_come_back(tmp_path):
     last = Run.read(tmp_path).load_scores("bottle", 0, "-last")
     assert last["score"].dtype == np.float32
     assert "map" not in last
+
+
+def test_scores_without_the_optional_arrays_are_read(tmp_path):
+    run = open_run(tmp_path)
+    given_ = {"paths": ["a.png"], "labels": [1], "scores": [0.5], "defects": ["hole"]}
+    path = run.save_scores("bottle", 0, norms=[1.0], angles=[0.1], **given_)
+    assert {"norm", "angle"} < set(run.load_scores("bottle", 0))
+    plain = {"path": np.array(["a.png"]), "label": np.array([1]), "score": np.array([0.5])}
+    np.savez_compressed(path, **plain, defect=np.array(["hole"]))
+    assert set(run.load_scores("bottle", 0)) == {"path", "label", "score", "defect"}
 
 
 def test_scores_of_unequal_length_are_refused(tmp_path):

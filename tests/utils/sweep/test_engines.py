@@ -2,18 +2,20 @@
 
 import json
 import os
+import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.rays import require_ray
 from utils.errors import UsageError
-from utils.sweep import engines as sweep_engines
-from utils.sweep.engines import InProcess, RayTasks, Workers, cuda_devices
+from utils.sweep.engines import InProcess, RayTasks, Workers, _Worker, cuda_devices
 from utils.sweep.jobs import Ended, Job, Started, last_lines, output_to
 
 SCRIPT = """
@@ -165,18 +167,58 @@ def test_a_worker_that_dies_is_a_failed_job_and_is_replaced(job):
     assert (reasons["ok"], reasons["fail"]) == ("", "exit code 2")
 
 
-def test_workers_keep_the_folder_they_are_started_in(job, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert ended(Workers([{}]).run([job("record", ".", "here", "1")])) == {"record . here 1": ""}
-    assert (tmp_path / "here").is_file()
-
-
 def runs(pid: int) -> bool:
     """Tell whether a process runs; a zombie has ended, whoever is slow to collect it."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def ended_within(seconds, events):
+    """The reason of each ended job; a failure where the last does not end in time."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(ended(events)), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "somebody waits for a job that nobody runs"
+    (reasons,) = found
+    return reasons
+
+
+def test_an_error_of_ours_in_a_workers_thread_ends_its_job_alone(job, monkeypatch):
+    run, processes = _Worker._run, []
+
+    def breaks(self, process, job):
+        processes.append(process)
+        if job.name == "record":
+            raise ZeroDivisionError("a defect")
+        return run(self, process, job)
+
+    monkeypatch.setattr(_Worker, "_run", breaks)
+    reasons = ended_within(60, Workers([{}]).run([job("ok"), job("record"), job("child")]))
+    assert reasons == {"ok": "", "record": "ZeroDivisionError: a defect", "child": ""}
+    # What the process would have answered next, nobody knows.
+    first, same, other = processes
+    assert first is same is not other
+    assert not any(runs(process.pid) for process in processes)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_processes_that_cannot_be_started_are_the_reason(job, monkeypatch, num_workers):
+    def refuse(*_, **__):
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    jobs = [job("ok"), job("child"), job("fail")]
+    reasons = ended_within(30, Workers([{}] * num_workers).run(jobs))
+    assert reasons == {job.name: "OSError: too many open files" for job in jobs}
+
+
+def test_workers_keep_the_folder_they_are_started_in(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ended(Workers([{}]).run([job("record", ".", "here", "1")])) == {"record . here 1": ""}
+    assert (tmp_path / "here").is_file()
 
 
 def test_closing_ends_running_jobs_and_their_children(job, tmp_path):
@@ -194,12 +236,12 @@ def test_closing_ends_running_jobs_and_their_children(job, tmp_path):
 
 
 def test_devices_are_named_as_the_environment_names_them(monkeypatch):
-    monkeypatch.setattr(sweep_engines.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert cuda_devices() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8a")
     assert cuda_devices() == ["3", "GPU-8a"]
-    monkeypatch.setattr(sweep_engines.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert cuda_devices() == []
 
 

@@ -1,4 +1,5 @@
 import csv
+import json
 import math
 import re
 import statistics
@@ -6,9 +7,14 @@ import unicodedata
 
 import pytest
 
+from datasets.data_set import num_categories
+from models.method import find_methods, published_name
 from utils.errors import RunError
-from utils.tables.published import NAMES, NUM_CATEGORIES, published_by_paper, published_values
-from utils.tables.results import build_table, published
+from utils.tables import published
+from utils.tables.formats import to_csv, to_latex, to_markdown, to_text, write
+from utils.tables.published import published_by_paper, published_values
+from utils.tables.results import Benchmark, build_table, row_notes, undefined_reasons
+from utils.tables.table import Table
 
 TEXTURES = ["carpet", "grid", "leather", "tile", "wood"]
 OBJECTS = ["bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush"]
@@ -25,25 +31,22 @@ def make_rows(values, select="last", metric="image_auroc", **extra):
     ]
 
 
-def make_table(rows, categories, seeds=(0,), metrics=("image_auroc",), dataset="folder", **options):
-    return build_table(
-        rows,
-        title="Results",
-        categories=categories,
-        seeds=seeds,
-        metrics=metrics,
-        dataset=dataset,
-        **options,
-    )
+def make_table(rows, categories, *, notes=(), nan_reasons=(), **options):
+    about = {"seeds": (0,), "metrics": ("image_auroc",), "dataset": "folder", **options}
+    count = num_categories(about["dataset"] or "")
+    benchmark = Benchmark(title="Results", categories=categories, num_categories=count, **about)
+    return build_table(rows, benchmark, notes=notes, nan_reasons=nan_reasons)
 
 
 def cells(table, label):
-    (line,) = [line for line in table.lines if line.label == label]
-    return [str(cell) for cell in line.cells]
+    (found,) = [
+        texts for row, texts in zip(table.rows, table.texts(), strict=True) if row.label == label
+    ]
+    return found
 
 
 def headings(table):
-    return [(column.group, column.name) for column in table.header]
+    return [(column.group, column.name) for column in table.columns]
 
 
 def test_mean_and_deviation_by_hand():
@@ -52,7 +55,7 @@ def test_mean_and_deviation_by_hand():
     rows = make_rows({"bottle": [0.90, 0.92, 0.97], "cable": [0.80, 0.86, 0.89]})
     table = make_table(rows, ["bottle", "cable"], seeds=(0, 1, 2))
     assert cells(table, "bottle") == ["93.0 ± 3.6"]
-    assert table.lines[0].cells[0].std == pytest.approx(math.sqrt(13))
+    assert table.rows[0].cells[0].std == pytest.approx(math.sqrt(13))
     assert cells(table, "cable") == ["85.0 ± 4.6"]
     assert cells(table, "mean") == ["89.0 ± 4.0"]
     assert "n = 3 seeds (0, 1, 2)" in table.caption
@@ -68,10 +71,10 @@ def test_seeds_that_move_against_each_other_cancel_in_the_mean():
 
 def test_one_seed_has_no_deviation():
     table = make_table(make_rows({"bottle": [0.987]}), ["bottle"])
-    assert [line.label for line in table.lines] == ["bottle"]
+    assert [row.label for row in table.rows] == ["bottle"]
     assert cells(table, "bottle") == ["98.7"]
     assert "n = 1" in table.caption
-    assert "±" not in table.to_text()
+    assert "±" not in to_text(table)
 
 
 def test_group_means_and_their_order():
@@ -81,7 +84,7 @@ def test_group_means_and_their_order():
         ["a", "b", "c"],
         groups={"mean_textures": ["a", "b"], "mean_x": ["c", "d"], "mean_y": ["z"]},
     )
-    assert [line.label for line in table.lines] == [
+    assert [row.label for row in table.rows] == [
         "a",
         "b",
         "c",
@@ -96,7 +99,7 @@ def test_group_means_and_their_order():
 
 def test_a_category_called_mean_stays_itself():
     table = make_table(make_rows({"mean": [0.1], "b": [0.2]}), ["mean", "b"])
-    assert [str(line.cells[0]) for line in table.lines] == ["10.0", "20.0", "15.0"]
+    assert [texts[0] for texts in table.texts()] == ["10.0", "20.0", "15.0"]
 
 
 def test_each_select_has_its_own_heading():
@@ -111,7 +114,7 @@ def test_each_select_has_its_own_heading():
     ]  # fmt: skip
     assert cells(table, "a") == ["80.0", "40.0", "90.0", "45.0", "70.0", "35.0"]
     only = make_table(make_rows({"a": [0.9]}, "best_test"), ["a"])
-    for text in (only.to_markdown(), only.to_latex(), only.to_text()):
+    for text in (to_markdown(only), to_latex(only), to_text(only)):
         assert best in text
 
 
@@ -139,8 +142,12 @@ def test_metrics_must_exist():
     rows = make_rows({"bottle": [0.9]})
     with pytest.raises(RunError, match="no column aupro"):
         make_table(rows, ["bottle"], metrics=["image_auroc", "aupro"])
-    with pytest.raises(ValueError, match="unknown metrics"):
+    with pytest.raises(ValueError, match="unknown metrics auroc"):
         make_table(rows, ["bottle"], metrics=["auroc"])
+    for missing in ("categories", "seeds", "metrics"):
+        about = {"categories": ["bottle"], "seeds": (0,), "metrics": ["image_auroc"], missing: ()}
+        with pytest.raises(ValueError, match="a category, a seed and a metric"):
+            Benchmark(title="Results", **about)
 
 
 def test_undefined_values_are_dashes_with_their_reason():
@@ -156,9 +163,9 @@ def test_undefined_values_are_dashes_with_their_reason():
     assert cells(table, "b") == ["50.0 ± 0.0"]
     assert cells(table, "mean") == ["–"]
     assert table.notes == ("–: undefined (a has no masks).",)
-    for text in (table.to_markdown(), table.to_text(), table.to_latex()):
+    for text in (to_markdown(table), to_text(table), to_latex(table)):
         assert "a has no masks" in text
-    assert "nan" in table.to_csv()
+    assert "nan" in to_csv(table)
     assert make_table(make_rows({"b": [0.5]}), ["b"], nan_reasons=["x"]).notes == ()
 
 
@@ -201,12 +208,12 @@ def test_published_means_are_left_out_beside_the_mean_of_fewer_categories():
 
 def test_semantic_data_has_a_published_mean_only():
     names = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    display = {name: f"{place} {name}" for place, name in enumerate(names)}
+    labels = {name: f"{place} {name}" for place, name in enumerate(names)}
     rows = make_rows({name: [0.9] for name in names})
-    table = make_table(rows, names, dataset="cifar10", display=display)
+    table = make_table(rows, names, dataset="cifar10", labels=labels)
     assert cells(table, "3 cat") == ["90.0", "", ""]
     assert cells(table, "mean")[1:] == ["93.9", "86.5"]
-    assert table.lines[3].key == "cat"
+    assert table.rows[3].key == "cat"
 
 
 @pytest.mark.parametrize("dataset", ["demo", None])
@@ -228,9 +235,9 @@ def test_published_lookup():
 def test_every_published_dataset_says_how_many_categories_its_mean_is_over():
     with published.PUBLISHED_FILE.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["dataset"] for row in rows} - {"-"} == set(NUM_CATEGORIES)
+    assert all(num_categories(name) for name in {row["dataset"] for row in rows} - {"-"})
     mvtec = {row["category"] for row in rows if row["dataset"] == "mvtec"}
-    assert len({name for name in mvtec if not name.startswith("mean")}) == NUM_CATEGORIES["mvtec"]
+    assert len({name for name in mvtec if not name.startswith("mean")}) == num_categories("mvtec")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +268,7 @@ def odd_table():
 
 
 def test_markdown_has_one_row_per_line_and_escapes():
-    text = odd_table().to_markdown()
+    text = to_markdown(odd_table())
     table_lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table_lines) == 2 + 4
     # Unescaped bars part exactly two columns in each row.
@@ -275,7 +282,7 @@ def test_markdown_has_one_row_per_line_and_escapes():
 
 
 def test_latex_is_escaped_and_balanced():
-    text = odd_table().to_latex()
+    text = to_latex(odd_table())
     assert r"a\_b & 55.0 $\pm$ 7.1 \\" in text
     assert r"{[}50\%] {*}裂 & 100.0 $\pm$ 0.0 \\" in text
     assert r"x\textbar{}y &" in text
@@ -295,13 +302,13 @@ def test_latex_groups_span_their_columns():
     rows = make_rows({"a": [0.5]}, pixel_auroc=0.5) + make_rows(
         {"a": [0.5]}, "best_test", pixel_auroc=0.5
     )
-    text = make_table(rows, ["a"], metrics=["image_auroc", "pixel_auroc"]).to_latex()
+    text = to_latex(make_table(rows, ["a"], metrics=["image_auroc", "pixel_auroc"]))
     assert r" & \multicolumn{2}{c}{last} & \multicolumn{2}{c}{best on test (optimistic)} \\" in text
     assert r"\cmidrule(lr){2-3} \cmidrule(lr){4-5}" in text
 
 
 def test_csv_is_exact():
-    rows = list(csv.reader(odd_table().to_csv().splitlines()))
+    rows = list(csv.reader(to_csv(odd_table()).splitlines()))
     assert rows[0] == ["category", "last_image_auroc", "last_image_auroc_std"]
     assert rows[1][0] == "a_b"
     assert float(rows[1][1]) == 55.0
@@ -309,7 +316,7 @@ def test_csv_is_exact():
     assert rows[3][0] == "[50%] *裂"
     assert rows[4][0] == "mean"
     table = make_table(mvtec_rows(["bottle"]), ["bottle"], dataset="mvtec")
-    assert table.to_csv() == (
+    assert to_csv(table) == (
         "category,last_image_auroc,noco_paper_image_auroc,simplenet_paper_image_auroc\n"
         "bottle,90.0,100.0,100.0\n"
     )
@@ -319,7 +326,7 @@ def test_text_is_aligned_also_with_wide_letters():
     def width(text):
         return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
-    lines = odd_table().to_text().splitlines()
+    lines = to_text(odd_table()).splitlines()
     numbers = [line for line in lines if re.search(r"\d\.\d ± \d\.\d$", line)]
     assert len(numbers) == 4
     assert len({width(line) for line in numbers}) == 1
@@ -330,12 +337,14 @@ def test_text_is_aligned_also_with_wide_letters():
 
 def test_write(tmp_path):
     table = odd_table()
-    paths = table.write(tmp_path)
-    assert [path.name for path in paths] == ["table.md", "table.tex", "table.csv"]
-    texts = [path.read_text(encoding="utf-8") for path in paths]
-    assert texts == [table.to_markdown(), table.to_latex(), table.to_csv()]
+    paths = write(table, tmp_path / "table")
+    assert [path.name for path in paths] == ["table.md", "table.tex", "table.csv", "table.json"]
+    *texts, values = [path.read_text(encoding="utf-8") for path in paths]
+    assert texts == [to_markdown(table), to_latex(table), to_csv(table)]
+    assert Table.from_json(values) == table
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "table.csv",
+        "table.json",
         "table.md",
         "table.tex",
     ]
@@ -350,7 +359,7 @@ def test_a_compared_methods_published_values_stand_beside_it_for_each_paper():
         metrics=["image_auroc", "pixel_auroc"],
         dataset="mvtec",
         groups=GROUPS,
-        method="padim",
+        published_as=published_name("padim"),
     )
     assert headings(table)[2:5] == [
         ("PaDiM (NoCo paper)", "image AUROC"),
@@ -359,11 +368,16 @@ def test_a_compared_methods_published_values_stand_beside_it_for_each_paper():
     ]
     assert cells(table, "mean")[2:5] == ["90.8", "95.8", "97.5"]
     library = make_table(
-        mvtec_rows(categories), categories, dataset="mvtec", method="anomalib:padim"
+        mvtec_rows(categories),
+        categories,
+        dataset="mvtec",
+        published_as=published_name("anomalib:padim"),
     )
     assert ("PaDiM (NoCo paper)", "image AUROC") in headings(library)
     for method in ("knn", "noco", "anomalib:dfm"):
-        table = make_table(mvtec_rows(categories), categories, dataset="mvtec", method=method)
+        table = make_table(
+            mvtec_rows(categories), categories, dataset="mvtec", published_as=published_name(method)
+        )
         assert {group for group, _ in headings(table)} == {
             "last",
             "NoCo (paper)",
@@ -372,7 +386,63 @@ def test_a_compared_methods_published_values_stand_beside_it_for_each_paper():
 
 
 def test_every_compared_name_is_in_the_file():
-    for method, name in NAMES.items():
-        assert published_by_paper("mvtec", "mean", "image_auroc", method), name
-    assert published_by_paper("cifar10", "mean", "image_auroc", "panda") == {"NoCo": 96.2}
-    assert published_by_paper("demo", "brick", "image_auroc", "padim") == {}
+    known = {**find_methods("structured"), **find_methods("semantic")}.values()
+    names = [method.published_as for method in known if method.published_as]
+    names = [n for name in names for n in (name.values() if isinstance(name, dict) else [name])]
+    assert len(set(names)) > 5
+    for name in names:
+        assert published_by_paper("mvtec", "mean", "image_auroc", name), name
+    assert published_by_paper("cifar10", "mean", "image_auroc", "PANDA") == {"NoCo": 96.2}
+    assert published_by_paper("demo", "brick", "image_auroc", "PaDiM") == {}
+
+
+def row(category, seed=0, select="last", skipped=0, empty_masks=0, undefined=""):
+    return {
+        "category": category,
+        "seed": seed,
+        "select": select,
+        "skipped": skipped,
+        "empty_masks": empty_masks,
+        "undefined": undefined,
+    }
+
+
+def test_notes_count_an_image_once_over_seeds_and_selections():
+    rows = [
+        row(category, seed, select, skipped, empty)
+        for category, skipped, empty in (("tile", 2, 0), ("wood", 1, 5))
+        for seed in (0, 1)
+        for select in ("last", "best_test")
+    ]
+    unreadable, empty = row_notes(rows)
+    assert unreadable.startswith("3 unreadable images were left out (--skip-unreadable)")
+    assert empty.startswith("5 anomalous test images have an empty mask")
+    shared, _ = row_notes(rows, shared_images=True)
+    assert shared.startswith("2 unreadable images")
+    assert row_notes([row("tile")]) == []
+
+
+def test_undefined_reasons_come_from_the_rows():
+    rows = [
+        row("tile", undefined="pixel_auroc: no masks; aupro: no masks"),
+        row("wood", undefined="image_auroc: no normal images"),
+        row("grid"),
+    ]
+    assert undefined_reasons(rows) == {
+        "pixel_auroc": "no masks",
+        "aupro": "no masks",
+        "image_auroc": "no normal images",
+    }
+
+
+def test_a_table_comes_back_from_json_or_is_refused():
+    rows = make_rows({"a": [math.nan, 0.5], "b": [0.5, 0.7]})
+    table = make_table(rows, ["a", "b"], seeds=(0, 1), notes=["one", "two"])
+    text = table.to_json()
+    assert Table.from_json(text).to_json() == text
+    assert Table.from_json(text).texts() == table.texts()
+    for other in ("", "[]", "{}", "null", text[:-5], text.replace('"std"', '"deviation"')):
+        with pytest.raises(ValueError, match=r"not a table|Expecting|delimiter"):
+            Table.from_json(other)
+    with pytest.raises(ValueError, match="not the columns' number of cells"):
+        Table.from_json(json.dumps({**json.loads(text), "columns": []}))

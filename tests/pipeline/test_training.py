@@ -1,0 +1,404 @@
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from datasets.samples import ImageSet, Task
+from models.detector import Detector
+from pipeline import recording, training
+from pipeline.experiments import structured_catalogue
+from pipeline.features import TaskData
+from pipeline.recording import remarks_of, summary_line, write_table
+from pipeline.training import open_run, train_head, train_task
+from tests.utils.evaluation import test_selection as selection
+from utils.errors import RunError, UsageError
+from utils.evaluation.scoring import Scoring
+from utils.evaluation.test_set import TestSet
+from utils.features.bank import FeatureBank
+from utils.runs.files import read_rows
+from utils.runs.run import Run
+
+CATEGORIES = ("tile", "wood")
+NAMES = ("a.png", "b.png", "c.png", "d.png")
+KINDS = ("good", "good", "hole", "scratch")
+CPU = torch.device("cpu")
+EXTRACTOR = SimpleNamespace(device=CPU, weights_digest="beef", random_weights=False)
+
+
+def experiment_of(method="noco_cf", **changes):
+    experiment = structured_catalogue().compose("demo", method)
+    return dataclasses.replace(experiment, **{"select": "last", "overlays": 0, **changes})
+
+
+def new_run(folder, seeds=(0,)):
+    return Run.open(
+        folder, {"method": "fake"}, categories=CATEGORIES, seeds=seeds, command=["x"], device="cpu"
+    )
+
+
+def bank_of(values):
+    """A bank of N images with one feature on a 2 x 2 grid: the value, everywhere."""
+    maps = torch.tensor(values)[:, None, None, None].expand(-1, 2, 2, 1)
+    return FeatureBank(
+        [maps], range(len(values)), assemble=lambda stages: stages[0].float(), device=CPU
+    )
+
+
+def small_test_set(values=(1.0, 2.0, 3.0, 4.0), masks=None):
+    about = {"names": NAMES, "kinds": KINDS, "masks": masks, "scoring": Scoring()}
+    return TestSet(bank_of(list(values)), torch.tensor([0, 0, 1, 1]), **about)
+
+
+def task_of(category, **fields):
+    return Task(
+        category=category,
+        label=f"a {category}",
+        train=ImageSet("train", paths=tuple(Path(f"{i}.png") for i in range(3))),
+        train_indices=np.arange(3),
+        test=ImageSet("test", paths=tuple(map(Path, NAMES))),
+        test_labels=np.array([0, 0, 1, 1]),
+        kinds=KINDS,
+        **fields,
+    )
+
+
+def data_of(category, *, train=None, test=None, validation=None, skipped=()):
+    return TaskData(
+        task_of(category),
+        bank_of([1.0, 1.5, 2.0]) if train is None else train,
+        small_test_set() if test is None else test,
+        validation,
+        None,
+        skipped,
+    )
+
+
+class Drawn(Detector):
+    """Draws its one weight from the global generator and its other one from the explicit one."""
+
+    def __init__(self, options):
+        super().__init__()
+        assert options == experiment_of().method, "nothing was chosen"
+        self.weight = nn.Parameter(torch.rand(1) + float(np.random.rand()))  # noqa: NPY002
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def fit(self, bank, *, generator, monitor):
+        with torch.no_grad():
+            self.offset.copy_(torch.rand(1, generator=generator))
+        for step in (1, 2):
+            monitor(step, {"loss": float(len(bank)) / step})
+
+    def forward(self, features):
+        return features[:, 0] * self.weight + self.offset
+
+
+class Failing(Detector):
+    def __init__(self, _):
+        super().__init__()
+
+    def fit(self, bank, *, generator, monitor):
+        del bank, generator, monitor
+        raise FloatingPointError("loss is nan at epoch 3, step 7")
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Say what builds the detectors, from their options; `Drawn` unless something else is said."""
+
+    def use(build):
+        monkeypatch.setattr(training, "build_detector", lambda *arguments: build(arguments[-1]))
+
+    use(Drawn)
+    return use
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn of each head, in place of the pictures."""
+    found = []
+    monkeypatch.setattr(recording, "draw", lambda *arguments: found.append(arguments[-1]))
+    return found
+
+
+def train(run, category, seed=0, *, experiment=None, data=None, **changes):
+    experiment = experiment or experiment_of(seeds=run.seeds, **changes)
+    train_head(experiment, run, EXTRACTOR, data or data_of(category), seed)
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_everything_is_written_down(tmp_path, builds, drawn, capsys):
+    run = new_run(tmp_path)
+    masks = torch.zeros(4, 2, 2, dtype=torch.bool)
+    masks[2, 0, 0] = True
+    test = small_test_set(masks=masks)
+    data = data_of("tile", test=test, skipped=["cut.png: truncated"])
+    train(run, "tile", data=data, overlays=1, save_maps=True)
+    (row,) = run.rows()
+    assert (row["category"], row["seed"], row["select"]) == ("tile", 0, "last")
+    assert (row["num_train"], row["num_test"]) == (3, 4)
+    assert (row["skipped"], row["empty_masks"], row["trainable"]) == (1, 1, 2)
+    assert row["image_auroc"] == 1.0
+    assert (row["step"], row["pixel_step"]) == (2, 2)
+    assert row["fit_seconds"] >= 0
+    assert row["undefined"] == ""
+
+    first, *steps = lines_of(run)
+    assert first == {
+        "category": "tile",
+        "seed": 0,
+        "event": "data",
+        "skipped": ["cut.png: truncated"],
+        "empty_masks": ["d.png"],
+    }
+    assert [(line["event"], line["step"], line["loss"]) for line in steps] == [
+        ("step", 1, 3.0),
+        ("step", 2, 1.5),
+    ]
+
+    scores = run.load_scores("tile", 0)
+    assert scores["path"].tolist() == ["a.png", "b.png", "c.png", "d.png"]
+    assert scores["label"].tolist() == [0, 0, 1, 1]
+    assert scores["defect"].tolist() == ["good", "good", "hole", "scratch"]
+    assert scores["map"].shape == (4, 2, 2)
+    state, metadata = run.load_head("tile", 0)
+    assert set(state) == {"weight", "offset"}
+    assert metadata == {
+        **{"category": "tile", "seed": "0", "select": "last", "options": "{}"},
+        "backbone_digest": "beef",
+    }
+    expected = torch.tensor([1.0, 2.0, 3.0, 4.0]) * state["weight"] + state["offset"]
+    np.testing.assert_array_equal(scores["score"], expected.numpy())
+
+    ((outcome,),) = [fitted.outcomes for fitted in drawn]
+    np.testing.assert_array_equal(outcome.scores.images, scores["score"])
+    assert "tile  seed 0:  image_auroc 100.00" in capsys.readouterr().out
+
+
+def test_maps_are_kept_only_when_asked_for(tmp_path, builds):
+    run = new_run(tmp_path)
+    train(run, "tile")
+    assert "map" not in run.load_scores("tile", 0)
+
+
+def test_the_first_seed_is_drawn_where_pictures_are_asked_for(tmp_path, builds, drawn):
+    run = new_run(tmp_path, (3, 1))
+    for seed in (3, 1):
+        train(run, "tile", seed, overlays=2)
+        train(run, "wood", seed)
+    assert [fitted.seed for fitted in drawn] == [3]
+
+
+def test_best_on_test_writes_the_last_state_beside_it(tmp_path, builds, drawn, capsys):
+    run = new_run(tmp_path)
+    train(run, "tile", select="best_test", overlays=1)
+    assert [row["select"] for row in run.rows()] == ["last", "best_test"]
+    assert run.load_head("tile", 0, "-last")[1]["select"] == "last"
+    assert run.load_head("tile", 0)[1]["select"] == "best_test"
+    assert run.load_scores("tile", 0)["score"].shape == (4,)
+    assert run.load_scores("tile", 0, "-last")["score"].shape == (4,)
+    assert [fitted.outcomes[-1].select for fitted in drawn] == ["best_test"]
+    assert "best on test (optimistic): image_auroc" in capsys.readouterr().out
+
+
+def test_a_category_alone_gives_the_bits_it_has_among_others(tmp_path, builds):
+    both, alone = new_run(tmp_path / "both", (0, 1)), new_run(tmp_path / "alone", (0, 1))
+    for seed in (0, 1):
+        train(both, "tile", seed)
+        train(both, "wood", seed)
+    torch.rand(5)
+    train(alone, "wood", 1)
+    for name in ("weight", "offset"):
+        states = [run.load_head("wood", 1)[0][name] for run in (both, alone)]
+        assert torch.equal(*states)
+        assert not torch.equal(states[0], both.load_head("wood", 0)[0][name])
+    scores = [run.load_scores("wood", 1)["score"] for run in (both, alone)]
+    np.testing.assert_array_equal(*scores)
+
+
+@pytest.mark.parametrize(
+    ("method", "hint"), [("noco_cf", ""), ("noco", "; lower --method.learning-rate")]
+)
+def test_loss_that_is_not_finite_names_category_and_seed_and_leaves_the_pair_open(
+    tmp_path, builds, method, hint
+):
+    run = new_run(tmp_path, (0, 1))
+    train(run, "tile", 0)
+    builds(Failing)
+    message = rf"^tile, seed 1: loss is nan at epoch 3, step 7{hint}$"
+    with pytest.raises(FloatingPointError, match=message):
+        train(run, "tile", 1, experiment=experiment_of(method))
+    assert run.pending("tile") == [1]
+    assert not run.head_path("tile", 1).exists()
+
+
+def test_best_on_test_of_one_class_names_category_and_seed(tmp_path, builds):
+    data = data_of("tile")
+    data.test.labels = torch.zeros(4)
+    with pytest.raises(UsageError, match=r"^tile, seed 0: --select best_test needs normal and"):
+        train(new_run(tmp_path), "tile", data=data, select="best_test")
+
+
+@pytest.mark.parametrize(("monitor_test", "scored"), [(False, 1), (True, 5)])
+def test_a_run_scores_the_test_set_once_after_the_choice(tmp_path, builds, monitor_test, scored):
+    experiment = experiment_of("noco", select="synthetic", monitor_test=monitor_test)
+    test, built = selection.Untouched(), []
+
+    def build(options):
+        built.append(options)
+        functions = [selection.FUNCTIONS["wrong"], selection.FUNCTIONS["right"]]
+        return selection.Stepper(functions[: options.epochs])
+
+    builds(build)
+    run = new_run(tmp_path)
+    validation = selection.make_validation()
+    data = data_of("tile", train=selection.bank_of([0.1, 0.2]), test=test, validation=validation)
+    train(run, "tile", data=data, experiment=experiment)
+    assert built == [experiment.method, dataclasses.replace(experiment.method, epochs=2)]
+    assert test.times == scored
+    (row,) = read_rows(tmp_path / "results.csv")
+    assert (row["select"], row["chosen"]) == ("synthetic", "epochs=2")
+    assert row["image_auroc"] == 1.0
+
+
+def test_only_pending_seeds_are_trained_on_features_extracted_once(tmp_path, builds, capsys):
+    run, asked = new_run(tmp_path, (0, 1, 2)), []
+    train(run, "tile", 1)
+    extraction = SimpleNamespace(
+        extractor=EXTRACTOR, data_of=lambda task: asked.append(task) or data_of(task.category)
+    )
+    train_task(experiment_of(seeds=(0, 1, 2)), run, extraction, task_of("tile"))
+    assert [task.category for task in asked] == ["tile"]
+    assert [row["seed"] for row in run.rows()] == [0, 1, 2]
+
+
+def test_too_few_images_for_a_calibration_are_refused_before_the_folder_is_made(tmp_path):
+    experiment = experiment_of(calibration_share=0.5, output=tmp_path)
+    with pytest.raises(UsageError, match=r"^tile: --calibration-share 0\.5 holds 2 of 3"):
+        open_run(experiment, [task_of("tile")], ["x"])
+    assert list(tmp_path.iterdir()) == []
+    run = open_run(experiment_of(output=tmp_path, seeds=(4,)), [task_of("tile")], ["x"])
+    assert (run.categories, run.seeds, run.pending("tile")) == (("tile",), (4,), [4])
+
+
+def finish(run, *, extractor=EXTRACTOR, peers=(), **changes):
+    tasks = [task_of(category, peers=peers) for category in run.categories]
+    return write_table(experiment_of(seeds=run.seeds, **changes), run, tasks, extractor)
+
+
+def test_table_is_written_and_printed(tmp_path, builds, capsys):
+    run = new_run(tmp_path)
+    for category in CATEGORIES:
+        train(run, category)
+    capsys.readouterr()
+    random = SimpleNamespace(random_weights=True)
+    table = finish(run, extractor=random)
+    printed = capsys.readouterr().out
+    for text in (printed, *((tmp_path / f"table.{kind}").read_text() for kind in ("md", "tex"))):
+        assert "RANDOM BACKBONE WEIGHTS" in text
+        assert "a wood" in text
+        assert "no masks" in text
+    assert (tmp_path / "table.csv").read_text().splitlines()[:2] == [
+        "category,last_image_auroc,last_image_ap,last_image_f1_max,last_pixel_auroc,last_pixel_ap,"
+        "last_aupro",
+        "tile,100.0,100.0,100.0,nan,nan,nan",
+    ]
+    assert f"run folder: {tmp_path}" in printed
+    assert "reported: last" in table.caption
+    assert not any("RANDOM" in note for note in finish(run).notes)
+
+
+def test_table_with_a_hole_is_refused(tmp_path, builds):
+    run = new_run(tmp_path)
+    train(run, "tile")
+    with pytest.raises(RunError, match="wood seed 0"):
+        finish(run)
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_table_of_the_best_on_test_says_that_it_is_optimistic(tmp_path, builds):
+    run = new_run(tmp_path)
+    for category in CATEGORIES:
+        train(run, category, select="best_test")
+    table = finish(run, select="best_test")
+    assert "best on test (optimistic)" in table.caption
+    assert [group for group, *_ in table.groups()] == ["last", "best on test (optimistic)"]
+
+
+def test_an_unreadable_image_that_tasks_share_counts_once(tmp_path, builds):
+    run = new_run(tmp_path)
+    for category in CATEGORIES:
+        train(run, category, data=data_of(category, skipped=["cut.png: truncated"]))
+    assert any(note.startswith("2 unreadable images") for note in finish(run).notes)
+    shared = finish(run, peers=(np.arange(3),))
+    assert any(note.startswith("1 unreadable images") for note in shared.notes)
+
+
+class Remarking(Drawn):
+    def fit(self, bank, *, generator, monitor):
+        super().fit(bank, generator=generator, monitor=monitor)
+        self.remarks.append("stuck")
+
+
+def test_what_a_fit_remarks_stands_below_the_table(tmp_path, builds):
+    run = new_run(tmp_path)
+    train(run, "tile")
+    builds(Remarking)
+    train(run, "wood")
+    assert remarks_of(run.rows()) == ["wood, seed 0: stuck"]
+    assert "wood, seed 0: stuck" in finish(run).notes
+
+
+def test_summary_line_leaves_out_what_is_undefined(tmp_path, builds, drawn):
+    train(new_run(tmp_path), "tile", overlays=1)
+    (fitted,) = drawn
+    assert math.isnan(fitted.outcomes[0].measured.values["pixel_auroc"])
+    line = summary_line("tile", dataclasses.replace(fitted, fit_seconds=1.25))
+    assert line == "tile  seed 0:  image_auroc 100.00  (fit 1.2 s)"
+
+
+class Aimed(Drawn):
+    """Has norm and angle, and counts how often it is asked for them."""
+
+    asked = 0
+
+    def geometry(self, stages, maps):
+        type(self).asked += 1
+        assert stages[0].shape[2:] == maps.shape[1:]
+        highest = maps.amax(dim=(1, 2))
+        return highest + 1, highest / 10
+
+
+def test_norm_and_angle_are_kept_for_reported_outcomes_only(tmp_path, builds, monkeypatch):
+    run = new_run(tmp_path)
+    monkeypatch.setattr(Aimed, "asked", 0)
+    builds(Aimed)
+    train(run, "tile", select="best_test", monitor_test=True)
+    assert Aimed.asked == 2  # the last and the best state, not every step
+    for suffix in ("", "-last"):
+        scores = run.load_scores("tile", 0, suffix)
+        np.testing.assert_array_equal(scores["norm"], scores["score"] + 1)
+        np.testing.assert_array_equal(scores["angle"], scores["score"] / 10)
+    builds(Drawn)
+    train(run, "wood")
+    assert not {"norm", "angle", "map", "mask"} & set(run.load_scores("wood", 0))
+
+
+def test_masks_are_kept_with_the_maps(tmp_path, builds):
+    run = new_run(tmp_path)
+    masks = torch.zeros(4, 2, 2, dtype=torch.bool)
+    masks[3, 1, 0] = True
+    train(run, "tile", data=data_of("tile", test=small_test_set(masks=masks)), save_maps=True)
+    kept = run.load_scores("tile", 0)["mask"]
+    assert kept.dtype == bool
+    np.testing.assert_array_equal(kept, masks.numpy())
+    train(run, "wood", data=data_of("wood", test=small_test_set(masks=masks)))
+    assert "mask" not in run.load_scores("wood", 0)
