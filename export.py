@@ -45,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Export, check, write, say how large the differences are, and return the file's path."""
     options = tyro.cli(ExportOptions, args=argv, prog="export.py", description=__doc__)
 
-    from pipeline.exporting import export_head  # only now: they import torch
+    from models.deployment.formats import require_onnx  # only now: they import torch
+    from pipeline.exporting import export_head
     from pipeline.finished import load_run
 
+    if options.format == "onnx":
+        require_onnx()
     finished = load_run(options.run, device="cpu", weights=options.weights)
     category, seed = choose_pair(finished.run, options.category, options.seed)
     head = finished.run.head_path(category, seed, options.suffix)

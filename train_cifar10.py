@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.experiments import SCRIPTS, read_tasks
-from utils.cli import exits_cleanly, faults_named
+from utils.cli import exits_cleanly, faults_named, require_device
 
 
 @exits_cleanly()
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Train and evaluate every normal class and seed, write the table, return the run folder."""
     words = list(sys.argv[1:] if argv is None else argv)
     experiment = SCRIPTS["train_cifar10"].parse(words)
+    require_device(experiment.device)
     # Tasks share the images of the data set: the backbone sees each once.
     tasks = read_tasks(experiment)
 

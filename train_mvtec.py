@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.experiments import SCRIPTS, read_tasks
-from utils.cli import exits_cleanly, faults_named
+from utils.cli import exits_cleanly, faults_named, require_device
 
 
 @exits_cleanly()
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Train and evaluate every category and seed, write the table, return the run folder."""
     words = list(sys.argv[1:] if argv is None else argv)
     experiment = SCRIPTS["train_mvtec"].parse(words)
+    require_device(experiment.device)
     # Every category is read before any is trained: a broken one is found at once, not after hours.
     tasks = read_tasks(experiment)
 

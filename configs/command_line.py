@@ -4,9 +4,9 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 import tyro
 
@@ -80,12 +80,13 @@ def _take_positionals(
 ) -> tuple[list[str], str | None, str | None]:
     """Remove the data set's and the method's name, wherever options do not claim them."""
     datasets, methods = list(catalogue.data_sets), list(catalogue.methods)
+    types = _types_of_options(catalogue)
     found: list[str] = []
     rest: list[str] = []
     claims = 0.0  # how many of the next words belong to the last option
     for word in words:
         if word.startswith("--"):
-            claims = 0 if "=" in word else _arity(word, catalogue)
+            claims = 0 if "=" in word else _arity(word, types)
             rest.append(word)
         elif claims > 0:
             claims -= 1
@@ -115,14 +116,18 @@ def _is_method(word: str | None, methods: Sequence[str]) -> bool:
     return word in methods or (bool(model) and f"{library}:{ANY_MODEL}" in methods)
 
 
-def _arity(option: str, catalogue: Catalogue[E]) -> float:
-    """Return how many words an option takes: 0 for switches, unbounded for lists."""
-    name = option.lstrip("-").replace("-", "_")
+def _types_of_options(catalogue: Catalogue[E]) -> dict[str, Any]:
+    """Return the type of each option of the experiment, and of every method and data set."""
     types = dict(get_type_hints(catalogue.kind))
     for prefix, presets in (("method", catalogue.methods), ("data", catalogue.data_sets)):
-        for preset in presets.values():
-            hints = get_type_hints(type(preset.options))
-            types |= {f"{prefix}.{field}": hint for field, hint in hints.items()}
+        for kind in {type(preset.options) for preset in presets.values()}:
+            types |= {f"{prefix}.{field}": hint for field, hint in get_type_hints(kind).items()}
+    return types
+
+
+def _arity(option: str, types: Mapping[str, Any]) -> float:
+    """Return how many words an option takes: 0 for switches, unbounded for lists."""
+    name = option.lstrip("-").replace("-", "_")
     switches = {field for field, hint in types.items() if hint is bool}
     if name in {"", "help", *switches} or re.sub(r"(^|\.)no_", r"\1", name) in switches:
         return 0

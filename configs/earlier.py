@@ -35,6 +35,8 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
         is_elastic = options.pop("variant") == "ewc"
         values["method_name"] = "panda_ewc" if is_elastic else "panda"
         _drop(options, () if is_elastic else _OF_EWC)
+    if name == "mean_shifted":
+        options = {"momentum": 0.0, "clip_norm": None} | options
     if str(name).startswith("anomalib:"):
         options.setdefault("model", str(name).partition(":")[2])
     values["method"] = options

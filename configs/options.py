@@ -1,5 +1,6 @@
 """What an option is: its type, the values it may have, when it counts, and what it changes."""
 
+import functools
 import math
 import types
 from collections.abc import Callable
@@ -130,8 +131,13 @@ class DataOptions:
 
 def marks_of(kind: type, name: str) -> tuple[Any, ...]:
     """Return what a field's `Annotated` holds beside its type."""
-    hint = get_type_hints(kind, include_extras=True)[name]
+    hint = _hints_of(kind)[name]
     return get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+
+
+@functools.cache
+def _hints_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def fields_marked(kind: type, mark: Enum) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """What the file of a data set declares, and how the files are found; nothing here needs torch."""
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Mapping
@@ -95,10 +96,15 @@ def num_categories(name: str) -> int:
     return known[name].num_categories if name in known else 0
 
 
-def _modules() -> dict[str, str]:
+def _modules() -> Mapping[str, str]:
     """Return the modules of the data sets by name."""
+    return _modules_in(tuple(datasets.sets.__path__))
+
+
+@functools.cache
+def _modules_in(folders: tuple[str, ...]) -> Mapping[str, str]:
     found = {}
-    for folder in map(Path, datasets.sets.__path__):
+    for folder in map(Path, folders):
         for path in folder.rglob("*.py"):
             if DECLARES.search(path.read_text(encoding="utf-8")):
                 parts = path.relative_to(folder).with_suffix("").parts

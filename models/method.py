@@ -1,7 +1,8 @@
 """What the file of a method declares, and how the files are found; nothing here needs torch."""
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -80,10 +81,15 @@ def published_name(method: str) -> str:
     return known if isinstance(known, str) else known.get(method.partition(":")[2], "")
 
 
-def _files() -> dict[str, tuple[str, Path]]:
+def _files() -> Mapping[str, tuple[str, Path]]:
     """Return module and file of each method by name, the default first, the rest in order."""
+    return _files_in(tuple(models.methods.__path__))
+
+
+@functools.cache
+def _files_in(folders: tuple[str, ...]) -> Mapping[str, tuple[str, Path]]:
     found = {}
-    for folder in map(Path, models.methods.__path__):
+    for folder in map(Path, folders):
         for path in folder.rglob("*.py"):
             if DECLARES.search(path.read_text(encoding="utf-8")):
                 parts = path.relative_to(folder).with_suffix("").parts

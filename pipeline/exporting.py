@@ -21,7 +21,6 @@ from models.deployment.formats import (
     Exported,
     differences,
     example_program,
-    require_onnx,
     to_onnx,
     to_torchscript,
 )
@@ -75,8 +74,6 @@ def export_head(
         ModelError: the method cannot be exported.
         UsageError: a package is missing, or what came out scores differently.
     """
-    if options.format == "onnx":
-        require_onnx()
     detector = finished.detector(category, seed, options.suffix)
     network = build_network(finished, detector)
     # The head that is best by pixel AUROC has no image scores of its own.

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.options import DataOptions
+from configs.semantic import SemanticExperiment
+from configs.structured import StructuredExperiment
 from datasets.data_set import SemanticSet, StructuredSet, find_data_sets
 from models.method import find_method, find_methods
-from pipeline.experiments import SCRIPTS as TRAINING
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("benchmarks", "configs", "datasets", "figures", "models", "pipeline", "utils")
@@ -243,10 +243,7 @@ def unread_fields(kind, trees, *owners):
     return {field.name for field in dataclasses.fields(kind)} - read_by(kind, trees, *owners)
 
 
-EXPERIMENTS = {script.kind: script.catalogue() for script in TRAINING.values()}
-
-
-@pytest.mark.parametrize("kind", {catalogue.kind for catalogue in EXPERIMENTS.values()})
+@pytest.mark.parametrize("kind", [StructuredExperiment, SemanticExperiment])
 def test_every_option_of_an_experiment_is_read(kind):
     """Read as `experiment.name` by the pipeline, or by a member of the experiment that it uses.
 
@@ -289,25 +286,31 @@ def test_every_option_of_a_method_is_read(method):
     assert not unread, f"no code reads {sorted(unread)} of {kind.__name__}"
 
 
-DATA_OPTIONS = {
-    type(one.options) for of in (StructuredSet, SemanticSet) for one in find_data_sets(of).values()
-}
+DATA_SETS = [*find_data_sets(StructuredSet).values(), *find_data_sets(SemanticSet).values()]
 
 
-@pytest.mark.parametrize("kind", DATA_OPTIONS - {DataOptions})
+def by_name(kinds):
+    return sorted(set(kinds), key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("kind", by_name(type(one.options) for one in DATA_SETS))
 def test_every_option_of_a_data_set_is_read(kind):
     unread = unread_fields(kind, [tree_of(Path(inspect.getfile(kind)))], "options")
     assert not unread, f"no code reads {sorted(unread)} of {kind.__name__}"
 
 
-OPTIONS = {
-    *DATA_OPTIONS,
-    *(parent for one in EXPERIMENTS.values() for parent in one.kind.__mro__[:-1]),
+OPTIONS: set[type] = {
+    *(type(one.options) for one in DATA_SETS),
+    *(
+        parent
+        for kind in (StructuredExperiment, SemanticExperiment)
+        for parent in kind.__mro__[:-1]
+    ),
     *(parent for name in METHODS for parent in type(find_method(name).options).__mro__[:-1]),
 }
 
 
-@pytest.mark.parametrize("kind", sorted(OPTIONS, key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("kind", by_name(OPTIONS))
 def test_every_option_has_a_help_text(kind):
     definition = ast.parse(inspect.getsource(kind)).body[0]
     for node, following in zip(definition.body, [*definition.body[1:], None], strict=True):

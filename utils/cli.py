@@ -97,6 +97,18 @@ def machine_fault(error: Exception) -> str | None:
     return None
 
 
+def require_device(name: str) -> None:
+    """Say that a device is not there before anything is read; CPUs need no torch to be asked.
+
+    Raises:
+        UsageError: it is unknown or absent.
+    """
+    if name not in ("auto", "cpu"):
+        from utils.device import pick_device
+
+        pick_device(name)
+
+
 @contextlib.contextmanager
 def faults_named(what: str) -> Iterator[None]:
     """Put `what` (a category) before the message of a fault of the machine.

@@ -42,7 +42,7 @@ class Images(Dataset[Item]):
     def fingerprint(self) -> str:
         """A hash of all that makes the images what they are, without reading the files.
 
-        It holds the code that makes them, too: images of an earlier version are others.
+        It holds the versions of what makes them, too: images of an earlier one are others.
         """
         raise NotImplementedError
 

@@ -101,7 +101,11 @@ class NormalisedDetector(Detector):
 
     def score_stages(self, stages: Sequence[Tensor]) -> Scored:
         """See `Detector.score_stages`."""
-        return self.head.score_stages(self._rescaled(stages))
+        maps, images = split_images(stages)
+        features = self.feature_norm(join_stages(maps))
+        if images is None:
+            return self.head.score(features)
+        return self.head.score_stages([features, images])
 
     def exported(self) -> nn.Module:
         """See `Detector.exported`."""

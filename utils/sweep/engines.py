@@ -66,10 +66,10 @@ class Workers:
             waiting.put(job)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         workers = [_Worker(environment) for environment in self.environments[: len(jobs)]]
-        for worker in workers:
-            threading.Thread(target=worker.serve, args=(waiting, events), daemon=True).start()
         left = len(jobs)
         try:
+            for worker in workers:
+                threading.Thread(target=worker.serve, args=(waiting, events), daemon=True).start()
             while left:
                 event = events.get()
                 left -= isinstance(event, Ended)
@@ -157,11 +157,11 @@ def _death(code: int) -> str:
 def _end_tree(process: "subprocess.Popen[str]") -> None:
     """Kill a process and those it started; return once they have ended, not once they are told."""
     children: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.Error):
         children = psutil.Process(process.pid).children(recursive=True)
     process.kill()  # first, or it would see its children die and could start others
     for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             child.kill()
     process.wait()
     deadline = time.monotonic() + 10  # one stuck in the kernel, say on a lost file server

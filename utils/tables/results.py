@@ -66,6 +66,8 @@ class Benchmark:
     def __post_init__(self) -> None:
         if not (self.categories and self.seeds and self.metrics):
             raise ValueError("a table needs a category, a seed and a metric")
+        if unknown := sorted(set(self.metrics) - set(metric_names())):
+            raise ValueError(f"unknown metrics {', '.join(unknown)}")
 
 
 def build_table(
