@@ -4,30 +4,23 @@ import re
 from pathlib import Path
 
 import pytest
-from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, UNUSED
 
-from configs.command_line import parse
-from configs.semantic import COLOUR, GREY, semantic_experiment
-from configs.structured import DATASETS, structured_experiment
+from configs.options import DataOptions
+from configs.presets import ANY_MODEL
+from datasets.sets.visa import VisaOptions
+from pipeline.experiments import SCRIPTS, semantic_catalogue, structured_catalogue
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = {
-    "train_mvtec.py": (structured_experiment, tuple(DATASETS), STRUCTURED_METHODS),
-    "train_cifar10.py": (semantic_experiment, tuple(COLOUR), SEMANTIC_METHODS),
-    "train_mnist.py": (semantic_experiment, tuple(GREY), SEMANTIC_METHODS),
-}
+STRUCTURED = structured_catalogue()
+SEMANTIC = semantic_catalogue()
 
 
-def parsed(*words, prog="train_mvtec.py"):
-    compose, datasets, methods = SCRIPTS[prog]
-    return parse(
-        words,
-        compose=compose,
-        datasets=datasets,
-        methods=methods,
-        prog=prog,
-        description="Detects anomalies.",
-    )
+def parsed(*words, prog="train_mvtec"):
+    return SCRIPTS[prog].parse(words)
+
+
+def methods_of(prog):
+    """Method words; a model stands for those of its library."""
+    return [name.replace(ANY_MODEL, "padim") for name in SCRIPTS[prog].catalogue().methods]
 
 
 def refused(capsys, *words, **options):
@@ -46,20 +39,20 @@ def on_one_line(text):
 
 
 def test_no_words_give_the_first_preset_of_each_script():
-    assert parsed() == structured_experiment("mvtec", "noco")
-    assert parsed(prog="train_cifar10.py") == semantic_experiment("cifar10", "noco")
-    assert parsed(prog="train_mnist.py") == semantic_experiment("digits", "noco")
+    assert parsed() == STRUCTURED.compose("mvtec", "noco")
+    assert parsed(prog="train_cifar10") == SEMANTIC.compose("cifar10", "noco")
+    assert parsed(prog="train_mnist") == SEMANTIC.compose("digits", "noco")
 
 
-@pytest.mark.parametrize("method", STRUCTURED_METHODS)
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("method", STRUCTURED.methods)
+@pytest.mark.parametrize("dataset", STRUCTURED.data_sets)
 def test_every_pair_is_two_words(dataset, method):
-    assert parsed(dataset, method) == structured_experiment(dataset, method)
+    assert parsed(dataset, method) == STRUCTURED.compose(dataset, method)
 
 
 def test_a_method_alone_takes_the_first_data_set():
     assert parsed("noco") == parsed("mvtec", "noco")
-    assert parsed("noco", prog="train_mnist.py").dataset == "digits"
+    assert parsed("noco", prog="train_mnist").dataset == "digits"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +69,7 @@ def test_a_method_alone_takes_the_first_data_set():
     ],
 )
 def test_words_may_stand_anywhere(words):
-    expected = dataclasses.replace(structured_experiment("visa", "noco"), data_root=Path("X"))
+    expected = dataclasses.replace(STRUCTURED.compose("visa", "noco"), data_root=Path("X"))
     assert parsed(*words.split()) == expected
 
 
@@ -127,7 +120,7 @@ def test_options_change_one_field_of_the_preset():
     restored = dataclasses.replace(
         experiment, method=dataclasses.replace(experiment.method, learning_rate=1e-4)
     )
-    assert restored == structured_experiment("mpdd", "noco")
+    assert restored == STRUCTURED.compose("mpdd", "noco")
 
 
 @pytest.mark.parametrize("prog", SCRIPTS)
@@ -137,11 +130,12 @@ def test_help_names_every_option_and_its_default(prog, capsys):
             parsed(word, prog=prog)
         assert exit_.value.code == 0
     text = on_one_line(capsys.readouterr().out)
-    compose, datasets, _ = SCRIPTS[prog]
-    default = compose(datasets[0], "noco")
+    catalogue = SCRIPTS[prog].catalogue()
+    datasets = list(catalogue.data_sets)
+    default = catalogue.compose(datasets[0], "noco")
     assert f"DATASET: {', '.join(datasets)} (default {datasets[0]})" in text
     for field in dataclasses.fields(default):
-        if field.name not in {"dataset", "method_name", "method"}:
+        if field.name not in {"dataset", "method_name", "data", "method"}:
             assert f"--{field.name.replace('_', '-')}" in text
     for field in dataclasses.fields(default.method):
         assert f"--method.{field.name.replace('_', '-')}" in text
@@ -162,8 +156,8 @@ def test_help_shows_the_defaults_of_the_pair_asked_for(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("mvtecc", r"unknown data set 'mvtecc'; did you mean mvtec\? \(known: mvtec, mpdd, visa"),
-        ("zzz", r"unknown data set 'zzz' \(known: mvtec, mpdd"),
+        ("mvtecc", r"unknown data set 'mvtecc'; did you mean mvtec\? \(known: mvtec, demo, folder"),
+        ("zzz", r"unknown data set 'zzz' \(known: mvtec, demo"),
         ("visa nocoo", r"unknown method 'nocoo'; did you mean noco\b.*\? \(known: noco"),
         ("noco visa", "unexpected word 'visa' after data set and method"),
         ("visa noco more", "unexpected word 'more' after data set and method"),
@@ -182,7 +176,7 @@ def test_help_shows_the_defaults_of_the_pair_asked_for(capsys):
         ("--layers 1 2 visa", "Error parsing --layers: .*'visa'"),
         ("--precision fp8", "invalid choice 'fp8' for argument '--precision'"),
         ("--select best", "invalid choice 'best' for argument '--select'"),
-        ("--method.epochs 0", "epochs is 0; it must be above 0"),
+        ("--method.epochs 0", "--method.epochs 0 must be above 0"),
         ("--method.objective zeros", "invalid choice 'zeros'"),
         ("--method.amsgrad False", "False"),
         ("--patch-size 2", "--patch-size 2 must be odd"),
@@ -200,8 +194,8 @@ def test_bad_words_are_named(words, message, capsys):
 
 
 def test_other_scripts_data_sets_are_unknown(capsys):
-    text = refused(capsys, "mnist", prog="train_cifar10.py")
-    assert "train_cifar10.py: unknown data set 'mnist'" in text
+    text = refused(capsys, "mnist", prog="train_cifar10")
+    assert "error: train_cifar10.py: unknown data set 'mnist'" in text
     assert "cats_vs_dogs" in text
 
 
@@ -212,34 +206,33 @@ def write_run(folder, experiment):
 
 
 @pytest.mark.parametrize(
-    ("prog", "method"), [(prog, method) for prog in SCRIPTS for method in SCRIPTS[prog][2]]
+    ("prog", "method"), [(prog, name) for prog in SCRIPTS for name in methods_of(prog)]
 )
 def test_from_run_is_the_same_measurement(tmp_path, prog, method):
-    _, datasets, _ = SCRIPTS[prog]
-    for dataset in datasets:
+    for dataset in SCRIPTS[prog].catalogue().data_sets:
         words = (dataset, method, "--seeds", "3", "4", "--categories", "a", "--image-size", "300")
         first = parsed(*words, "--crop-size", "none", "--workers", "5", prog=prog)
         run = write_run(tmp_path / dataset, first)
-        for words in (("--from-run", run), (f"--from-run={run}",)):
-            again = parsed(*words, prog=prog)
-            assert again.to_json() == first.to_json()
-            assert again.digest == first.digest
-            assert type(again.method) is type(first.method)
+        again = parsed("--from-run", run, prog=prog)
+        assert again.to_json() == first.to_json()
+        assert again.digest == first.digest
+        assert type(again.method) is type(first.method)
 
 
 def test_from_run_takes_further_options(tmp_path):
-    run = write_run(tmp_path, structured_experiment("visa", "noco"))
+    run = write_run(tmp_path, STRUCTURED.compose("visa", "noco"))
     again = parsed("--method.norm", "8", "--from-run", run, "--seeds", "7")
     assert (again.dataset, again.method.norm, again.seeds) == ("visa", 8.0, (7,))
     assert again.method.batch_size == 8
+    assert parsed(f"--from-run={run}") == STRUCTURED.compose("visa", "noco")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "Expecting property name"),
-        ("[]", "configuration of this version|not"),
-        ('{"method_name": "noco"}', "not a configuration of this version: 'method'"),
+        ("[]", "not a configuration: no JSON object"),
+        ('{"dataset": "visa"}', "not a configuration of this version: 'method_name'"),
     ],
 )
 def test_broken_config_of_a_run_is_named(tmp_path, capsys, content, message):
@@ -250,17 +243,21 @@ def test_broken_config_of_a_run_is_named(tmp_path, capsys, content, message):
 
 
 def test_run_of_the_other_kind_of_task_is_refused(tmp_path, capsys):
-    run = write_run(tmp_path, semantic_experiment("cifar10", "noco"))
-    assert "not a configuration of this version" in refused(capsys, "--from-run", run)
-    run = write_run(tmp_path, structured_experiment("visa", "noco"))
-    text = refused(capsys, "--from-run", run, prog="train_cifar10.py")
+    run = write_run(tmp_path, SEMANTIC.compose("cifar10", "noco"))
+    assert "unknown data set 'cifar10'" in refused(capsys, "--from-run", run)
+    run = write_run(tmp_path, SEMANTIC.compose("folder", "noco"))  # a name that both kinds have
+    text = refused(capsys, "--from-run", run)
     assert "not a configuration of this version" in text
+    assert "'protocol'" in text
+    run = write_run(tmp_path, STRUCTURED.compose("visa", "noco"))
+    text = refused(capsys, "--from-run", run, prog="train_cifar10")
+    assert "unknown data set 'visa'" in text
 
 
 def test_a_librarys_model_is_named_after_a_colon(tmp_path, capsys):
     experiment = parsed("visa", "anomalib:patchcore", "--method.epochs", "2")
     assert experiment.method_name == "anomalib:patchcore"
-    assert experiment.method == dataclasses.replace(METHODS["anomalib:NAME"], epochs=2)
+    assert (experiment.method.model, experiment.method.epochs) == ("patchcore", 2)
     assert experiment.run_folder.parent.name == "visa-anomalib-patchcore"
     assert parsed("anomalib:padim").dataset == "mvtec"
     run = write_run(tmp_path, experiment)
@@ -274,18 +271,18 @@ def test_a_librarys_model_is_named_after_a_colon(tmp_path, capsys):
 
 def test_methods_of_the_other_kind_of_task_are_unknown(capsys):
     assert "unknown method 'panda'" in refused(capsys, "visa", "panda")
-    assert "unknown method 'stpm'" in refused(capsys, "cifar10", "stpm", prog="train_cifar10.py")
+    assert "unknown method 'stpm'" in refused(capsys, "cifar10", "stpm", prog="train_cifar10")
 
 
 @pytest.mark.parametrize(
     ("prog", "words", "option"),
     [
-        ("train_mvtec.py", "visa stpm --patch-size 3", "--patch-size"),
-        ("train_mvtec.py", "visa stpm --precision bf16", "--precision"),
-        ("train_mvtec.py", "visa anomalib:padim --blur-sigma 2", "--blur-sigma"),
-        ("train_cifar10.py", "cifar10 deep_svdd --backbone resnet18", "--backbone"),
-        ("train_mnist.py", "mnist deep_svdd --weights random", "--weights"),
-        ("train_cifar10.py", "cifar10 panda --precision bf16", "--precision"),
+        ("train_mvtec", "visa stpm --patch-size 3", "--patch-size"),
+        ("train_mvtec", "visa stpm --precision bf16", "--precision"),
+        ("train_mvtec", "visa anomalib:padim --blur-sigma 2", "--blur-sigma"),
+        ("train_cifar10", "cifar10 deep_svdd --backbone resnet18", "--backbone"),
+        ("train_mnist", "mnist deep_svdd --weights random", "--weights"),
+        ("train_cifar10", "cifar10 panda --precision bf16", "--precision"),
     ],
 )
 def test_an_option_that_does_nothing_for_the_method_is_refused(capsys, prog, words, option):
@@ -294,7 +291,66 @@ def test_an_option_that_does_nothing_for_the_method_is_refused(capsys, prog, wor
     assert f"{option} does nothing for {method}; leave it out" in text
 
 
-def test_every_unused_option_is_an_option():
-    fields = {field.name for prog in SCRIPTS for field in dataclasses.fields(parsed(prog=prog))}
-    assert set(UNUSED) <= set(METHODS)
-    assert fields.issuperset(set().union(*UNUSED.values()))
+def test_options_of_a_data_set(capsys):
+    assert parsed("visa", "--data.split", "csv").data == VisaOptions(split="csv")
+    assert parsed("--data.split=last100", "visa").data.split == "last100"
+    assert parsed("mvtec").data == DataOptions()
+    assert "Unrecognized options: --data.split" in refused(capsys, "mvtec", "--data.split", "csv")
+    text = refused(capsys, "visa", "--data.split", "last99")
+    assert "invalid choice 'last99' for argument '--data.split'" in text
+
+
+def test_from_run_reads_runs_of_earlier_versions(tmp_path):
+    experiment = STRUCTURED.compose("visa", "knn")
+    config = {**experiment.to_json(), "visa_split": "csv"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = parsed("--from-run", str(tmp_path))
+    assert again == dataclasses.replace(experiment, data=VisaOptions(split="csv"))
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+def test_what_has_no_synthetic_anomalies_is_not_chosen_by_them(dataset, tmp_path, capsys):
+    words = (dataset, "noco_cf")
+    assert parsed(*words, prog="train_mnist").select == "last"
+    text = refused(capsys, *words, "--select", "synthetic", prog="train_mnist")
+    assert "--select synthetic makes semantic anomalies by rotation" in text
+    config = {**SEMANTIC.compose(*words).to_json(), "select": "synthetic"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = refused(capsys, "--from-run", str(tmp_path), prog="train_mnist")
+    assert "--select synthetic makes semantic anomalies by rotation" in text
+    assert parsed("fashion_mnist", "noco_cf", prog="train_mnist").select == "synthetic"
+
+
+@pytest.mark.parametrize(
+    ("words", "points"),
+    [
+        ("mahalanobis --grid shrinkage=none,0.1", [{"shrinkage": None}, {"shrinkage": 0.1}]),
+        ("padim --grid dims=50,none", [{"dims": 50}, {"dims": None}]),
+        ("nc_disc --grid norm=none,2 hidden=8", [{"norm": n, "hidden": 8} for n in (None, 2.0)]),
+    ],
+)
+def test_a_grid_may_hold_none(words, points):
+    method, *rest = words.split()
+    assert parsed("demo", method, "--select", "synthetic", *rest).candidates() == points
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("mahalanobis --grid shrinkage=none,2", "--method.shrinkage 2.0 must be in 0 to 1"),
+        ("mahalanobis --grid shrinkage=none,none", "an option or value stands twice"),
+        ("padim --grid dims=half", "--grid 'dims=half': invalid literal for int"),
+        ("padim --grid regularization=none", "could not convert string to float: 'none'"),
+        ("noco_cf --grid time=1,2", "--grid 'time=1,2': only numbers and words can be searched"),
+        ("noco_cf --grid loss=cubed", "--grid 'loss=cubed': cubed is none of distance, squared"),
+        ("anomalib:padim --grid model=padim,cfa", "with an option of --method"),
+    ],
+)
+def test_bad_grids_are_named(words, message, capsys):
+    method, *rest = words.split()
+    assert message in refused(capsys, "demo", method, "--select", "synthetic", *rest)
+
+
+def test_a_grid_needs_what_chooses_from_it(capsys):
+    text = refused(capsys, "demo", "mahalanobis", "--grid", "shrinkage=none,0.1")
+    assert "--grid is what --select synthetic chooses from" in text

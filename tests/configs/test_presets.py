@@ -1,28 +1,34 @@
 """The presets are the papers' numbers, written out again here by hand; see each comment."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import platformdirs
 import pytest
-from configs.methods import METHODS, SEMANTIC_METHODS, STRUCTURED_METHODS, NocoConfig, method_config
+from platformdirs.macos import MacOS
+from platformdirs.unix import Unix
 
-from configs import semantic, structured
 from configs.cache import cache_folder
-from configs.experiment import HOW_NOT_WHAT, Experiment, from_json
+from configs.experiment import Experiment
+from configs.options import Role, fields_marked
 from configs.prediction import EvaluateOptions
-from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
-from configs.structured import StructuredExperiment, structured_experiment
+from configs.presets import ANY_MODEL
+from configs.semantic import SemanticExperiment
+from configs.structured import StructuredExperiment
 from datasets.reading.transforms import Resize
-from datasets.sets.visa import VisaSplit
-from datasets.tasks.labelled import LABELLED_SETS
+from datasets.sets.visa import VisaOptions
 from datasets.tasks.one_class import OneClassProtocol
-from datasets.tasks.structured import StructuredDataset
 from models.backbone.extractor import describe_stages
-from models.methods.noco import LOSSES, OBJECTIVES
+from models.methods.noco import NocoOptions
+from pipeline.experiments import SCRIPTS, experiment_of, semantic_catalogue, structured_catalogue
 from utils.features.extraction import CACHES
 from utils.runs.files import SELECTS
+
+STRUCTURED_CATALOGUE = structured_catalogue()
+SEMANTIC_CATALOGUE = semantic_catalogue()
+structured_experiment = STRUCTURED_CATALOGUE.compose
+semantic_experiment = SEMANTIC_CATALOGUE.compose
 
 # Of NoCo's released scripts, structured: WideResNet50 stages 1 to 3, 256 then crop 224, batch,
 # epochs. MVTec is resized by OpenCV (albumentations), the other two with Lanczos.
@@ -50,16 +56,10 @@ NOCO = {
     "amsgrad": True,
 }
 ALL = [
-    *(
-        structured_experiment(dataset, method)
-        for dataset in structured.DATASETS
-        for method in STRUCTURED_METHODS
-    ),
-    *(
-        semantic_experiment(dataset, method)
-        for dataset in semantic.DATASETS
-        for method in SEMANTIC_METHODS
-    ),
+    catalogue.compose(dataset, method.replace(ANY_MODEL, "padim"))
+    for catalogue in (STRUCTURED_CATALOGUE, SEMANTIC_CATALOGUE)
+    for dataset in catalogue.data_sets
+    for method in catalogue.methods
 ]
 
 
@@ -123,9 +123,8 @@ def test_defaults_that_need_no_download():
     for experiment in (demo, digits):
         assert experiment.backbone == "tf_efficientnet_lite0"
         assert experiment.data_root == cache_folder()
-    assert next(iter(GREY)) == "digits"
-    assert next(iter(structured.DATASETS)) == "mvtec"
-    assert next(iter(COLOUR)) == "cifar10"
+    firsts = [next(iter(script.catalogue().data_sets)) for script in SCRIPTS.values()]
+    assert firsts == ["mvtec", "cifar10", "digits"]
     assert digits.method.epochs == 20
 
 
@@ -134,25 +133,33 @@ def test_every_preset_is_honest_and_survives_its_config_file(experiment):
     assert experiment.select != "best_test"
     assert experiment.weights == "auto"
     assert not experiment.skip_unreadable
-    again = from_json(type(experiment), experiment.to_json())
+    again = experiment_of(experiment.to_json())
     assert again == experiment
     assert again.run_folder == experiment.run_folder
 
 
 def test_configs_and_the_code_they_configure_know_the_same_words():
-    structured_types = get_type_hints(StructuredExperiment)
-    assert set(structured.DATASETS) == set(get_args(StructuredDataset))
-    assert set(semantic.DATASETS) == set(LABELLED_SETS)
-    assert not set(COLOUR) & set(GREY)
-    assert get_args(structured_types["resize"]) == get_args(Resize)
-    assert get_args(structured_types["visa_split"]) == get_args(VisaSplit)
+    types = get_type_hints(StructuredExperiment)
+    assert get_args(types["resize"]) == get_args(Resize)
     assert get_args(get_type_hints(SemanticExperiment)["protocol"]) == get_args(OneClassProtocol)
-    assert get_args(structured_types["cache"]) == CACHES
+    assert get_args(types["cache"]) == CACHES
     assert get_args(get_type_hints(EvaluateOptions)["cache"]) == CACHES
-    assert set(get_args(structured_types["select"])) <= set(SELECTS)
-    noco_types = get_type_hints(NocoConfig)
-    assert get_args(noco_types["objective"]) == OBJECTIVES
-    assert get_args(noco_types["loss"]) == LOSSES
+    assert set(get_args(types["select"])) <= set(SELECTS)
+
+
+def test_every_data_set_has_one_script():
+    listed = [name for script in SCRIPTS.values() for name in script.catalogue().data_sets]
+    assert sorted(listed) == sorted(
+        [*STRUCTURED_CATALOGUE.data_sets, *SEMANTIC_CATALOGUE.data_sets]
+    )
+
+
+def test_every_option_that_does_nothing_for_a_method_is_one_of_an_experiment():
+    kinds = (StructuredExperiment, SemanticExperiment)
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    for catalogue in (STRUCTURED_CATALOGUE, SEMANTIC_CATALOGUE):
+        for name, method in catalogue.methods.items():
+            assert method.ignored <= known, name
 
 
 def other_value(experiment, field, types):
@@ -160,7 +167,9 @@ def other_value(experiment, field, types):
     value = getattr(experiment, field.name)
     choices = get_args(types[field.name])
     if field.name == "method":
-        return dataclasses.replace(value, learning_rate=0.5)
+        return dataclasses.replace(value, norm=0.5)
+    if field.name == "data":
+        return VisaOptions(split="csv")
     if isinstance(value, bool):
         return not value
     if isinstance(value, float) and 0 <= value < 1:
@@ -177,26 +186,26 @@ def other_value(experiment, field, types):
 
 @pytest.mark.parametrize(
     "experiment",
-    [structured_experiment("mvtec", "noco"), semantic_experiment("cifar10", "noco")],
+    [structured_experiment("visa", "noco_cf"), semantic_experiment("cifar10", "noco_cf")],
     ids=names,
 )
 def test_run_folder_depends_on_what_is_measured_and_not_on_how(experiment):
     types = get_type_hints(type(experiment))
     fields = {f.name: f for f in dataclasses.fields(experiment)}
-    assert fields.keys() >= HOW_NOT_WHAT
-    # A grid is refused where nothing chooses from it, --online where nothing learns online.
-    method = dataclasses.replace(experiment.method, solver="closed_form")
-    experiment = dataclasses.replace(experiment, select="synthetic", method=method)
+    how = fields_marked(type(experiment), Role.HOW)
     harmless = {"device", "workers", "cache", "output", "run", "restart"}
-    assert harmless >= HOW_NOT_WHAT, "does a number depend on the new one?"
+    assert how == harmless, "does a number depend on the new one?"
+    # A grid is refused where nothing chooses from it, --online where nothing learns online.
+    method = dataclasses.replace(experiment.method, prototypes=1)
+    experiment = dataclasses.replace(experiment, select="synthetic", method=method)
     for field in fields.values():
         changed = dataclasses.replace(
             experiment, **{field.name: other_value(experiment, field, types)}
         )
         assert getattr(changed, field.name) != getattr(experiment, field.name)
         is_same = changed.digest == experiment.digest
-        assert is_same == (field.name in HOW_NOT_WHAT), field.name
-        assert (field.name in changed.to_json()) == (field.name not in HOW_NOT_WHAT)
+        assert is_same == (field.name in how), field.name
+        assert (field.name in changed.to_json()) == (field.name not in how)
 
 
 def test_run_folder_is_named_by_data_method_and_backbone():
@@ -217,24 +226,27 @@ def test_nothing_writes_a_field(field):
 
 
 BAD = [
-    ({"image_size": 0}, "image-size is 0; it must be above 0"),
+    ({"image_size": 0}, "--image-size 0 must be above 0"),
     ({"crop_size": 257}, "--crop-size 257 must lie between 1 and --image-size 256, or be none"),
-    ({"crop_size": 0}, "--crop-size 0 must lie between 1"),
+    ({"crop_size": 0}, "--crop-size 0 must be above 0"),
     ({"seeds": ()}, "--seeds needs at least one"),
     ({"seeds": (0, 0)}, r"--seeds \(0, 0\) must be different and not negative"),
     ({"seeds": (-1,)}, "must be different and not negative"),
     ({"seeds": (2**32,)}, r"--seeds \(4294967296,\) must be below 2\^32"),
     ({"categories": ("a", "b", "a")}, "--categories names one twice"),
     ({"layers": ()}, "--layers needs at least one stage"),
-    ({"workers": -1}, "cannot be negative"),
-    ({"overlays": -1}, "cannot be negative"),
-    ({"extract_batch_size": 0}, "extract-batch-size is 0"),
+    ({"workers": -1}, "--workers -1 must be 0 or above"),
+    ({"overlays": -1}, "--overlays -1 must be 0 or above"),
+    ({"extract_batch_size": 0}, "--extract-batch-size 0 must be above 0"),
     ({"run": "a/b"}, "--run 'a/b' must be a plain folder name"),
     ({"patch_size": 4}, "--patch-size 4 must be odd"),
-    ({"patch_size": -1}, "patch-size is -1"),
-    ({"blur_sigma": -0.5}, r"--blur-sigma -0\.5 must be 0 \(no blur\) or above"),
+    ({"patch_size": -1}, "--patch-size -1 must be odd and above 0"),
+    ({"blur_sigma": -0.5}, r"--blur-sigma -0\.5 must be 0 or above"),
     ({"blur_sigma": float("nan")}, "--blur-sigma nan"),
     ({"blur_sigma": float("inf")}, "--blur-sigma inf"),
+    ({"calibration_share": 1.0}, r"--calibration-share 1\.0 must be at least 0 and below 1"),
+    ({"false_alarm_rate": 0.0}, r"--false-alarm-rate 0\.0 must be between 0 and 1"),
+    ({"online": True}, "--online: noco with these options does not learn from one image"),
 ]
 
 
@@ -247,17 +259,20 @@ def test_bad_values_are_refused_by_their_option(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": 0.0}, "norm is 0.0; it must be above 0"),
-        ({"nu": -1.0}, "nu is -1.0"),
-        ({"learning_rate": float("nan")}, "learning-rate is nan"),
-        ({"batch_size": 0}, "batch-size is 0"),
-        ({"epochs": 0}, "epochs is 0"),
-        ({"out_dim": 0}, "--method.out-dim 0 must be at least 1, or none"),
+        ({"norm": 0.0}, "--method.norm 0.0 must be above 0"),
+        ({"nu": -1.0}, "--method.nu -1.0 must"),
+        ({"learning_rate": float("nan")}, "--method.learning-rate nan must"),
+        ({"batch_size": 0}, "--method.batch-size 0 must"),
+        ({"epochs": 0}, "--method.epochs 0 must"),
+        ({"out_dim": 0}, "--method.out-dim 0 must be above 0"),
     ],
 )
 def test_bad_method_options_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        NocoConfig(**changes)
+        NocoOptions(**changes)
+
+
+MESSAGE = r"configuration of this version|as runs write it: it sets device|--seeds|split is 'csvs'"
 
 
 def test_config_of_another_version_is_refused():
@@ -269,29 +284,29 @@ def test_config_of_another_version_is_refused():
         {**values, "method": {**values["method"], "momentum": 0.9}},
         {**values, "seeds": [0, 0]},
         {**values, "image_size": "large"},
+        {**values, "data": {"split": "csv"}},  # VisA's option
+        {**values, "dataset": "visa", "data": {"split": "csvs"}},
+        {**values, "device": "cpu"},
         {},
     ):
-        with pytest.raises(ValueError, match=r"configuration of this version|--seeds"):
-            from_json(StructuredExperiment, broken)
+        with pytest.raises(ValueError, match=MESSAGE):
+            experiment_of(broken)
 
 
 def test_semantic_changes_do_not_leak_into_structured_presets():
-    before = method_config("noco", "mvtec", semantic=False)
-    method_config("noco", "cifar10", semantic=True)
-    assert method_config("noco", "mvtec", semantic=False) == before == METHODS["noco"]
+    before = structured_experiment("mvtec", "noco").method
+    semantic_experiment("cifar10", "noco")
+    assert structured_experiment("mvtec", "noco").method == before == NocoOptions()
 
 
-def test_cache_folder(monkeypatch):
+def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("NOCO_CACHE", "elsewhere")
     assert cache_folder() == Path("elsewhere")
     monkeypatch.delenv("NOCO_CACHE")
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", "caches")
-    assert cache_folder() == Path("caches/noco")
+    monkeypatch.setattr(platformdirs, "PlatformDirs", Unix)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "noco"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache/noco"
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platformdirs, "PlatformDirs", MacOS)
     assert cache_folder() == Path.home() / "Library/Caches/noco"
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", "local")
-    assert cache_folder() == Path("local/noco")

@@ -1,30 +1,21 @@
 import dataclasses
-import inspect
 
 import pytest
-from configs.methods import METHODS
-from configs.simplenet import SIMPLENET, SimpleNetConfig
 
-from configs.command_line import parse
-from configs.experiment import from_json
-from configs.semantic import COLOUR, GREY, SemanticExperiment, semantic_experiment
-from configs.structured import DATASETS, StructuredExperiment, structured_experiment
-from models import DETECTORS, build_detector
-from models.methods.simplenet.simplenet import SimpleNet
+from models.building import build_detector
+from models.method import find_method
+from models.methods.simplenet.simplenet import SimpleNet, SimpleNetOptions
+from pipeline.experiments import SCRIPTS, experiment_of, semantic_catalogue, structured_catalogue
 from tests.models.banks import Stages
 
 NAMES = ("simplenet", "simplenet_released", "nc_disc")
+SIMPLENET = {name: find_method(name).options for name in NAMES}
+STRUCTURED, SEMANTIC = structured_catalogue(), semantic_catalogue()
+structured_experiment, semantic_experiment = STRUCTURED.compose, SEMANTIC.compose
 
 
 def parsed(*words):
-    return parse(
-        words,
-        compose=structured_experiment,
-        datasets=tuple(DATASETS),
-        methods=tuple(METHODS),
-        prog="train_mvtec.py",
-        description="",
-    )
+    return SCRIPTS["train_mvtec"].parse(words)
 
 
 def test_paper_preset_has_the_papers_numbers():
@@ -72,28 +63,25 @@ def test_nc_disc_is_simplenet_with_a_norm():
     [("simplenet", 4_724_737), ("nc_disc", 4_724_737), ("simplenet_released", 3_937_792)],
 )
 def test_parameter_counts_with_the_papers_backbone(method, expected):
-    options = structured_experiment("mvtec", method).method_options()
+    options = structured_experiment("mvtec", method).method
     assert build_detector(method, Stages(512, 1024), options).num_trainable == expected
 
 
-def test_options_and_detector_have_the_same_names_and_defaults():
-    signature = inspect.signature(SimpleNet).parameters
-    defaults = {name: p.default for name, p in signature.items() if name != "channels"}
-    options = dataclasses.asdict(SimpleNetConfig())
-    assert options.pop("feature_norm") == "none"  # of every method, and built before the head
-    assert options == defaults
+def test_all_three_are_one_detector():
     for name in NAMES:
-        assert DETECTORS[name] == {"sgd": SimpleNet}
+        assert find_method(name).detector_class() is SimpleNet
+        assert type(SIMPLENET[name]) is SimpleNetOptions
+    assert SIMPLENET["simplenet"] == SimpleNetOptions()
 
 
 @pytest.mark.parametrize("method", NAMES)
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", STRUCTURED.data_sets)
 def test_structured_data_take_stages_2_and_3(dataset, method):
     assert structured_experiment(dataset, method).layers == (2, 3)
 
 
 def test_only_the_released_preset_changes_the_images():
-    for dataset in DATASETS:
+    for dataset in STRUCTURED.data_sets:
         plain = structured_experiment(dataset, "noco")
         for method in ("simplenet", "nc_disc"):
             ours = structured_experiment(dataset, method)
@@ -109,12 +97,12 @@ def test_only_the_released_preset_changes_the_images():
 
 
 @pytest.mark.parametrize("method", NAMES)
-@pytest.mark.parametrize("dataset", [*COLOUR, *GREY])
+@pytest.mark.parametrize("dataset", SEMANTIC.data_sets)
 def test_semantic_data_keep_their_layers_and_take_larger_batches(dataset, method):
     ours, plain = semantic_experiment(dataset, method), semantic_experiment(dataset, "noco")
     assert (ours.layers, ours.backbone) == (plain.layers, plain.backbone)
     assert (ours.image_size, ours.crop_size) == (plain.image_size, plain.crop_size)
-    assert isinstance(ours.method, SimpleNetConfig)
+    assert isinstance(ours.method, SimpleNetOptions)
     assert ours.method == dataclasses.replace(SIMPLENET[method], batch_size=64)
 
 
@@ -148,9 +136,9 @@ def test_norm_none_on_the_command_line_turns_nc_disc_into_simplenet():
 @pytest.mark.parametrize("method", NAMES)
 def test_config_json_gives_the_experiment_back(method):
     structured = structured_experiment("demo", method)
-    assert from_json(StructuredExperiment, structured.to_json()) == structured
+    assert experiment_of(structured.to_json()) == structured
     semantic = semantic_experiment("digits", method)
-    assert from_json(SemanticExperiment, semantic.to_json()) == semantic
+    assert experiment_of(semantic.to_json()) == semantic
 
 
 @pytest.mark.parametrize(
@@ -169,15 +157,17 @@ def test_config_json_gives_the_experiment_back(method):
 )
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_what_must_be_positive_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name.replace('_', '-')} is {value}; it must be above"):
-        SimpleNetConfig(**{name: value})
+    with pytest.raises(
+        ValueError, match=f"--method.{name.replace('_', '-')} {value} must be above 0"
+    ):
+        SimpleNetOptions(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["weight_decay", "adaptor_weight_decay"])
 def test_weight_decay_may_be_zero_but_not_negative(name):
-    SimpleNetConfig(**{name: 0.0})
-    with pytest.raises(ValueError, match=f"--method.{name.replace('_', '-')} -1.0 cannot"):
-        SimpleNetConfig(**{name: -1.0})
+    SimpleNetOptions(**{name: 0.0})
+    with pytest.raises(ValueError, match=f"--method.{name.replace('_', '-')} -1.0 must be"):
+        SimpleNetOptions(**{name: -1.0})
 
 
 def test_bad_values_on_the_command_line_exit_with_2(capsys):
@@ -185,4 +175,4 @@ def test_bad_values_on_the_command_line_exit_with_2(capsys):
         with pytest.raises(SystemExit) as stop:
             parsed("demo", "nc_disc", *words)
         assert stop.value.code == 2
-    assert "norm is -1.0; it must be above 0" in capsys.readouterr().err
+    assert "--method.norm -1.0 must be above 0" in capsys.readouterr().err

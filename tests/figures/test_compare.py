@@ -11,6 +11,7 @@ from PIL import Image
 from figures import compare
 from utils.errors import RunError
 from utils.runs.run import Run
+from utils.tables.formats import to_csv
 
 FACTS = {
     "num_test": 100,
@@ -68,12 +69,17 @@ def test_table_has_the_best_first_and_a_dash_where_nothing_is_defined(tmp_path):
         make_run(tmp_path / "a", "noco", [[0.8, 0.9]]),
         make_run(tmp_path / "b", "padim", [[0.95]], select="best_test"),
     ]
-    header, _, first, second = compare.to_markdown(lines_of(*runs)).splitlines()
-    assert header.startswith("| data set | method | image AUROC |")
-    assert "padim, best on test (optimistic)" in first
-    assert "| 95.0 | - | 47.5 | 3 | 50 | 2.5 | 1 |" in first
-    assert "| 85.0 ± 7.1 | - | 42.5 ± 3.5 | 3 | 50 | 2.5 | 2 |" in second
-    rows = list(csv.DictReader(compare.to_csv(lines_of(*runs)).splitlines()))
+    table = compare.table_of(lines_of(*runs))
+    heads = [column.name for column in table.columns]
+    assert heads[:5] == ["method", "selection", "image AUROC", "pixel AUROC", "AUPRO"]
+    assert heads[5:] == ["fit s", "images/s", "head MB", "seeds"]
+    best = "best on test (optimistic)"
+    assert table.texts() == [
+        ["padim", best, "95.0", "–", "47.5", "3", "50", "2.5", "1"],
+        ["noco", "last", "85.0 ± 7.1", "–", "42.5 ± 3.5", "3", "50", "2.5", "2"],
+    ]
+    assert [row.label for row in table.rows] == ["demo", "demo"]
+    rows = list(csv.DictReader(to_csv(table).splitlines()))
     assert [row["method"] for row in rows] == ["padim", "noco"]
     assert float(rows[1]["image_auroc_std"]) == pytest.approx(50**0.5)
     assert rows[0]["image_auroc_std"] == ""

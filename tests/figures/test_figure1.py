@@ -7,14 +7,15 @@ import math
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from datasets.data_set import num_categories
 from datasets.sets.demo.demo import DEMO_CATEGORIES
 from figures import figure1
 from figures.shared.label_places import Box, place_labels
-from figures.shared.own_results import SEMANTIC, STRUCTURED, pool
+from figures.shared.own_results import papers_data, pool
 from tests.figures.paper_runs import MVTEC, constant, semantic, structured, write_run
-from utils.tables.published import NUM_CATEGORIES
 
 DIGITS = [str(digit) for digit in range(10)]
+STRUCTURED, SEMANTIC = (papers_data(structured=kind) for kind in (True, False))
 LITE = {"backbone": "tf_efficientnet_lite0"}
 
 
@@ -24,7 +25,7 @@ def on_all(root, value, **options):
     for name in (*STRUCTURED, *SEMANTIC):
         is_structured = name in STRUCTURED
         config = (structured if is_structured else semantic)(name)
-        categories = [f"c{i}" for i in range(NUM_CATEGORIES[name])]
+        categories = [f"c{i}" for i in range(num_categories(name))]
         values = constant(categories, value + (0.01 if is_structured else 0.0))
         trainable = 3_000_000 if is_structured else 4_400_000
         folders.append(write_run(root / name, config, values, trainable=trainable, **options))
@@ -39,6 +40,11 @@ def runs(tmp_path_factory):
     folders.append(write_run(root / "demo", demo, constant(DEMO_CATEGORIES, 0.8), trainable=50_000))
     folders.append(write_run(root / "digits", digits, constant(DIGITS, 0.85), trainable=70_000))
     return folders
+
+
+def test_data_are_those_of_the_papers_table():
+    assert STRUCTURED == ("mvtec", "mpdd", "visa")
+    assert SEMANTIC == ("fashion_mnist", "cifar10", "cifar100", "cats_vs_dogs")
 
 
 def test_published_points_are_means_of_the_whole_table():
@@ -76,8 +82,8 @@ def test_some_of_the_papers_data_is_not_comparable(tmp_path):
     (point,) = figure1.own_points(pool(folders))
     assert point.kind == "not comparable"
     assert point.structured_data == ("mvtec",)
-    text = figure1.caption_of([], [point], [])
-    assert "some of the paper's data, not comparable" in text
+    (note,) = figure1.notes_of([point])
+    assert note == "ours: noco (last): some of the paper's data, not comparable."
 
 
 def test_ways_of_selecting_meet_where_only_one_is_possible(tmp_path):
@@ -97,13 +103,17 @@ def test_files_hold_the_points_and_the_caption_says_what_they_are(runs, tmp_path
     paths = figure1.main([*map(str, runs), "--out", str(tmp_path / "f.png")])
     assert {path.name for path in paths} == {"f.png", "f.pdf", "f.csv", "f.md"}
     with (tmp_path / "f.csv").open(newline="") as file:
-        rows = {row["method"]: row for row in csv.DictReader(file)}
+        lines = list(csv.DictReader(file))
+    rows = {row["method"]: row for row in lines}
     assert rows["DRAEM"]["trainable_millions"] == "97.4"
     assert rows["PaDiM"]["trainable_millions"] == ""
     caption = (tmp_path / "f.md").read_text()
     assert "over mvtec, mpdd, visa (structured)" in caption
     assert "not drawn, since the table has no number for some: MRot" in caption
-    assert "demo / digits; demo data, not comparable" in caption
+    assert "demo data, not comparable" in caption
+    data = [(row["kind"], row["structured_data"], row["semantic_data"]) for row in lines[-2:]]
+    whole = ("; ".join(sorted(names)) for names in (STRUCTURED, SEMANTIC))
+    assert data == [("ours", *whole), ("not comparable", "demo", "digits")]
 
 
 def test_circles_have_areas_in_proportion(runs):
@@ -159,4 +169,4 @@ def test_a_run_without_results_is_named(tmp_path, runs):
     empty = write_run(tmp_path / "empty", structured(), {})
     figure1.main([*map(str, runs), str(empty), "--out", str(tmp_path / "f")])
     assert f"no category is finished: {empty}" in (tmp_path / "f.md").read_text()
-    assert len(MVTEC) == NUM_CATEGORIES["mvtec"]
+    assert len(MVTEC) == num_categories("mvtec")

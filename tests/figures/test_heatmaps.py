@@ -1,5 +1,6 @@
 """Anomaly maps over categories, from small run folders."""
 
+import csv
 import json
 import math
 
@@ -106,10 +107,16 @@ def test_many_columns_go_on_below(tmp_path):
 def test_figure_and_list_of_images_are_written(tmp_path, capsys):
     folder = make_run(tmp_path, categories=("wood", "tile"), masks=False).folder
     paths = heatmaps.main([str(folder), "--out", str(tmp_path / "made/heat")])
-    assert [path.name for path in paths] == ["heat.png", "heat.pdf", "heat.md"]
+    assert [path.name for path in paths] == ["heat.png", "heat.pdf", "heat.md", "heat.csv"]
     assert np.array(Image.open(paths[0]).convert("L")).min() < 100
     text = paths[2].read_text()
-    assert f"| wood | hole | {tmp_path / 'images/wood/5.png'} | 3 of 5 |" in text
+    with paths[3].open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["category", "defect", "image", "rank by score"],
+        ["wood", "hole", str(tmp_path / "images/wood/5.png"), "3 of 5"],
+        ["tile", "hole", str(tmp_path / "images/tile/5.png"), "3 of 5"],
+    ]
     assert "median score by noco" in text
     assert text in capsys.readouterr().out
 

@@ -18,8 +18,8 @@ AUROCS = {1: (0.6, 0.7, 0.5), 8: (0.65, 0.9, 0.8)}  # by prototypes
 
 def make_run(folder, *, monitored=False, chosen=(8, 100.0), epochs=False, seeds=(0,), grid=AUROCS):
     """A run that selected on synthetic anomalies, over times or, without them, epochs."""
-    method = {"solver": "sgd" if epochs else "closed_form", "prototypes": 1}
-    config = {"dataset": "demo", "method_name": "noco_cf", "method": method}
+    name = "noco" if epochs else "noco_cf"
+    config = {"dataset": "demo", "method_name": name, "method": {"prototypes": 1}}
     run = Run.open(
         folder, config, categories=("brick", "grass"), seeds=seeds, command=["x"], device="cpu"
     )

@@ -11,9 +11,10 @@ from PIL import Image
 from figures import norm_sweep, patch_size, sigma_sweep
 from figures.shared import option_plots
 from figures.shared.option_curves import Curve, Point, Sweep, read_curves
-from figures.shared.option_tables import near_best, shared_lines, to_csv, to_markdown
+from figures.shared.option_tables import near_best, shared_lines, table_of
 from utils.errors import RunError
 from utils.runs.run import Run
+from utils.tables.formats import to_csv, to_markdown
 
 SWEEP = Sweep(
     module="figures.test",
@@ -29,9 +30,9 @@ SWEEP = Sweep(
 
 def make_run(folder, norm, aurocs, *, pixels=None, select="last", method="noco", **changes):
     """A run with image AUROC `aurocs` {(category, seed): value}, and pixel AUROC if given."""
-    options = {"norm": norm, "solver": "closed_form" if method == "noco_cf" else "sgd"}
     config = {"dataset": "demo", "method_name": method, "layers": [1, 2], "patch_size": 3}
-    config |= {"select": select, "method": options | changes.pop("method_options", {})} | changes
+    config |= {"select": select, "method": {"norm": norm} | changes.pop("method_options", {})}
+    config |= changes
     categories, seeds = sorted({c for c, _ in aurocs}), sorted({s for _, s in aurocs})
     run = Run.open(folder, config, categories=categories, seeds=seeds, command=["x"], device="cpu")
     for (category, seed), value in aurocs.items():
@@ -49,6 +50,11 @@ def curve_of(dataset, means, *, label="noco", select="last"):
     points = [Point(v, {("a", 0): {"image_auroc": m / 100, "pixel_auroc": math.nan}})
               for v, m in means.items()]  # fmt: skip
     return Curve(dataset, label, select, points)
+
+
+def lines_of(text):
+    """Lines of a Markdown text, without the spaces that align a table."""
+    return [" ".join(line.split()) for line in text.splitlines()]
 
 
 def test_points_are_means_over_categories_then_over_seeds(tmp_path):
@@ -126,8 +132,9 @@ def test_near_the_best_is_a_point_below_it_at_most():
     curve = curve_of("demo", {0.5: 95.0, 1.0: 95.9, 4.0: 94.8, 32.0: 95.2})
     assert near_best(curve, "image_auroc") == [0.5, 1.0, 32.0]
     assert near_best(curve, "pixel_auroc") == []
-    text = to_markdown([curve], SWEEP)
-    assert "- demo, noco, last: 0.5 to 1, 32 (3 of 4 tested); best 95.9 at 1" in text
+    text = to_markdown(table_of([curve], SWEEP))
+    near = "- norm within 1 point of the best image AUROC; demo, noco, last: "
+    assert f"{near}0.5 to 1, 32 (3 of 4 tested); best 95.9 at 1" in text
     assert "shared" not in text
     assert "pixel" not in text
 
@@ -160,14 +167,15 @@ def test_shared_ranges_never_mix_ways_of_selecting():
 def test_csv_has_a_line_for_each_point(tmp_path):
     folder = make_run(tmp_path / "x", 2, two_seeds(0.7, 0.9), pixels=two_seeds(0.5, 0.5))
     single = make_run(tmp_path / "y", 4, {("a", 0): 0.7, ("b", 0): 0.7})
-    rows = list(csv.DictReader(to_csv(read_curves([folder, single], SWEEP), SWEEP).splitlines()))
+    table = table_of(read_curves([folder, single], SWEEP), SWEEP)
+    rows = list(csv.DictReader(to_csv(table).splitlines()))
     assert [(row["norm"], row["seeds"], row["categories"]) for row in rows] == [
         ("2.0", "2", "2"),
         ("4.0", "1", "2"),
     ]
     assert float(rows[0]["image_auroc"]) == pytest.approx(80.0)
     assert float(rows[0]["image_auroc_std"]) == pytest.approx(200**0.5)
-    assert (rows[1]["image_auroc_std"], rows[1]["pixel_auroc"]) == ("", "")
+    assert (rows[1]["image_auroc_std"], rows[1]["pixel_auroc"]) == ("", "nan")
 
 
 def test_norm_sweep_draws_trained_and_closed_form_over_data_sets(tmp_path, capsys):
@@ -184,9 +192,13 @@ def test_norm_sweep_draws_trained_and_closed_form_over_data_sets(tmp_path, capsy
     assert np.array(Image.open(paths[0]).convert("L")).min() < 100
     text = paths[2].read_text()
     assert text in capsys.readouterr().out
-    assert "| demo | trained, last | 1 | 80.0 ± 14.1 | 80.0 ± 0.0 | 2 |" in text
-    assert "| digits | trained, last | 1 | 90.0 | - | 1 |" in text
-    assert "- demo: layers: [2] closed form; [1, 2] trained" in text
+    lines = lines_of(text)
+    assert "| demo | trained | last | 1 | 80.0 ± 14.1 | 80.0 ± 0.0 | 2 | 2 |" in lines
+    assert "| demo | closed form | last | 1 | 80.0 ± 0.0 | 80.0 ± 0.0 | 2 | 2 |" in lines
+    assert "| digits | trained | last | 1 | 90.0 | – | 1 | 1 |" in lines
+    assert r"demo: layers: \[2\] closed form; \[1, 2\] trained" in text
+    spread = "within 1 point of the best image AUROC (standard deviation over seeds: up to 14.1)"
+    assert f"- norm {spread}; demo, closed form, last: 1 (all 1 tested); best 80.0 at 1" in lines
     assert "; trained, last: 1 (1 of 1 tested); norm 1 is in it" not in text  # "all 1" is said
     assert "trained, last: 1 (all 1 tested); norm 1 is in it" in text
 
@@ -228,8 +240,7 @@ def test_a_figure_of_nothing_defined_is_refused(tmp_path):
 
 def test_norm_sweep_refuses_methods_without_an_objective(tmp_path, capsys):
     """nc_disc has a norm too, but of a sphere."""
-    folder = make_run(tmp_path / "x", 1, {("a", 0): 0.8}, method="nc_disc",
-                      method_options={"solver": None})  # fmt: skip
+    folder = make_run(tmp_path / "x", 1, {("a", 0): 0.8}, method="nc_disc")
     with pytest.raises(SystemExit):
         norm_sweep.main([str(folder), "--out", str(tmp_path / "n")])
     assert "nc_disc on demo has no objective" in capsys.readouterr().err
@@ -250,9 +261,9 @@ def test_sigma_sweep_keeps_methods_and_norms_apart(tmp_path, capsys):
     paths = sigma_sweep.main([*map(str, folders), "--out", str(tmp_path / "sigma")])
     text = paths[2].read_text()
     assert "SimpleNet paper, Fig. 5" in text
-    assert "| demo | nc_disc, norm 1, last | 0.005 | 80.0 | 1 |" in text
-    assert "- demo, nc_disc, norm 1, last: 0.005 to 0.015 (all 2 tested); best 81.0" in text
-    assert "- demo, simplenet, last: 0.015 (1 of 2 tested)" in text
+    assert "| demo | nc_disc, norm 1 | last | 0.005 | 80.0 | 1 | 1 |" in lines_of(text)
+    assert "; demo, nc_disc, norm 1, last: 0.005 to 0.015 (all 2 tested); best 81.0" in text
+    assert "; demo, simplenet, last: 0.015 (1 of 2 tested)" in text
     assert "is in it" not in text
     with pytest.raises(SystemExit):
         patch_size.main([str(make_run(tmp_path / "d", 1, {("0", 0): 0.9}, patch_size=None))])
@@ -265,5 +276,5 @@ def test_patch_size_is_drawn_on_an_even_axis(tmp_path):
         for p in (1, 3, 5)
     ]
     paths = patch_size.main([*map(str, folders), "--out", str(tmp_path / "p")])
-    assert "| demo | padim, last | 3 | 80.0 | 1 |" in paths[2].read_text()
+    assert "| demo | padim | last | 3 | 80.0 | 1 | 1 |" in lines_of(paths[2].read_text())
     assert "SimpleNet paper, Fig. 6" in paths[2].read_text()

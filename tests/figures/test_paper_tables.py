@@ -7,14 +7,15 @@ import shutil
 import subprocess
 
 import pytest
-from figures.shared.paper_table import Column, PaperTable, Row
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from configs.sweep import sweep_options
+from datasets.data_set import num_categories
 from datasets.sets.cifar100_coarse import FINE_OF_COARSE
 from datasets.sets.demo.demo import DEMO_CATEGORIES
 from figures import simplenet_tables, table2, table3
-from figures.shared.own_results import NUM_OWN, Cell, pool
+from figures.shared.own_results import pool
+from figures.shared.table_files import write_table
 from tests.figures.paper_runs import (
     CIFAR,
     MVTEC,
@@ -34,7 +35,9 @@ from tests.test_readme import (
     parse_only,  # noqa: F401
 )
 from utils.errors import RunError
+from utils.tables.formats import to_latex, to_markdown
 from utils.tables.published import PUBLISHED_FILE, published_table
+from utils.tables.table import Cell, Column, Row, Table
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +209,11 @@ def test_another_protocol_is_another_data_set(tmp_path):
 
 
 def test_numbers_of_categories_are_those_of_the_data():
-    assert NUM_OWN["demo"] == len(DEMO_CATEGORIES)
-    assert NUM_OWN["cifar100_coarse"] == len(FINE_OF_COARSE)
+    assert num_categories("demo") == len(DEMO_CATEGORIES)
+    assert num_categories("cifar100_coarse") == len(FINE_OF_COARSE)
+    assert num_categories("mvtec") == len(MVTEC)
+    assert num_categories("cifar10") == len(CIFAR)
+    assert num_categories("folder") == num_categories("unheard_of") == 0
 
 
 def small_table(columns=("a",), **options):
@@ -221,16 +227,17 @@ def small_table(columns=("a",), **options):
         for row in values
     ]
     rows = tuple(Row(f"r{i}", f"r{i}", line) for i, line in enumerate(cells))
-    heads = tuple(Column(name, "", name) for name in columns)
-    return PaperTable("m", "c", heads, rows, (), **options)
+    heads = tuple(Column(name, name) for name in columns)
+    return Table("m", "c", heads, rows, hole="-", **{"rank_along": "column"} | options)
 
 
 def test_rank_is_by_printed_values_and_ties_share():
     table = small_table()
     assert [row[0] for row in table.texts()] == ["90.0", "90.0", "89.9", "95.0 (2 of 3)", "-"]
     assert [row[0] for row in table.marks()] == ["best", "best", "second", "", ""]
-    lines = table.to_markdown().splitlines()
+    lines = [" ".join(line.split()) for line in to_markdown(table).splitlines()]
     assert lines[4:7] == ["| r0 | **90.0** |", "| r1 | **90.0** |", "| r2 | <u>89.9</u> |"]
+    assert not any(map(any, small_table(rank_along="nothing").marks()))
     along_rows = small_table(("a", "b"), rank_along="row").marks()
     assert along_rows[0] == ["best", "second"]
     assert along_rows[3] == along_rows[4] == ["", ""]  # a number without a competitor
@@ -347,8 +354,8 @@ def latex_tables(runs, variants):
     odd = Row(
         r"50% & a_b #1 {x} \y $z^2~", r"50% & a_b #1 {x} \y $z^2~", (Cell(97.1, found=3, total=15),)
     )
-    tables["odd"] = PaperTable("m_%", "c", (Column("k", "g_&", "n#"),), (odd,), ("100 % [a] <b>",))
-    return {name: table.to_latex() for name, table in tables.items()}
+    tables["odd"] = Table("m_%", "c", (Column("k", "n#", "g_&"),), (odd,), ("100 % [a] <b>",))
+    return {name: to_latex(table) for name, table in tables.items()}
 
 
 @pytest.mark.parametrize("name", ["table2", "ablation", "odd"])
@@ -378,9 +385,9 @@ def test_latex_compiles(name, latex_tables, tmp_path):
 def test_the_picture_holds_every_text_and_none_covers_another(runs, monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(
-        "figures.shared.paper_table.save_figure", lambda f, p: figures.append(f) or [p]
+        "figures.shared.table_files.save_figure", lambda f, p: figures.append(f) or [p]
     )
-    table2.table2(pool(runs)).write(tmp_path / "t")
+    write_table(table2.table2(pool(runs)), tmp_path / "t")
     renderer = FigureCanvasAgg(figures[0]).get_renderer()
     texts = [t for t in figures[0].axes[0].texts if t.get_text().strip()]
     boxes = [text.get_window_extent(renderer) for text in texts]

@@ -18,12 +18,13 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 
 import train_mnist
-from figures.report.page import page as report
-from figures.report.page import pictures as report_pictures
-from figures.report.scores import auroc, roc, wrongness
+from figures.report import page as report
+from figures.report import pictures as report_pictures
+from figures.report.scores import Scored, image_auroc, roc, wrongness
 from tests.scripts.test_train_mvtec import draw_turned_category, train
 from utils.runs.files import read_rows
 from utils.runs.run import Run
+from utils.tables.table import Cell, Column, Row, Table
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 HOSTILE = "<script>alert(1)</script>\"'&amp;"
@@ -127,6 +128,19 @@ def make_run(folder, categories=("a", "b"), *, finished=None, columns=(), paths=
         row |= {"image_auroc": roc_auc_score(labels, scores), "pixel_auroc": math.nan}
         run.finish(category, 0, [row | {"num_test": 30, "undefined": ""} | dict(columns)])
     return folder
+
+
+def scored(labels, scores):
+    names = [str(i) for i in range(len(labels))]
+    return Scored("a", 0, names, labels, scores, names)
+
+
+def table_text(*, cells, notes=(), **column):
+    """A table.json with one row and one column."""
+    head = {"key": "k", "name": "n", "group": "", "metric": "image_auroc", "digits": ".1f"} | column
+    rows = [{"key": "a", "label": "a", "cells": cells}]
+    about = {"corner": "category", "caption": "c", "columns": [head], "rows": rows}
+    return json.dumps(about | {"notes": notes})
 
 
 def dumped(url, tmp_path):
@@ -308,14 +322,40 @@ def test_names_are_data(tmp_path):
 
 def test_a_folder_edited_by_hand_stays_data(tmp_path):
     folder = make_run(tmp_path / "run")
-    (folder / "table.csv").write_text(f"category,{HOSTILE.split(chr(34))[0]}\na,50.0\nmean,60.0\n")
-    (folder / "table.md").write_text(f"{HOSTILE}\n\n- {HOSTILE}\n")
+    column = Column("x", HOSTILE, HOSTILE, HOSTILE)
+    rows = (Row("a", "a", (Cell(50.0),)), Row(HOSTILE, HOSTILE, (Cell(text=HOSTILE),)))
+    table = Table("category", HOSTILE, (column,), rows, (HOSTILE,))
+    (folder / "table.json").write_text(table.to_json())
     (folder / "environment.json").write_text(json.dumps({"command": HOSTILE, "versions": 3}))
     page, text = page_of(folder)
     assert len(page.of("script")) == 1
     assert "<script>alert" not in text
     assert "Older than results.csv: without b." in page.texts("li")
     assert page.texts("td", title="50.0") == ["50.0"]
+    (results,) = page.texts("section", id="results")
+    assert results.count(HOSTILE) == 6  # caption, head and its group, row, cell, note
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"corner": "c"}',
+        table_text(cells=[]),
+        table_text(cells=[{"mean": "high"}]),
+        table_text(cells=[{"mean": 1.0, "std": "wide"}]),
+        table_text(cells=[{"mean": 1.0}], digits="no format"),
+        table_text(cells=[{"mean": 1.0}], digits="d"),
+        table_text(cells=[{"mean": 1.0}], digits="99999.1f"),  # as wide as a page
+        table_text(cells=[{"mean": 1.0}], notes=3),
+    ],
+)
+def test_a_table_edited_by_hand_is_refused_if_it_is_none(tmp_path, capsys, broken):
+    folder = make_run(tmp_path / "run")
+    (folder / "table.json").write_text(broken)
+    exits_with("table.json: corrupt", folder, capsys=capsys)
 
 
 @needs_chromium
@@ -469,7 +509,8 @@ def test_roc_is_exact(ties):
     assert len(set(corners)) == len(corners) < len(every)
     slopes = [math.atan2(*step) for step in zip(np.diff(true), np.diff(false), strict=True)]
     assert all(one != other for one, other in itertools.pairwise(slopes))
-    assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    expected = pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert image_auroc(scored(labels, scores)) == expected
 
 
 def test_wrongness_counts_the_other_class():
@@ -483,7 +524,8 @@ def test_wrongness_counts_the_other_class():
         mean = wrongness(labels, scores)[labels == label].mean()
         assert mean == pytest.approx(1 - roc_auc_score(labels, scores))
     assert np.isnan(wrongness(np.zeros(3, int), np.arange(3.0))).all()
-    assert math.isnan(auroc(np.ones(3, int), np.arange(3.0)))
+    assert math.isnan(image_auroc(scored(np.ones(3, int), np.arange(3.0))))
+    assert math.isnan(image_auroc(scored(np.zeros(3, int), np.arange(3.0))))
 
 
 def test_a_test_set_without_anomalies(tmp_path):

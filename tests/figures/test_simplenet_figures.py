@@ -8,7 +8,7 @@ from PIL import Image
 
 from figures import adaptor_std, instability, loss_curve
 from figures.shared.drawing import grid_rows, save_figure, style
-from figures.shared.run_log import read_runs
+from figures.shared.run_log import options_without_effect, read_runs
 from utils.errors import RunError
 from utils.runs.run import Run
 
@@ -142,7 +142,8 @@ def test_trivial_loss():
 
 
 def drawn(folders, **options):
-    return instability.draw(read_runs(folders, same_but=instability.SAME_BUT), **options)
+    same_but = options_without_effect() | {"select"}
+    return instability.draw(read_runs(folders, same_but=same_but), **options)
 
 
 def test_instability_marks_what_each_selection_takes(tmp_path):
@@ -192,6 +193,20 @@ def test_instability_has_a_row_for_each_configuration(tmp_path):
         *(f"{category}\nnc_disc, sigma 0.015" for category in ("brick", "grass")),
         *(f"{category}\nnc_disc, sigma 0.5" for category in ("x", "y", "z")),
     ]
+
+
+def test_instability_keeps_folders_of_images_apart(tmp_path, monkeypatch):
+    """Two folders may have a category of one name: its fits are not those of one data set."""
+    folders = [make_run(tmp_path / name) for name in ("a", "b")]
+    for number, folder in enumerate(folders):
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"dataset": "folder", "data_root": f"images/{number}", "overlays": number}
+        (folder / "config.json").write_text(json.dumps(config))
+    figures = []
+    monkeypatch.setattr(instability, "save_figure", lambda figure, _: figures.append(figure) or [])
+    instability.main([*map(str, folders)])
+    titles = [axes.get_title() for axes in visible(figures[0])]
+    assert len(titles) == len(set(titles)) == 4
 
 
 @pytest.mark.parametrize("chosen", [None, 2])
