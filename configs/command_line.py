@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None, catalogue: Catalogue[E], *, prog: str, des
         catalogue.check(experiment)
     except ValueError as error:
         _refuse(prog, str(error))
-    for option, why in catalogue.idle_options(experiment):
+    for option, why in catalogue.idle_options(experiment, default):
         _refuse(prog, f"{option} does nothing {why}; leave it out")
     return experiment
 

@@ -36,6 +36,7 @@ from configs.options import (
     check_bounds,
     check_types,
     fields_marked,
+    marks_of,
 )
 
 Kind = TypeVar("Kind", bound="Experiment")
@@ -237,7 +238,8 @@ def parse_grid(grid: Sequence[str], method: MethodOptions) -> list[dict[str, Any
     for item in grid:
         name, equals, values = item.partition("=")
         name = name.replace("-", "_")
-        if not equals or name not in hints:
+        is_hidden = name in hints and Suppress in marks_of(type(method), name)
+        if not equals or name not in hints or is_hidden:
             raise ValueError(
                 f"--grid {item!r} must be OPTION=VALUE,VALUE with an option of --method"
             )
@@ -272,7 +274,7 @@ def _reader(hint: Any) -> Callable[[str], Any]:
         return one_of
     if type(None) in kinds:
         (inner,) = [_reader(kind) for kind in kinds if kind is not type(None)]
-        return lambda word: None if word == "none" else inner(word)
+        return lambda word: None if word.lower() == "none" else inner(word)
     if hint not in (int, float, str):
         raise ValueError("only numbers and words can be searched")
     return hint

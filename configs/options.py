@@ -161,7 +161,8 @@ def check_bounds(config: Any, *, prefix: str = "") -> None:
         for mark in marks_of(type(config), name):
             if not isinstance(mark, Bound) or value is None:
                 continue
-            if not (math.isfinite(value) and mark.holds(value)):
+            is_number = isinstance(value, int | float)
+            if not (is_number and math.isfinite(value) and mark.holds(value)):
                 raise ValueError(f"{option_name(name, prefix)} {value} must be {mark.words}")
 
 

@@ -131,9 +131,8 @@ class Catalogue(Generic[E]):
                 "anomaly (0, 8; 6 and 9): use --select last"
             )
 
-    def idle_options(self, experiment: E) -> list[tuple[str, str]]:
-        """Return what was set and does nothing: option, and why."""
-        preset = self.compose(experiment.dataset, experiment.method_name)
+    def idle_options(self, experiment: E, preset: E) -> list[tuple[str, str]]:
+        """Return what was set beside a preset and does nothing: option, and why."""
         idle = [
             (option_name(name), f"for {experiment.method_name}")
             for name in sorted(self.method(experiment.method_name).ignored)

@@ -180,7 +180,8 @@ def draw(lines: Sequence[Line], *, metric: str) -> Figure:
         axes.set_title(dataset)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
+        if axes.containers:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
     return figure
 
 

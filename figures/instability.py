@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     options.add_argument("--metric", choices=METRICS, default="image_auroc")
     arguments = options.parse_args(argv)
     figure = draw(
-        read_runs(arguments.runs, same_but=options_without_effect() | {"select"}),
+        read_runs(arguments.runs, same_but=(options_without_effect() | {"select"}) - {"data_root"}),
         metric=arguments.metric,
     )
     paths = save_figure(figure, arguments.out)

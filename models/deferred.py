@@ -101,16 +101,13 @@ class _Loader(importlib.abc.Loader):
         tree = ast.parse(self._path.read_text(encoding="utf-8"), filename=str(self._path))
         module.__doc__ = ast.get_docstring(tree)
         rest: list[ast.stmt] = []
+        later: set[str] = set()  # names that the second part binds, perhaps again
         for statement in tree.body:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 continue  # a text about the constant above
-            if isinstance(statement, ast.ImportFrom) and _is_below_methods(statement.module):
-                if not _bind_what_is_there(statement, module):
-                    rest.append(statement)
-            elif _can_run(statement, module):
-                _run([statement], module)
-            else:
-                rest.append(statement)
+            if left := _run_now(statement, module, later):
+                rest.append(left)
+                later.update(_bound(left))
         module._rest = rest
 
 
@@ -119,13 +116,27 @@ def _run(statements: list[ast.stmt], module: types.ModuleType) -> None:
     exec(code, module.__dict__)  # the file is one of this package
 
 
-def _can_run(statement: ast.stmt, module: types.ModuleType) -> bool:
+def _run_now(statement: ast.stmt, module: types.ModuleType, later: set[str]) -> ast.stmt | None:
+    """Run a statement if that can be done at once; return what is left to run of it."""
+    if isinstance(statement, ast.ImportFrom) and _is_below_methods(statement.module):
+        return _bind_what_is_there(statement, module)
+    if later.intersection(_bound(statement)) or not _can_run(statement, module, later):
+        return statement
+    try:
+        _run([statement], module)
+    except NameError:  # a function that it calls looks up what is not there yet
+        return statement
+    return None
+
+
+def _can_run(statement: ast.stmt, module: types.ModuleType, later: set[str]) -> bool:
     for node in ast.walk(statement):
         if isinstance(node, ast.Import) and not all(_is_light(a.name) for a in node.names):
             return False
         if isinstance(node, ast.ImportFrom) and not _is_light(node.module or ""):
             return False
-    return all(n in module.__dict__ or hasattr(builtins, n) for n in _looked_up(statement))
+    there = module.__dict__.keys() - later
+    return all(name in there or hasattr(builtins, name) for name in _looked_up(statement))
 
 
 def _is_light(name: str) -> bool:
@@ -137,17 +148,22 @@ def _is_below_methods(name: str | None) -> bool:
     return (name or "").startswith(f"{METHODS}.")
 
 
-def _bind_what_is_there(statement: ast.ImportFrom, module: types.ModuleType) -> bool:
-    """Take what the first part of another method's file has; tell whether that is all."""
+def _bind_what_is_there(
+    statement: ast.ImportFrom, module: types.ModuleType
+) -> ast.ImportFrom | None:
+    """Take what the first part of another method's file has; return the import of the rest."""
     assert statement.module is not None
     spec = importlib.util.find_spec(statement.module)
     assert spec is not None, statement.module
     assert spec.origin is not None, statement.module
     other = load(statement.module, Path(spec.origin))
-    there = [alias for alias in statement.names if alias.name in other.__dict__]
-    for alias in there:
-        module.__dict__[alias.asname or alias.name] = other.__dict__[alias.name]
-    return len(there) == len(statement.names)
+    left = []
+    for alias in statement.names:
+        if alias.name in other.__dict__:
+            module.__dict__[alias.asname or alias.name] = other.__dict__[alias.name]
+        else:
+            left.append(alias)
+    return ast.copy_location(ast.ImportFrom(statement.module, left, 0), statement) if left else None
 
 
 def _looked_up(node: ast.AST) -> Iterator[str]:
@@ -157,15 +173,18 @@ def _looked_up(node: ast.AST) -> Iterator[str]:
         parts: list[ast.AST] = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
         if not isinstance(node, ast.Lambda):
             every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            every += filter(None, [node.args.vararg, node.args.kwarg])
             parts += [*node.decorator_list, *filter(None, [node.returns])]
             parts += [argument.annotation for argument in every if argument.annotation]
         for part in parts:
             yield from _looked_up(part)
         return
     if isinstance(node, ast.Name):
-        if isinstance(node.ctx, ast.Load):
+        if not isinstance(node.ctx, ast.Store):
             yield node.id
         return
+    if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+        yield node.target.id
     inside = {name for child in ast.iter_child_nodes(node) for name in _looked_up(child)}
     if isinstance(node, ast.ClassDef):
         inside -= {n for part in node.body for n in _bound(part)}
@@ -181,3 +200,5 @@ def _bound(node: ast.AST) -> Iterator[str]:
             yield part.id
         elif isinstance(part, ast.FunctionDef | ast.ClassDef):
             yield part.name
+        elif isinstance(part, ast.alias):
+            yield (part.asname or part.name).partition(".")[0]

@@ -88,10 +88,12 @@ def _files() -> Mapping[str, tuple[str, Path]]:
 
 @functools.cache
 def _files_in(folders: tuple[str, ...]) -> Mapping[str, tuple[str, Path]]:
-    found = {}
+    found: dict[str, tuple[str, Path]] = {}
     for folder in map(Path, folders):
         for path in folder.rglob("*.py"):
             if DECLARES.search(path.read_text(encoding="utf-8")):
+                if path.stem in found:
+                    raise ValueError(f"{path} and {found[path.stem][1]} are methods of one name")
                 parts = path.relative_to(folder).with_suffix("").parts
                 found[path.stem] = (".".join([deferred.METHODS, *parts]), path)
     return dict(sorted(found.items(), key=lambda item: (item[0] != FIRST, item[0])))

@@ -47,13 +47,13 @@ def table_of(curves: Sequence[Curve], sweep: Sweep) -> Table:
     notes = [f"Beside the method, these differ: {text}" for text in unlike]
     for metric in metrics:
         near = f"{sweep.symbol} within {NEAR:g} point of the best {METRICS[metric]}"
+        notes.append(f"{near}{_spread(curves, metric)}:")
         notes += [
-            f"{near}{_spread(curves, metric)}; {curve.dataset}, {curve.name}: "
-            f"{_near_text(curve, metric)}"
+            f"{curve.dataset}, {curve.name}: {_near_text(curve, metric)}"
             for curve in curves
             if near_best(curve, metric)
         ]
-        notes += [f"{near}; {line}" for line in shared_lines(curves, metric, sweep)]
+        notes += shared_lines(curves, metric, sweep)
     return Table("data set", caption, columns, rows, tuple(notes))
 
 

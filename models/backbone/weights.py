@@ -179,21 +179,34 @@ def _fit_lite0(backbone: str, packaged: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fit_checkpoint(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Load a checkpoint strictly into the whole model and return that model's state dict."""
+    """Let timm load a checkpoint into the whole model; return that model's state dict.
+
+    Of some models timm takes a checkpoint that lacks tensors. These keep the random numbers that
+    the model began with: other ones with every start.
+    """
     config = timm.get_pretrained_cfg(backbone)
     classifier = None if config is None else config.classifier
     name = classifier[0] if isinstance(classifier, tuple | list) else classifier
     weight = state.get(f"{name}.weight")
     # A head of another size, or none, is no fault of the features.
     num_classes = 0 if weight is None else weight.shape[0]
-    overlay = {"state_dict": dict(state), "num_classes": num_classes}  # timm removes entries
-    try:
+
+    def loaded(seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        overlay = {"state_dict": dict(state), "num_classes": num_classes}  # timm removes entries
         model = timm.create_model(
             backbone, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes
         )
+        return model.state_dict()
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            found, again = loaded(0), loaded(1)
     except (RuntimeError, KeyError) as error:
         raise ModelError(f"the weights file does not fit {backbone}: {error}") from error
-    return model.state_dict()
+    if missing := [name for name, tensor in found.items() if not tensor.equal(again[name])]:
+        raise ModelError(f"the weights hold no numbers for {', '.join(missing)} of {backbone}")
+    return found
 
 
 def _from_hub(backbone: str) -> dict[str, Tensor]:

@@ -162,7 +162,7 @@ def test_every_option_that_needs_another_is_tried():
 def idle(experiment, **method):
     changed = dataclasses.replace(experiment.method, **method)
     changed = dataclasses.replace(experiment, method=changed)
-    return structured_catalogue().idle_options(changed)
+    return structured_catalogue().idle_options(changed, experiment)
 
 
 def test_an_option_counts_with_the_value_that_it_needs_or_as_the_preset_has_it():

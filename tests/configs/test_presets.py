@@ -272,7 +272,10 @@ def test_bad_method_options_are_refused(changes, message):
         NocoOptions(**changes)
 
 
-MESSAGE = r"configuration of this version|as runs write it: it sets device|--seeds|split is 'csvs'"
+MESSAGE = (
+    r"configuration of this version|as runs write it: it sets device|--seeds|split is 'csvs'"
+    "|--image-size large must be above 0"
+)
 
 
 def test_config_of_another_version_is_refused():

@@ -133,7 +133,7 @@ def test_near_the_best_is_a_point_below_it_at_most():
     assert near_best(curve, "image_auroc") == [0.5, 1.0, 32.0]
     assert near_best(curve, "pixel_auroc") == []
     text = to_markdown(table_of([curve], SWEEP))
-    near = "- norm within 1 point of the best image AUROC; demo, noco, last: "
+    near = "- norm within 1 point of the best image AUROC:\n- demo, noco, last: "
     assert f"{near}0.5 to 1, 32 (3 of 4 tested); best 95.9 at 1" in text
     assert "shared" not in text
     assert "pixel" not in text
@@ -198,7 +198,8 @@ def test_norm_sweep_draws_trained_and_closed_form_over_data_sets(tmp_path, capsy
     assert "| digits | trained | last | 1 | 90.0 | – | 1 | 1 |" in lines
     assert r"demo: layers: \[2\] closed form; \[1, 2\] trained" in text
     spread = "within 1 point of the best image AUROC (standard deviation over seeds: up to 14.1)"
-    assert f"- norm {spread}; demo, closed form, last: 1 (all 1 tested); best 80.0 at 1" in lines
+    assert f"- norm {spread}:" in lines
+    assert "- demo, closed form, last: 1 (all 1 tested); best 80.0 at 1" in lines
     assert "; trained, last: 1 (1 of 1 tested); norm 1 is in it" not in text  # "all 1" is said
     assert "trained, last: 1 (all 1 tested); norm 1 is in it" in text
 
@@ -262,8 +263,8 @@ def test_sigma_sweep_keeps_methods_and_norms_apart(tmp_path, capsys):
     text = paths[2].read_text()
     assert "SimpleNet paper, Fig. 5" in text
     assert "| demo | nc_disc, norm 1 | last | 0.005 | 80.0 | 1 | 1 |" in lines_of(text)
-    assert "; demo, nc_disc, norm 1, last: 0.005 to 0.015 (all 2 tested); best 81.0" in text
-    assert "; demo, simplenet, last: 0.015 (1 of 2 tested)" in text
+    assert "- demo, nc_disc, norm 1, last: 0.005 to 0.015 (all 2 tested); best 81.0" in text
+    assert "- demo, simplenet, last: 0.015 (1 of 2 tested)" in text
     assert "is in it" not in text
     with pytest.raises(SystemExit):
         patch_size.main([str(make_run(tmp_path / "d", 1, {("0", 0): 0.9}, patch_size=None))])

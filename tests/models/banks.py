@@ -58,6 +58,12 @@ def draw_bank(count=8, channels=6, side=5, seed=1):
     return Bank(torch.randn(count, channels, side, side, generator=seeded(seed)))
 
 
+def monitoring(function, *, scores_steps=False):
+    """Make a function a monitor; only fine-tuned methods ask whether it scores."""
+    function.scores_steps = scores_steps
+    return function
+
+
 class Stages:
     """The part of an extractor that heads on features need."""
 

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 
 from utils.errors import RunError
@@ -258,8 +257,10 @@ def overlay(
     """Return an image (H, W, 3), uint8, with its map (H, W) over it and dimmed without data."""
     level = (anomaly_map - scale.coldest) / (scale.hottest - scale.coldest)
     level = np.nan_to_num(level, nan=0).clip(0, 1).astype(np.float32)
+    from matplotlib import colormaps  # takes seconds to import, and only pictures need it
+
     # A table of 256 colours: colouring floats of large images takes seconds.
-    table = (mpl.colormaps[_COLOUR_MAP](np.arange(256) / 255)[:, :3] * 255).astype(np.float32)
+    table = (colormaps[_COLOUR_MAP](np.arange(256) / 255)[:, :3] * 255).astype(np.float32)
     blend = (_OPACITY * level)[..., None]  # cold places keep the image
     drawn = (1 - blend) * image + blend * table[(level * 255).astype(np.uint8)]
     drawn[np.isnan(anomaly_map)] *= _DIMMED

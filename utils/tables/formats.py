@@ -23,9 +23,12 @@ def to_markdown(table: Table) -> str:
     for row, texts, marks in zip(table.rows, table.texts(), table.marks(), strict=True):
         cells = [wrap[m].format(markdown_text(t)) for t, m in zip(texts, marks, strict=True)]
         rows.append([markdown_text(row.label), *cells])
-    widths = _widths(rows)
-    rule = "|".join([":" + "-" * (widths[0] + 1), *("-" * (w + 1) + ":" for w in widths[1:])])
-    body = ["| " + " | ".join(_padded(row, widths)) + " |" for row in rows]
+    widths, on_left = _widths(rows), _on_left(table)
+    rule = "|".join(
+        ":" + "-" * (width + 1) if left else "-" * (width + 1) + ":"
+        for width, left in zip(widths, on_left, strict=True)
+    )
+    body = ["| " + " | ".join(_padded(row, widths, on_left)) + " |" for row in rows]
     notes = ["", *(f"- {markdown_text(note)}" for note in table.notes)] if table.notes else []
     lines = [markdown_text(table.caption), "", body[0], f"|{rule}|", *body[1:], *notes]
     return "\n".join(lines) + "\n"
@@ -54,11 +57,12 @@ def to_latex(table: Table) -> str:
             ]
             body.append(" & ".join([latex_text(table.rows[r].label), *cells]) + r" \\")
     notes = [rf"{{\footnotesize {latex_text(note)}\par}}" for note in table.notes]
+    places = "".join("l" if left else "r" for left in _on_left(table))
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}",
             rf"% \caption{{{latex_text(table.caption)}}}",
-            rf"\begin{{tabular}}{{@{{}}l{'r' * len(table.columns)}@{{}}}}",
+            rf"\begin{{tabular}}{{@{{}}{places}@{{}}}}",
             r"\toprule",
             *head_lines,
             *body,
@@ -110,7 +114,7 @@ def to_text(table: Table) -> str:
         space = sum(widths[start + 1 : end + 1]) + 2 * (end - start - 1)
         widths[start + 1] += max(0, len(group) + 4 - space)
         banner += "  " + f" {group} ".center(max(space, len(group) + 4), "-")
-    printed = ["  ".join(_padded(row, widths)) for row in rows]
+    printed = ["  ".join(_padded(row, widths, _on_left(table))) for row in rows]
     rule = "-" * len(banner)
     body = printed[:2]
     for block in table.blocks():
@@ -150,10 +154,18 @@ def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(map(_width, column)) for column in zip(*rows, strict=True)]
 
 
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Return the first cell padded on the right, the others on the left."""
+def _on_left(table: Table) -> list[bool]:
+    """Tell which columns, the first of all among them, stand on the left."""
+    return [True, *map(table.is_text, range(len(table.columns)))]
+
+
+def _padded(row: Sequence[str], widths: Sequence[int], on_left: Sequence[bool]) -> list[str]:
+    """Return the cells filled up to their widths."""
     spaces = [" " * (width - _width(text)) for text, width in zip(row, widths, strict=True)]
-    return [row[0] + spaces[0], *(s + text for s, text in zip(spaces[1:], row[1:], strict=True))]
+    return [
+        text + space if left else space + text
+        for text, space, left in zip(row, spaces, on_left, strict=True)
+    ]
 
 
 def markdown_text(text: str) -> str:

@@ -5,10 +5,13 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal
+
+from configs.options import check_types
 
 Mark = Literal["best", "second", ""]
 
@@ -144,6 +147,10 @@ class Table:
                     marks[r][c] = "second"
         return marks
 
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words, which are read from the left."""
+        return bool(self.rows) and all(row.cells[column].text is not None for row in self.rows)
+
     def groups(self) -> list[tuple[str, int, int]]:
         """Return (group, first column, end column) of neighbours with one heading."""
         return neighbours(column.group for column in self.columns)
@@ -173,11 +180,17 @@ class Table:
                 Row(**{**row, "cells": tuple(Cell(**cell) for cell in row["cells"])})
                 for row in values.pop("rows")
             )
-            if any(len(row.cells) != len(columns) for row in rows):
-                raise ValueError("a row has not the columns' number of cells")
-            return cls(columns=columns, rows=rows, notes=tuple(values.pop("notes")), **values)
+            table = cls(columns=columns, rows=rows, notes=tuple(values.pop("notes")), **values)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a table: {error!r}") from error
+        for part in (table, *columns, *rows, *(cell for row in rows for cell in row.cells)):
+            check_types(part)
+        if unknown := [c.digits for c in columns if not re.fullmatch(r"(\.\d)?[dfg]", c.digits)]:
+            raise ValueError(f"numbers cannot be printed as {unknown[0]!r}")
+        if any(len(row.cells) != len(columns) for row in rows):
+            raise ValueError("a row has not the columns' number of cells")
+        table.texts()  # raises where a number cannot be printed as its column says
+        return table
 
 
 def neighbours(groups: Iterable[str]) -> list[tuple[str, int, int]]:

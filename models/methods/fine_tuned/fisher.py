@@ -116,7 +116,8 @@ def read_fisher(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str,
     try:
         stored = read_checkpoint(path)
     except ModelError as error:
-        raise ModelError(f"Fisher diagonal: {error}") from error
+        way_out = {"fisher_file": "name another with"}
+        raise ModelError(f"Fisher diagonal: {error}", way_out) from error
     by_name = {canonical_name(name): tensor for name, tensor in stored.items()}
     fisher = {}
     for name, parameter in parameters.items():

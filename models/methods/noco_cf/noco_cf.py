@@ -85,7 +85,8 @@ class NocoCfOptions(FeatureOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.time or list(self.time) != sorted(set(self.time)) or not self.time[0] > 0:
+        ascends = list(self.time) == sorted(set(self.time)) and all(map(math.isfinite, self.time))
+        if not (self.time and ascends and self.time[0] > 0):
             raise ValueError(f"--method.time {self.time} must be ascending and above 0")
 
     @property

@@ -121,6 +121,22 @@ def test_file_that_lacks_a_tensor_is_refused(tmp_path, resnet18, name):
         load(tmp_path / "weights.pth", "resnet18")
 
 
+@pytest.mark.parametrize(
+    ("backbone", "name"),
+    [
+        ("dla34", "level2.root.conv.weight"),
+        ("inception_v3", "Mixed_5b.branch3x3dbl_1.conv.weight"),
+    ],
+)
+def test_so_it_is_where_timm_does_not_load_strictly(tmp_path, backbone, name):
+    """There timm itself would leave random numbers, others each time."""
+    state = timm.create_model(backbone, pretrained=False).state_dict()
+    del state[name]
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+        load_backbone(backbone, str(tmp_path / "weights.pth"), (1, 2), "bottleneck")
+
+
 def test_file_of_another_network_is_refused(tmp_path, resnet18):
     torch.save(resnet18, tmp_path / "weights.pth")
     with pytest.raises(ModelError, match="does not fit resnet34"):
@@ -234,11 +250,7 @@ def test_a_file_gives_what_timm_alone_makes_of_it(tmp_path, backbone):
     """Also the buffers that no state dict has: Swin's positions and masks."""
     state = draw_state(backbone)
     torch.save(state, tmp_path / "weights.pth")
-    torch.manual_seed(0)
     net = load(tmp_path / "weights.pth", backbone).net
-    after = torch.rand(1)
-    torch.manual_seed(0)
-    assert torch.equal(after, torch.rand(1)), "no random number is drawn"
     expected = weights._cut(
         timm.create_model(
             backbone,
@@ -261,27 +273,29 @@ def test_a_file_gives_what_timm_alone_makes_of_it(tmp_path, backbone):
 
 
 def test_weights_live_once(tmp_path, resnet18):
-    """timm keeps what it loads from, and copies of it, in its configuration."""
+    """timm keeps what it loads from in its configuration; and what was read is not written to."""
     torch.save(resnet18, tmp_path / "weights.pth")
     net = load(tmp_path / "weights.pth", "resnet18").net
     assert "state_dict" not in net.pretrained_cfg
     assert "state_dict" not in net.default_cfg
     copy = {name: tensor.clone() for name, tensor in resnet18.items()}
-    loaded = weights._create_loaded("resnet18", resnet18, 1000)
-    with torch.no_grad():
-        for parameter in loaded.parameters():
-            parameter += 1
+    for tensor in weights._fit_checkpoint("resnet18", resnet18).values():
+        tensor += 1
     assert all(torch.equal(tensor, copy[name]) for name, tensor in resnet18.items())
 
 
+@pytest.mark.parametrize("backbone", [LITE0, "resnet18", "convnext_atto", "vit_tiny_patch16_224"])
+def test_a_network_that_waits_for_its_weights_is_built_without_any(backbone):
+    torch.manual_seed(0)
+    net = weights._built(backbone, features_only=True, out_indices=(1, 2, 3))
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1)), "no random number is drawn"
+    assert all(tensor.is_meta for tensor in net.state_dict().values())
+
+
 def test_a_tensor_that_nothing_is_loaded_into_is_named(monkeypatch, resnet18):
-    """timm itself would leave random numbers there, where it does not load strictly."""
-    load_state_dict = torch.nn.Module.load_state_dict
-
-    def incomplete(self, state, strict=True):
-        rest = {name: tensor for name, tensor in state.items() if "layer1.1.conv2" not in name}
-        return load_state_dict(self, rest, strict=False)
-
-    monkeypatch.setattr(torch.nn.Module, "load_state_dict", incomplete)
+    del resnet18["layer1.1.conv2.weight"]
+    monkeypatch.setattr(weights, "complete_state", lambda *_: (resnet18, "nowhere"))
     with pytest.raises(ModelError, match=r"no numbers for layer1\.1\.conv2\.weight of resnet18"):
-        weights._create_loaded("resnet18", resnet18, 1000)
+        load("auto", "resnet18")

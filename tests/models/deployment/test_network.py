@@ -2,19 +2,19 @@
 
 import functools
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from models.deployment.heads import BLOCK, Memory
 from torch import nn
 
-from models import build_detector, build_extractor
+from models.building import build_detector, build_extractor
+from models.deployment.memory import BLOCK, Memory
 from models.deployment.network import Deployed
-from models.detector import Detector
-from models.errors import ModelError
 from models.features.nearest import nearest
-from tests.models.banks import Bank, seeded
+from models.method import find_method
+from tests.models.banks import Bank, Stages, seeded
 from utils.evaluation.smoothing import image_scores, smoothing_matrix, upsample_and_blur
 
 pytestmark = [
@@ -27,12 +27,12 @@ SIGMA = 2.0
 ON_FEATURES = {
     "noco": {"epochs": 1},
     "noco-squared": {"epochs": 1, "loss": "squared"},
-    "noco_cf": {"solver": "closed_form", "prototypes": 1, "time": (100.0,)},
-    "noco_cf-prototypes": {"solver": "closed_form", "prototypes": 5, "nearest": 2},
-    "noco_cf-squared": {"solver": "closed_form", "prototypes": 3, "loss": "squared"},
+    "noco_cf": {"prototypes": 1, "time": (100.0,)},
+    "noco_cf-prototypes": {"time": (1e4,), "prototypes": 5, "nearest": 2},
+    "noco_cf-squared": {"time": (1e4,), "prototypes": 3, "loss": "squared"},
     "simplenet": {"epochs": 1},
-    "simplenet_released": {"epochs": 1, "adaptor_bias": True, "last_bias": False},
-    "nc_disc": {"epochs": 1, "norm": 1.0},
+    "simplenet_released": {"epochs": 1},
+    "nc_disc": {"epochs": 1},
     "padim": {"dims": 20},
     "mahalanobis": {},
     "knn": {"max_positions": 300},
@@ -42,7 +42,7 @@ ON_FEATURES = {
 }
 ON_IMAGES = {
     "panda": {"epochs": 1, "num_neighbors": 2},
-    "mean_shifted": {"epochs": 0},
+    "mean_shifted": {"epochs": 1},
 }
 
 
@@ -55,12 +55,19 @@ def images():
 
 @functools.cache
 def extractor_of(method, pooled):
-    return build_extractor(method, "resnet10t", (1, 2), weights="random", pooled=pooled)
+    options = {"weights": "random", "pooled": pooled}
+    return build_extractor(find_method(method), "resnet10t", (1, 2), **options)
 
 
-def fitted(method, options, images, pooled=False):
-    extractor = extractor_of(method, pooled)
-    detector = build_detector(method, extractor, options)
+def built(name, extractor, options):
+    """A detector of a method, by its name and perhaps what tells cases of it apart."""
+    method = name.split("-")[0]
+    return build_detector(method, extractor, replace(find_method(method).options, **options))
+
+
+def fitted(name, options, images, pooled=False):
+    extractor = extractor_of(name.split("-")[0], pooled)
+    detector = built(name, extractor, options)
     detector.fit(Bank(stored(extractor, images)), generator=seeded())
     return extractor, detector.eval()
 
@@ -79,8 +86,8 @@ def scored(extractor, detector, images, size, sigma=SIGMA):
     return (image_scores(smooth) if own is None else own.float()), smooth
 
 
-def deployed(extractor, detector, method, smoothing=None):
-    return Deployed(extractor, detector, method=method, image_size=SIDE, smoothing=smoothing)
+def deployed(extractor, detector, smoothing=None):
+    return Deployed(extractor, detector, image_size=SIDE, smoothing=smoothing)
 
 
 def blur(sigma=SIGMA):
@@ -90,10 +97,9 @@ def blur(sigma=SIGMA):
 @pytest.mark.parametrize("feature_norm", ["none", "l2_per_layer"])
 @pytest.mark.parametrize("name", ON_FEATURES)
 def test_equals_the_suites_scoring(name, feature_norm, images):
-    method = name.split("-")[0]
     options = ON_FEATURES[name] | {"feature_norm": feature_norm}
-    extractor, detector = fitted(method, options, images[:8])
-    network = deployed(extractor, detector, method, blur())
+    extractor, detector = fitted(name, options, images[:8])
+    network = deployed(extractor, detector, blur())
     scores, maps = scored(extractor, detector, images, SIDE)
     assert scores.std() > 0
     with torch.no_grad():
@@ -105,9 +111,8 @@ def test_equals_the_suites_scoring(name, feature_norm, images):
 
 @pytest.mark.parametrize("name", ["noco", "noco_cf-prototypes", "knn", "patchcore"])
 def test_equals_it_on_pooled_features(name, images):
-    method = name.split("-")[0]
-    extractor, detector = fitted(method, ON_FEATURES[name], images[:8], pooled=True)
-    network = deployed(extractor, detector, method)
+    extractor, detector = fitted(name, ON_FEATURES[name], images[:8], pooled=True)
+    network = deployed(extractor, detector)
     with torch.no_grad():
         (found,) = network(images)
     scores, _ = scored(extractor, detector, images, None)
@@ -117,9 +122,9 @@ def test_equals_it_on_pooled_features(name, images):
 @pytest.mark.parametrize("sigma", [0.0, SIGMA])
 def test_equals_it_for_student_and_teacher(sigma, images):
     extractor = extractor_of("stpm", False)
-    detector = build_detector("stpm", extractor, {"epochs": 1, "batch_size": 4})
+    detector = built("stpm", extractor, {"epochs": 1, "batch_size": 4})
     detector.fit(Bank(images[:8]), generator=seeded())
-    network = deployed(extractor, detector.eval(), "stpm", blur(sigma))
+    network = deployed(extractor, detector.eval(), blur(sigma))
     assert (network.smoothing is None) == (sigma == 0)
     with torch.no_grad():
         found = network(images)
@@ -131,33 +136,23 @@ def test_equals_it_for_student_and_teacher(sigma, images):
 @pytest.mark.parametrize("method", ON_IMAGES)
 def test_equals_it_for_fine_tuned_backbones(method, images):
     extractor = extractor_of(method, True)
-    options = ON_IMAGES[method] | {"trained_stages": 1}
-    if method == "mean_shifted":
-        options["epochs"] = 1
-    detector = build_detector(method, extractor, options)
+    detector = built(method, extractor, ON_IMAGES[method] | {"trained_stages": 1})
     detector.fit(Bank(images[:8]), generator=seeded())
     with torch.no_grad():
-        (found,) = deployed(extractor, detector.eval(), method)(images)
+        (found,) = deployed(extractor, detector.eval())(images)
     scores, _ = scored(extractor, detector, images, None)
     torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4 * float(scores.max()))
 
 
 def test_equals_it_for_deep_svdd():
-    extractor = build_extractor("deep_svdd", "lenet", (0,))
+    extractor = build_extractor(find_method("deep_svdd"), "lenet", (0,))
     images = torch.randint(0, 256, (6, 3, 32, 32), generator=seeded()).byte()
-    detector = build_detector("deep_svdd", extractor, {"epochs": 1, "pretrain_epochs": 1})
+    detector = built("deep_svdd", extractor, {"epochs": 1, "pretrain_epochs": 1})
     detector.fit(Bank(images), generator=seeded())
-    network = Deployed(
-        extractor, detector.eval(), method="deep_svdd", image_size=32, smoothing=None
-    )
+    network = Deployed(extractor, detector.eval(), image_size=32, smoothing=None)
     with torch.no_grad():
         (found,) = network(images)
     torch.testing.assert_close(found, scored(extractor, detector, images, None)[0])
-
-
-def test_a_foreign_detector_is_refused_by_name(images):
-    with pytest.raises(ModelError, match="anomalib:dfm cannot be exported"):
-        deployed(extractor_of("noco", False), Detector(), "anomalib:dfm")
 
 
 def test_memories_of_several_blocks_find_the_nearest():
@@ -185,31 +180,22 @@ class AllHeads(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, features):
-        maps, scores = zip(*(head(features) for head in self.heads), strict=True)
-        (own,) = [one for one in scores if one is not None]  # PatchCore's
-        return torch.stack(maps), own
+        found = [head(features) for head in self.heads]
+        (pair,) = [one for one in found if isinstance(one, tuple)]  # PatchCore's
+        maps = [one[0] if isinstance(one, tuple) else one for one in found]
+        return torch.stack(maps), pair[1]
 
 
 @pytest.fixture(scope="module")
 def heads():
     bank = Bank(torch.randn(6, 7, 4, 4, generator=seeded()))
-    built = []
+    exported = []
     for name in ("noco_cf-prototypes", "padim", "mahalanobis", "knn", "patchcore", "simplenet"):
-        stages = type("Stages", (), {"stage_channels": (3, 4)})
-        options = dict(ON_FEATURES[name]) | {"feature_norm": "std"}
-        if name == "padim":
-            options["dims"] = 4
-        detector = build_detector(name.split("-")[0], stages, options)
+        options = ON_FEATURES[name] | {"feature_norm": "std"}
+        detector = built(name, Stages(3, 4), options | ({"dims": 4} if name == "padim" else {}))
         detector.fit(bank, generator=seeded())
-        network = Deployed(
-            build_extractor("stpm", "resnet10t", (1,), weights="random"),
-            detector.eval(),
-            method=name,
-            image_size=SIDE,
-            smoothing=None,
-        )
-        built.append(network.head)
-    return AllHeads(built).eval()
+        exported.append(detector.eval().exported())
+    return AllHeads(exported).eval()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

@@ -1,25 +1,38 @@
 """Rescaling of features before every detector, and how a detector is built from options."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 
-from models import DETECTORS, build_detector
+from configs.options import FeatureOptions, check_types
+from models.building import build_detector
+from models.detector import FeatureShape, HasObjective, KnowsSteps, LearnsOnline
 from models.errors import ModelError
-from models.features.feature_norm import FEATURE_NORMS, FeatureNorm, NormalisedDetector
-from models.methods.noco import Noco
-from models.methods.noco_cf import ClosedFormNoco
-from models.methods.simplenet.simplenet import SimpleNet
-from tests.models.banks import Bank, Stages, draw_bank, seeded
+from models.features.feature_norm import FeatureNorm, NormalisedDetector, normalised
+from models.methods.knn import Knn, KnnOptions
+from models.methods.noco import Noco, NocoOptions
+from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
+from models.methods.simplenet.simplenet import SimpleNet, SimpleNetOptions
+from tests.models.banks import Bank, StagedBank, Stages, draw_bank, seeded
 
 STAGES = (2, 4)
-CLOSED = {"solver": "closed_form", "time": (10.0,)}
+FEATURE_NORMS = get_args(get_type_hints(FeatureOptions)["feature_norm"])
+
+
+def closed(**options):
+    return NocoCfOptions(**{"prototypes": 1, "time": (10.0,)} | options)
 
 
 def lopsided():
-    """Features whose channels have very different spreads, and none of them mean 0."""
+    """Features whose channels have very different spreads, and none of them mean 0.
+
+    Channels last, as banks give them: sums over channels of another layout round differently.
+    """
     bank = draw_bank()
     scale = torch.tensor([1.0, 10.0, 0.1, 3.0, 100.0, 1e-3])[:, None, None]
-    return Bank((bank.features + 2) * scale)
+    features = (bank.features + 2) * scale
+    return Bank(features.contiguous(memory_format=torch.channels_last))
 
 
 def test_l2_gives_unit_length_at_each_position():
@@ -73,65 +86,50 @@ def test_none_and_unfitted_std_change_nothing():
 
 
 def test_unknown_kind_is_refused():
-    with pytest.raises(ModelError, match="'l3' is not one of none, l2, l2_per_layer, std"):
-        FeatureNorm("l3", STAGES)
+    with pytest.raises(ValueError, match="feature_norm is 'l3'"):
+        check_types(KnnOptions(feature_norm="l3"))
 
 
 @pytest.mark.parametrize("kind", FEATURE_NORMS[1:])
 def test_the_head_sees_rescaled_features_in_fit_and_forward(kind):
     bank = lopsided()
-    detector = build_detector("noco", Stages(*STAGES), {**CLOSED, "feature_norm": kind})
+    detector = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm=kind))
     detector.fit(bank, generator=seeded())
     norm = FeatureNorm(kind, STAGES)
     norm.fit(bank)
-    head = ClosedFormNoco(6, time=(10.0,))
+    head = NocoCf(FeatureShape(STAGES), closed())
     head.fit(Bank(norm(bank.features)), generator=seeded())
     assert torch.equal(detector(bank.features), head(norm(bank.features)))
-    plain = ClosedFormNoco(6, time=(10.0,))
+    plain = NocoCf(FeatureShape(STAGES), closed())
     plain.fit(bank, generator=seeded())
     assert not torch.allclose(plain(bank.features), detector(bank.features), rtol=0.01)
 
 
 def test_shuffled_training_reaches_the_bank():
     bank = lopsided()
-    options = {"epochs": 2, "feature_norm": "l2"}
+    options = NocoOptions(epochs=2, feature_norm="l2")
     build_detector("noco", Stages(*STAGES), options).fit(bank, generator=seeded())
     assert len(bank.orders) == 2  # one per epoch, drawn by the generator
 
 
-def test_build_detector_chooses_by_method_solver_and_norm():
-    for method in ("noco", "noco_cf"):
-        assert type(build_detector(method, Stages(*STAGES), {})) is Noco
-        assert type(build_detector(method, Stages(*STAGES), CLOSED)) is ClosedFormNoco
-    plain = build_detector("simplenet", Stages(*STAGES), {"feature_norm": "none"})
+def test_build_detector_chooses_by_method_and_norm():
+    assert type(build_detector("noco", Stages(*STAGES), NocoOptions())) is Noco
+    assert type(build_detector("noco_cf", Stages(*STAGES), closed())) is NocoCf
+    plain = build_detector("simplenet", Stages(*STAGES), SimpleNetOptions(feature_norm="none"))
     assert type(plain) is SimpleNet
-    wrapped = build_detector("noco", Stages(*STAGES), {**CLOSED, "feature_norm": "std"})
+    wrapped = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm="std"))
     assert isinstance(wrapped, NormalisedDetector)
-    assert isinstance(wrapped.head, ClosedFormNoco)
+    assert isinstance(wrapped.head, NocoCf)
     assert wrapped.feature_norm.kind == "std"
-
-
-def test_each_solver_takes_its_own_options():
-    options = {"norm": 4.0, "epochs": 3, "time": (5.0,), "prototypes": 2}
-    trained = build_detector("noco", Stages(*STAGES), options)
-    assert (trained.norm, trained.epochs) == (4.0, 3)
-    solved = build_detector("noco", Stages(*STAGES), {**options, "solver": "closed_form"})
-    assert (solved.norm, solved.times, len(solved.centres)) == (4.0, (5.0,), 2)
-
-
-@pytest.mark.parametrize("method", DETECTORS)
-def test_options_that_nobody_has_are_refused(method):
-    with pytest.raises(TypeError, match=f"{method} has no option channels_, epochz"):
-        build_detector(method, Stages(*STAGES), {"epochz": 3, "channels_": 4})
+    assert wrapped.feature_norm.stage_channels == STAGES
 
 
 @pytest.mark.parametrize("kind", FEATURE_NORMS)
 def test_state_round_trip(kind):
     bank = lopsided()
-    options = {**CLOSED, "feature_norm": kind}
-    detector = build_detector("noco_cf", Stages(*STAGES), options)
+    detector = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm=kind))
     detector.fit(bank, generator=seeded())
-    fresh = build_detector("noco_cf", Stages(*STAGES), options)
+    fresh = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm=kind))
     fresh.load_state_dict(detector.state_dict())
     assert torch.equal(fresh(bank.features), detector(bank.features))
 
@@ -139,20 +137,54 @@ def test_state_round_trip(kind):
 def test_a_wrapped_detector_passes_on_what_is_asked_of_it():
     bank, steps = lopsided(), []
     detector = build_detector(
-        "noco", Stages(*STAGES), {**CLOSED, "time": (1.0, 5.0), "feature_norm": "l2"}
+        "noco_cf", Stages(*STAGES), closed(time=(1.0, 5.0), feature_norm="l2")
     )
     detector.fit(bank, generator=seeded(), monitor=lambda *seen: steps.append(seen))
     assert steps == [(1, {"time": 1.0}), (2, {"time": 5.0})]
+    assert detector.steps() == [{"time": 1.0}, {"time": 5.0}]
     assert detector.stopped_at(1) == {"time": (1.0,)}
-    assert detector.diagnostics() == detector.head.diagnostics()
-    detector.head.remarks = ["said"]
-    assert detector.remarks == ["said"]
+
+
+@pytest.mark.filterwarnings("ignore::models.methods.simplenet.simplenet.TrivialSolutionWarning")
+def test_remarks_and_diagnostics_of_the_last_fit_are_the_heads():
+    options = KnnOptions(max_positions=9, feature_norm="l2")
+    detector = build_detector("knn", Stages(*STAGES), options)
+    assert detector.remarks == []
+    detector.fit(lopsided(), generator=seeded())
+    assert "the memory holds 9 of 200" in detector.remarks[0]
+    few = Bank(lopsided().features[:1, :, :3, :3])
+    detector.fit(few, generator=seeded())
+    assert detector.remarks == []
+    trained = build_detector(
+        "simplenet", Stages(*STAGES), SimpleNetOptions(epochs=1, sigma=5.0, feature_norm="l2")
+    )
+    assert trained.diagnostics == {}
+    trained.fit(lopsided(), generator=seeded())
+    assert set(trained.diagnostics) == {"feature_std", "adapted_std"}
+
+
+ABILITIES = (LearnsOnline, KnowsSteps, HasObjective)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "abilities"),
+    [
+        (Noco, NocoOptions(), {HasObjective}),
+        (NocoCf, closed(), {LearnsOnline, KnowsSteps}),
+        (Knn, KnnOptions(), set()),
+    ],
+)
+def test_behind_a_norm_a_head_can_what_it_can(kind, options, abilities):
+    head = kind(FeatureShape(STAGES), options)
+    assert normalised(head, "none", STAGES) is head
+    for detector in (head, normalised(head, "l2", STAGES)):
+        assert {ability for ability in ABILITIES if isinstance(detector, ability)} == abilities
 
 
 def test_online_learning_behind_a_norm_equals_fitting():
     bank = lopsided()
     whole, online = (
-        build_detector("noco", Stages(*STAGES), {**CLOSED, "feature_norm": "l2"}) for _ in range(2)
+        build_detector("noco_cf", Stages(*STAGES), closed(feature_norm="l2")) for _ in range(2)
     )
     whole.fit(bank, generator=seeded())
     online.start(seeded())
@@ -163,15 +195,33 @@ def test_online_learning_behind_a_norm_equals_fitting():
 
 
 def test_std_cannot_be_learnt_online():
-    detector = build_detector("noco", Stages(*STAGES), {**CLOSED, "feature_norm": "std"})
-    with pytest.raises(ModelError, match="std is measured over all images"):
+    detector = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm="std"))
+    with pytest.raises(ModelError, match="deviations are measured over all images") as caught:
         detector.start(seeded())
+    assert caught.value.change == {"feature_norm": "l2 or none"}
 
 
-@pytest.mark.parametrize("method", ["noco", "simplenet"])
-def test_trained_detectors_refuse_online_learning(method):
-    detector = build_detector(method, Stages(*STAGES), {})
-    with pytest.raises(ModelError, match=r"--method\.solver closed_form"):
-        detector.start(seeded())
-    with pytest.raises(ModelError, match="cannot learn online"):
-        detector.partial_fit([lopsided().features])
+@pytest.mark.parametrize("kind", FEATURE_NORMS[1:])
+def test_images_that_come_with_the_features_pass_by(kind):
+    """The head sees them as they are, after the features as one stage."""
+    maps = lopsided().features
+    images = torch.randint(256, (8, 3, 20, 20), generator=seeded()).byte()
+    seen = []
+
+    class Both(Knn):
+        def fit(self, bank, **_):
+            seen.extend(next(iter(bank.stage_batches(8))))
+
+        def score_stages(self, stages):
+            seen.extend(stages)
+            return stages[0].sum(dim=1), None
+
+    detector = normalised(Both(FeatureShape(STAGES), KnnOptions()), kind, STAGES)
+    stages = [*maps.split(STAGES, dim=1), images]
+    detector.fit(StagedBank(stages), generator=seeded())
+    detector.score_stages(stages)
+    wanted = detector.feature_norm(maps)
+    assert not torch.equal(wanted, maps)
+    for features, pictures in (seen[:2], seen[2:]):
+        assert torch.equal(features, wanted)
+        assert torch.equal(pictures, images)

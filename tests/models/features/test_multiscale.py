@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from models.detector import FeatureShape
 from models.features import matmul as products
 from models.features import multiscale as under_test
 from models.features.matmul import FEW_ROWS
@@ -16,9 +19,9 @@ from models.features.multiscale import (
     project,
     squared_lengths,
 )
-from models.methods.mahalanobis import Mahalanobis
-from models.methods.noco import Noco, _MeanExcess
-from models.methods.noco_cf import ClosedFormNoco
+from models.methods.mahalanobis import Mahalanobis, MahalanobisOptions
+from models.methods.noco import Noco, NocoOptions, _MeanExcess
+from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
 from tests.models.banks import Bank, StagedBank, seeded
 
 SHAPES = {
@@ -163,23 +166,26 @@ def test_a_residual_of_zero_has_no_direction():
 @shapes
 @pytest.mark.parametrize("loss", ["distance", "squared"])
 @pytest.mark.parametrize(
-    "made",
+    ("kind", "options"),
     [
-        lambda C, loss: Noco(C, epochs=3, batch_size=2, learning_rate=1e-2, loss=loss),
-        lambda C, loss: ClosedFormNoco(C, time=(1.0, 30.0), loss=loss),
-        lambda C, loss: ClosedFormNoco(C, time=(1.0, 30.0), loss=loss, prototypes=2),
-        lambda C, loss: Mahalanobis(C),  # noqa: ARG005
+        (Noco, NocoOptions(epochs=3, batch_size=2, learning_rate=1e-2)),
+        (NocoCf, NocoCfOptions(time=(1.0, 30.0), prototypes=1)),
+        (NocoCf, NocoCfOptions(time=(1.0, 30.0), prototypes=2)),
+        (Mahalanobis, MahalanobisOptions()),
     ],
     ids=["trained", "closed form", "prototypes", "mahalanobis"],
 )
 @pytest.mark.parametrize("few_rows", [1, FEW_ROWS])
 def test_a_head_fits_and_scores_stages_as_it_does_joined_features(
-    monkeypatch, shapes, loss, made, few_rows
+    monkeypatch, shapes, loss, kind, options, few_rows
 ):
     monkeypatch.setattr(products, "FEW_ROWS", few_rows)  # whether products are convolutions
     stages = draw(shapes, dtype=torch.float32)
     staged, plain = StagedBank(stages), Bank(join_stages(stages))
-    detectors = [made(plain.channels, loss) for _ in range(2)]
+    if kind is not Mahalanobis:
+        options = replace(options, loss=loss)
+    shape = FeatureShape(tuple(stage.shape[1] for stage in stages))
+    detectors = [kind(shape, options) for _ in range(2)]
     for detector, bank in zip(detectors, (staged, plain), strict=True):
         detector.fit(bank, generator=seeded())
     with torch.inference_mode():
@@ -188,10 +194,10 @@ def test_a_head_fits_and_scores_stages_as_it_does_joined_features(
         assert own is None
         torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(maps, detectors[0](plain.features), rtol=1e-5, atol=1e-6)
-        if isinstance(detectors[0], ClosedFormNoco):
+        if kind is NocoCf:
             steps = detectors[0].score_steps(stages)
             torch.testing.assert_close(steps[-1], maps, rtol=1e-4, atol=1e-5)
-        elif isinstance(detectors[0], Noco):
+        elif kind is Noco:
             for ours, theirs in zip(
                 detectors[0].geometry(stages, maps),
                 detectors[0].geometry([plain.features], maps),

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from models.errors import ModelError
-from models.methods.simplenet.adaptor import ADAPTORS, Adaptor
+from models.methods.simplenet.adaptor import Adaptor
 
 
 def seeded(seed=0):
@@ -74,10 +73,3 @@ def test_inits_have_their_distribution():
     assert drawn.std().item() == pytest.approx((2 / (2 * size)) ** 0.5, rel=0.01)
     assert drawn.abs().max() > 3 * drawn.std()  # normal, not uniform
     assert xavier.layers[0].bias.abs().max() <= bound
-
-
-def test_unknown_words_are_refused_with_the_known_ones():
-    with pytest.raises(ModelError, match=f"'conv' is not one of {', '.join(ADAPTORS)}"):
-        Adaptor(4, "conv")
-    with pytest.raises(ModelError, match="'zeros' is not one of default, xavier"):
-        Adaptor(4, init="zeros")

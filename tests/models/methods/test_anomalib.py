@@ -16,8 +16,9 @@ from safetensors.torch import load, save
 from sklearn.metrics import roc_auc_score
 
 from models.backbone.extractor import FrozenExtractor
+from models.detector import FeatureShape
 from models.errors import ModelError
-from models.methods.anomalib.anomalib import AnomalibDetector
+from models.methods.anomalib.anomalib import AnomalibDetector, AnomalibOptions
 from models.methods.anomalib.facts import FACTS, REFUSED
 from tests.models.banks import Bank, seeded
 
@@ -52,8 +53,12 @@ def bank():
     return Bank(draw_images(18))
 
 
+def made(backbone, name, **options):
+    return AnomalibDetector(FeatureShape((), backbone), AnomalibOptions(model=name, **options))
+
+
 def fitted(backbone, name, bank, *, seed=0, **options):
-    detector = AnomalibDetector(backbone, name=name, **options)
+    detector = made(backbone, name, **options)
     detector.fit(bank, generator=seeded(seed))
     return detector
 
@@ -63,9 +68,14 @@ def test_says_how_to_install_anomalib(monkeypatch):
     for name in ("anomalib", *loaded):
         monkeypatch.setitem(sys.modules, name, None)
     for part in ("library", "training"):
-        monkeypatch.delitem(sys.modules, f"models.anomalib_{part}", raising=False)
+        monkeypatch.delitem(sys.modules, f"models.methods.anomalib.{part}", raising=False)
     with pytest.raises(ModelError, match=r"pip install -r requirements-anomalib\.txt"):
-        AnomalibDetector(None, name="patchcore")
+        made(types.SimpleNamespace(), "patchcore")
+
+
+def test_model_options_are_pairs():
+    with pytest.raises(ValueError, match=r"--method\.model-options 'coreset' must be KEY=VALUE"):
+        AnomalibOptions(model_options=("layers=[blocks.2]", "coreset"))
 
 
 def test_a_download_is_told_of_every_model_it_is_known_of():
@@ -110,13 +120,13 @@ def test_names_are_found_in_any_spelling_of_anomalib():
 )
 def test_bad_names_and_options_end_with_a_message(lite0, name, words, message):
     with pytest.raises(ModelError, match=f"(?s){message}"):
-        AnomalibDetector(lite0, name=name, model_options=words)
+        made(lite0, name, model_options=words)
 
 
 @needs_anomalib
 def test_options_get_the_types_of_the_constructor(lite0):
     words = ("coreset_sampling_ratio=0.5", "num_neighbors=3", "layers=[blocks.2]")
-    model = AnomalibDetector(lite0, name="patchcore", model_options=words)._recipe
+    model = made(lite0, "patchcore", model_options=words)._recipe
     module = model.build(48).module
     assert module.coreset_sampling_ratio == 0.5
     assert module.model.num_neighbors == 3
@@ -139,7 +149,7 @@ def test_models_fit_score_raw_and_reload(name, bank, request, tmp_path, monkeypa
     backbone, options = CASES[name]
     extractor = request.getfixturevalue("lite0" if backbone == LITE0 else "resnet")
     steps = []
-    detector = AnomalibDetector(extractor, name=name, **options)
+    detector = made(extractor, name, **options)
     detector.fit(bank, generator=seeded(0), monitor=lambda *step: steps.append(step))
     assert steps == [(1, {})]
     assert detector.stopped_at(1) == {}
@@ -159,7 +169,7 @@ def test_models_fit_score_raw_and_reload(name, bank, request, tmp_path, monkeypa
     assert torch.equal(detector(images), maps)
 
     state = load(save({name: tensor.clone() for name, tensor in detector.state_dict().items()}))
-    loaded = AnomalibDetector(extractor, name=name, **options)
+    loaded = made(extractor, name, **options)
     loaded.load_state_dict(state)
     with torch.inference_mode():
         again, again_scores = loaded.score(images)
@@ -233,7 +243,7 @@ def test_copies_that_training_changes_belong_to_the_head(lite0, bank):
     images = draw_images(2, seed=9)
     state = detector.state_dict()
     assert "model.feature_extractor.feature_extractor.conv_stem.weight" in state
-    loaded = AnomalibDetector(lite0, name="padim", model_options=("n_features=12",))
+    loaded = made(lite0, "padim", model_options=("n_features=12",))
     loaded.load_state_dict(state)
     assert loaded.state_dict().keys() == state.keys()
     assert torch.equal(loaded.score(images)[1], detector.score(images)[1])
@@ -242,7 +252,7 @@ def test_copies_that_training_changes_belong_to_the_head(lite0, bank):
 @needs_anomalib
 def test_expansion_features_are_the_ones_the_model_gets(bank):
     extractor = FrozenExtractor(LITE0, (2, 3), feature_location="expansion", patch_size=1)
-    module = AnomalibDetector(extractor, name="patchcore")._recipe.build(48).module
+    module = made(extractor, "patchcore")._recipe.build(48).module
     features = module.model.feature_extractor(torch.zeros(1, 3, 48, 48))
     assert [f.shape[1] for f in features.values()] == list(extractor.stage_channels)
 
@@ -288,23 +298,23 @@ def test_images_are_resized_for_a_model_that_insists_on_a_size(resnet):
     assert detector.score(images)[0].shape == (6, 40, 40)
     assert detector._pixels(images).shape == (6, 3, 48, 48)
     assert "48 pixels" in " ".join(detector.remarks)
-    recipe = AnomalibDetector(resnet, name="uflow", model_options=("flow_steps=1",))._recipe
+    recipe = made(resnet, "uflow", model_options=("flow_steps=1",))._recipe
     assert recipe._own_side() == 448  # its pre-processing takes no other
 
 
 @needs_anomalib
 def test_normalisation_is_the_backbones_or_else_that_of_the_models_own_pre_processing(lite0):
     images = draw_images(2, seed=4)
-    detector = AnomalibDetector(lite0, name="patchcore")
+    detector = made(lite0, "patchcore")
     detector._side = images.shape[-1]
     torch.testing.assert_close(detector._pixels(images), lite0.pixels(images))  # mean, std 0.5
-    other = AnomalibDetector(lite0, name="patchcore", model_options=("backbone=resnet18",))
+    other = made(lite0, "patchcore", model_options=("backbone=resnet18",))
     other._side = 8
     white = other._pixels(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8))
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(white[0, :, 0, 0], expected)
     # No normalisation of its own: pixels in [0, 1].
-    assert AnomalibDetector(lite0, name="efficient_ad").std.flatten().tolist() == [1, 1, 1]
+    assert made(lite0, "efficient_ad").std.flatten().tolist() == [1, 1, 1]
 
 
 @needs_anomalib
@@ -314,6 +324,12 @@ def test_models_without_maps_say_so(lite0, bank):
     assert maps.shape == (3, 1, 1)
     assert torch.equal(maps.flatten(), scores)
     assert "no map" in " ".join(detector.remarks)
+
+
+@needs_anomalib
+def test_export_is_left_to_the_library(lite0):
+    with pytest.raises(ModelError, match="anomalib's dfm cannot be exported"):
+        made(lite0, "dfm").exported()
 
 
 @needs_anomalib

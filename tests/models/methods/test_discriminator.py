@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from models.errors import ModelError
 from models.methods.simplenet.discriminator import Discriminator, cross_entropy, truncated_l1
 
 
@@ -79,8 +78,3 @@ def test_cross_entropy_by_hand():
 def test_cross_entropy_survives_large_logits():
     loss = cross_entropy(torch.tensor([-1e4]), torch.tensor([1e4]))
     assert loss.item() == pytest.approx(2e4)
-
-
-def test_unknown_init_is_refused():
-    with pytest.raises(ModelError, match="'zeros' is not one of default, xavier"):
-        Discriminator(4, init="zeros")

@@ -5,13 +5,18 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
+from models.detector import FeatureShape
 from models.errors import ModelError
-from models.methods.knn import Knn
+from models.methods.knn import Knn, KnnOptions
 from tests.models.banks import Bank, draw_bank, seeded
 
 
+def knn(channels, **options):
+    return Knn(FeatureShape((channels,)), KnnOptions(**options))
+
+
 def fitted(bank, seed=0, **options):
-    detector = Knn(bank.channels, **options)
+    detector = knn(bank.channels, **options)
     detector.fit(bank, generator=seeded(seed))
     return detector
 
@@ -66,11 +71,11 @@ def test_stored_head_scores_the_same(tmp_path):
     bank, queries = draw_bank(), draw_bank(seed=2).features
     detector = fitted(bank)
     save_file(detector.state_dict(), tmp_path / "head.safetensors")
-    other = Knn(bank.channels)
+    other = knn(bank.channels)
     other.load_state_dict(load_file(tmp_path / "head.safetensors"))
     assert torch.equal(other(queries), detector(queries))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        Knn(bank.channels + 1).load_state_dict(detector.state_dict())
+        knn(bank.channels + 1).load_state_dict(detector.state_dict())
 
 
 def test_finds_what_lies_apart():
@@ -82,7 +87,7 @@ def test_finds_what_lies_apart():
 
 def test_monitor_is_called_once():
     calls = []
-    detector = Knn(6)
+    detector = knn(6)
     detector.fit(draw_bank(), generator=seeded(), monitor=lambda *call: calls.append(call))
     assert calls == [(1, {"memory": 200})]
     assert detector.stopped_at(1) == {}
@@ -91,22 +96,25 @@ def test_monitor_is_called_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_neighbors": 0}, "num neighbors 0"),
-        ({"num_neighbors": 5, "max_positions": 4}, "max positions 4"),
-        ({"distance": "cosine"}, "'cosine' is not one of squared, euclidean"),
-        ({"search": "tree"}, "'tree' is not one of exact, faiss"),
+        ({"num_neighbors": 0}, "--method.num-neighbors 0 must be above 0"),
+        (
+            {"num_neighbors": 5, "max_positions": 4},
+            "--method.max-positions 4 must be at least --method.num-neighbors 5",
+        ),
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(ModelError, match=message):
-        Knn(6, **options)
+    with pytest.raises(ValueError, match=message):
+        KnnOptions(**options)
 
 
 def test_too_few_normal_features_are_an_error():
-    with pytest.raises(ModelError, match="2 needs as many normal features: there are 1"):
+    message = "2 nearest neighbours need as many normal features: there are 1"
+    with pytest.raises(ModelError, match=message) as caught:
         fitted(draw_bank(count=1, side=1))
+    assert caught.value.change == {"num_neighbors": "lower"}
 
 
 def test_unfitted_detector_is_an_error():
     with pytest.raises(ModelError, match="memory holds 0"):
-        Knn(6)(draw_bank().features)
+        knn(6)(draw_bank().features)

@@ -5,8 +5,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
+from models.detector import FeatureShape
 from models.errors import ModelError
-from models.methods.mahalanobis import Mahalanobis
+from models.methods.mahalanobis import Mahalanobis, MahalanobisOptions
 from tests.models.banks import Bank, draw_bank, seeded
 
 
@@ -22,9 +23,13 @@ def as_positions(features):
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
+def made(channels, **options):
+    return Mahalanobis(FeatureShape((channels,)), MahalanobisOptions(**options))
+
+
 def fitted(features, **options):
     """A detector of the features' type, so that only the mathematics is compared."""
-    detector = Mahalanobis(features.shape[1], **options).to(features.dtype)
+    detector = made(features.shape[1], **options).to(features.dtype)
     shrinkages = []
     detector.fit(
         Bank(features),
@@ -73,7 +78,7 @@ def test_bank_is_read_once():
             readings.append(arguments)
             return super().batches(*arguments, **options)
 
-    Mahalanobis(7).fit(Counted(correlated().float()), generator=seeded())
+    made(7).fit(Counted(correlated().float()), generator=seeded())
     assert len(readings) == 1
 
 
@@ -120,7 +125,7 @@ def test_stored_head_scores_the_same(tmp_path):
     bank, queries = draw_bank(), draw_bank(seed=2).features
     detector, _ = fitted(bank.features)
     save_file(detector.state_dict(), tmp_path / "head.safetensors")
-    other = Mahalanobis(bank.channels)
+    other = made(bank.channels)
     other.load_state_dict(load_file(tmp_path / "head.safetensors"))
     assert torch.equal(other(queries), detector(queries))
     assert other(queries).shape == (8, 5, 5)
@@ -129,11 +134,13 @@ def test_stored_head_scores_the_same(tmp_path):
 @pytest.mark.parametrize(("count", "shrinkage"), [(1, None), (1, 0.5), (5, 0.0)])
 def test_singular_covariance_is_an_error(count, shrinkage):
     """One feature has no variance; five span less than seven channels."""
-    with pytest.raises(ModelError, match=f"covariance of {count} normal features in 7 channels"):
+    message = f"covariance of {count} normal features in 7 channels"
+    with pytest.raises(ModelError, match=message) as caught:
         fitted(correlated(count, side=1), shrinkage=shrinkage)
+    assert caught.value.change == {"shrinkage": "none or larger"}
 
 
 @pytest.mark.parametrize("shrinkage", [-0.1, 1.1, float("nan")])
 def test_bad_shrinkage_is_an_error(shrinkage):
-    with pytest.raises(ModelError, match="shrinkage"):
-        Mahalanobis(6, shrinkage=shrinkage)
+    with pytest.raises(ValueError, match=f"--method.shrinkage {shrinkage} must be in 0 to 1"):
+        MahalanobisOptions(shrinkage=shrinkage)

@@ -6,16 +6,17 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from models.backbone.extractor import FrozenExtractor
+from models.detector import FeatureShape
 from models.errors import ModelError
 from models.methods.fine_tuned.fine_tuning import trained_parameters
 from models.methods.fine_tuned.mean_shifted import (
     MeanShifted,
+    MeanShiftedOptions,
     angular_loss,
-    build_augmentations,
-    draw_views,
     mean_shifted_loss,
 )
-from tests.models.banks import Bank, seeded
+from models.training.augmentations import contrastive_augmentations, draw_views
+from tests.models.banks import Bank, monitoring, seeded
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,13 @@ def bank_of_images(count=10, **options):
     return Bank(draw_images(count, **options))
 
 
+def mean_shifted(backbone, **options):
+    return MeanShifted(FeatureShape((), backbone), MeanShiftedOptions(**options))
+
+
 def fitted(backbone, bank, seed=0, **options):
     options = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, **options}
-    detector = MeanShifted(backbone, **options)
+    detector = mean_shifted(backbone, **options)
     detector.fit(bank, generator=seeded(seed))
     return detector
 
@@ -89,16 +94,17 @@ def test_reported_loss_is_that_of_the_drawn_views(backbone):
     bank = bank_of_images()
     for angular in (False, True):
         losses = []
-        detector = MeanShifted(backbone, epochs=1, batch_size=len(bank), angular=angular)
-        detector.fit(bank, generator=seeded(), monitor=lambda _, v, to=losses: to.append(v["loss"]))
+        detector = mean_shifted(backbone, epochs=1, batch_size=len(bank), angular=angular)
+        monitor = monitoring(lambda _, values, to=losses: to.append(values["loss"]))
+        detector.fit(bank, generator=seeded(), monitor=monitor)
         features = backbone(bank.features)[:, :, 0, 0]
         center = (features / features.norm(dim=1, keepdim=True)).mean(dim=0)
         if angular:
             center = center / center.norm()
         generator = seeded()
         order = torch.randperm(len(bank), generator=generator)
-        views = draw_views(bank.features[order], build_augmentations(32, 32), generator)
-        embeddings = MeanShifted(backbone).embed((views - backbone.mean) / backbone.std)
+        views = draw_views(bank.features[order], contrastive_augmentations(32, 32), generator)
+        embeddings = mean_shifted(backbone).embed((views - backbone.mean) / backbone.std)
         expected = mean_shifted_loss(embeddings, center, 0.25)
         if angular:
             expected = expected + angular_loss(embeddings, center)
@@ -109,7 +115,7 @@ def test_reported_loss_is_that_of_the_drawn_views(backbone):
 
 
 def test_views_come_from_the_generator_alone():
-    images, augment = draw_images(6), build_augmentations(32, 32)
+    images, augment = draw_images(6), contrastive_augmentations(32, 32)
     torch.manual_seed(5)
     untouched = torch.random.get_rng_state()
     first = draw_views(images, augment, seeded())
@@ -126,13 +132,13 @@ def test_views_are_of_their_images_and_differ():
     """Flat images, so that a crop keeps the colour: jitter is weaker than the gap between them."""
     levels = torch.tensor([20, 240], dtype=torch.uint8)
     images = levels[:, None, None, None].expand(2, 3, 24, 40)
-    views = draw_views(images, build_augmentations(24, 40), seeded())
+    views = draw_views(images, contrastive_augmentations(24, 40), seeded())
     assert views.shape == (4, 3, 24, 40)
     assert views.min() >= 0
     assert views.max() <= 1
     dark, bright = views[[0, 2]], views[[1, 3]]
     assert dark.max() < bright.min()
-    noise = draw_views(draw_images(3), build_augmentations(32, 32), seeded())
+    noise = draw_views(draw_images(3), contrastive_augmentations(32, 32), seeded())
     assert all(not torch.equal(noise[i], noise[i + 3]) for i in range(3))
 
 
@@ -152,8 +158,9 @@ def test_fit_moves_what_trains_and_nothing_else(backbone):
 def test_training_lowers_the_loss(backbone):
     bank = bank_of_images(8)
     losses = []
-    detector = MeanShifted(backbone, epochs=30, batch_size=8, learning_rate=1.0)
-    detector.fit(bank, generator=seeded(), monitor=lambda _, values: losses.append(values["loss"]))
+    detector = mean_shifted(backbone, epochs=30, batch_size=8, learning_rate=1.0)
+    monitor = monitoring(lambda _, values: losses.append(values["loss"]))
+    detector.fit(bank, generator=seeded(), monitor=monitor)
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
@@ -185,13 +192,13 @@ def test_same_seed_same_bits(backbone):
 def test_monitor_sees_what_a_shorter_fit_would_give(backbone):
     bank, tests = bank_of_images(), draw_images(5, seed=9)
     seen = {}
-    detector = MeanShifted(backbone, epochs=3, batch_size=4, learning_rate=1e-2)
+    detector = mean_shifted(backbone, epochs=3, batch_size=4, learning_rate=1e-2)
 
     def monitor(step, values):
         torch.rand(3)  # a monitor that draws from the global generator changes nothing
         seen[step] = detector(tests)
 
-    detector.fit(bank, generator=seeded(), monitor=monitor)
+    detector.fit(bank, generator=seeded(), monitor=monitoring(monitor, scores_steps=True))
     for step, maps in seen.items():
         alone = fitted(backbone, bank, **detector.stopped_at(step))
         assert torch.equal(alone(tests), maps)
@@ -200,7 +207,7 @@ def test_monitor_sees_what_a_shorter_fit_would_give(backbone):
 
 def test_a_saved_head_scores_identically(backbone):
     detector = fitted(backbone, bank_of_images())
-    fresh = MeanShifted(backbone)
+    fresh = mean_shifted(backbone)
     fresh.load_state_dict({n: t.clone() for n, t in detector.state_dict().items()})
     tests = draw_images(4, seed=9)
     assert torch.equal(fresh(tests), detector(tests))
@@ -218,5 +225,7 @@ def test_visible_anomalies_are_found(backbone):
 def test_errors_name_the_cause(backbone):
     with pytest.raises(FloatingPointError, match=r"epoch 1, step 2"):
         fitted(backbone, bank_of_images(), learning_rate=1e38)
-    with pytest.raises(ModelError, match=r"num-neighbors 20 exceeds the 10 training images"):
+    message = "20 nearest images exceed the 10 training images"
+    with pytest.raises(ModelError, match=message) as caught:
         fitted(backbone, bank_of_images(), num_neighbors=20)
+    assert caught.value.change == {"num_neighbors": "lower"}

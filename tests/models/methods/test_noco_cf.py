@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from models.detector import FeatureShape
 from models.errors import ModelError
 from models.features import matmul as products
-from models.features.feature_norm import FeatureNorm, NormalisedDetector
-from models.methods import noco_cf as closed_form
-from models.methods.noco_cf import ClosedFormNoco
+from models.features.feature_norm import normalised
+from models.methods.noco_cf import noco_cf as module
+from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
 from tests.models.banks import Bank, draw_bank, seeded
 
 D = 6
@@ -29,14 +30,20 @@ def extended(positions):
     return torch.nn.functional.pad(positions, (0, 1), value=1.0)
 
 
+def closed_form(channels, **options):
+    """An unfitted detector, of one centre and one time if nothing is said."""
+    options = NocoCfOptions(**{"prototypes": 1, "time": (1e4,)} | options)
+    return NocoCf(FeatureShape((channels,)), options)
+
+
 def made(**options):
-    """An unfitted detector whose time leaves something of every direction to compare."""
-    return ClosedFormNoco(D, **{"time": (10.0,)} | options)
+    """One whose time leaves something of every direction to compare."""
+    return closed_form(D, **{"time": (10.0,)} | options)
 
 
 def fitted(positions, *, seed=0, **options):
     """A detector in float64, so that only the mathematics is compared."""
-    detector = ClosedFormNoco(positions.shape[1], **options).double()
+    detector = closed_form(positions.shape[1], **options).double()
     detector.fit(Bank(as_maps(positions)), generator=seeded(seed))
     return detector
 
@@ -151,7 +158,7 @@ def test_expectation_equals_the_formula(count, norm, time):
     np.testing.assert_allclose(scores, formula, rtol=1e-6)
     distance = fitted(positions, norm=norm, time=(time,))(as_maps(probes)).flatten().numpy()
     np.testing.assert_allclose(distance, np.sqrt(formula), rtol=1e-6)
-    single = ClosedFormNoco(D, norm=norm, time=(time,), loss="squared")
+    single = closed_form(D, norm=norm, time=(time,), loss="squared")
     single.fit(Bank(as_maps(positions).float()), generator=seeded())
     maps = single(as_maps(probes).float()).flatten()
     np.testing.assert_allclose(maps.numpy(), formula, rtol=1e-3)
@@ -177,7 +184,7 @@ def test_one_image_at_a_time_equals_one_pass():
 @pytest.mark.parametrize("channels", [255, 256, 600])  # around and beyond one block of the sums
 def test_the_second_moment_is_whole_for_many_channels(channels):
     bank = draw_bank(count=3, channels=channels, side=3)
-    detector = ClosedFormNoco(channels)
+    detector = closed_form(channels)
     detector.fit(bank, generator=seeded())
     rows = extended(bank.features.movedim(1, -1).flatten(0, 2).double())
     moment = rows.T @ rows / len(rows)
@@ -225,9 +232,7 @@ AWKWARD = {
 @pytest.mark.parametrize("prototypes", [1, 3])
 def test_awkward_data_give_finite_maps(bank, sample_w0, prototypes):
     N, _, H, W = bank.features.shape
-    detector = ClosedFormNoco(
-        bank.channels, time=(1e8,), prototypes=prototypes, sample_w0=sample_w0
-    )
+    detector = closed_form(bank.channels, time=(1e8,), prototypes=prototypes, sample_w0=sample_w0)
     if prototypes > N * H * W:
         with pytest.raises(ModelError, match="3 prototypes need as many normal features"):
             detector.fit(bank, generator=seeded())
@@ -244,15 +249,17 @@ def test_awkward_data_give_finite_maps(bank, sample_w0, prototypes):
 
 def test_unseen_directions_score_higher_than_normal_ones():
     bank = AWKWARD["fewer positions than channels"]
-    detector = ClosedFormNoco(20, time=(1e6,))
+    detector = closed_form(20, time=(1e6,))
     detector.fit(bank, generator=seeded())
     probes = torch.randn(4, 20, 2, 2, generator=seeded(8))
     assert detector(bank.features).max() < 0.1 * detector(probes).min()
 
 
 def test_more_prototypes_than_normal_features_are_refused():
-    with pytest.raises(ModelError, match="5 prototypes need as many normal features; there are 4"):
+    message = "5 prototypes need as many normal features; there are 4"
+    with pytest.raises(ModelError, match=message) as caught:
         made(prototypes=5).fit(draw_bank(count=1, side=2), generator=seeded())
+    assert caught.value.change == {"prototypes": "lower"}
 
 
 @pytest.mark.parametrize("nearest", [1, 3, 5])
@@ -284,8 +291,8 @@ def test_neither_parts_nor_the_way_products_are_made_change_scores(prototypes, m
         return detector.score_stages(probes)[0]
 
     expected = scores()
-    monkeypatch.setattr(closed_form, "FEW_CHANNELS", 1)
-    monkeypatch.setattr(closed_form, "MANY_CHANNELS", 1)
+    monkeypatch.setattr(module, "FEW_CHANNELS", 1)
+    monkeypatch.setattr(module, "MANY_CHANNELS", 1)
     monkeypatch.setattr(products, "FEW_ROWS", 1)
     torch.testing.assert_close(scores(), expected, rtol=1e-5, atol=1e-6)
 
@@ -296,7 +303,7 @@ def test_second_moments_about_centres_lose_less_than_stored_halves_do():
     mixing = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
     mixing *= torch.logspace(0, -5, 32)
     features = torch.randn(30, 32, 28, 28, generator=generator).movedim(1, 3) @ mixing.T
-    detector = ClosedFormNoco(32, time=(1e4,), prototypes=3)
+    detector = closed_form(32, time=(1e4,), prototypes=3)
     detector.fit(Bank(features.movedim(3, 1)), generator=seeded())
 
     positions, centres = features.flatten(0, 2), detector.centres
@@ -373,21 +380,16 @@ def test_a_reloaded_head_gives_the_same_maps(options):
     assert detector.num_trainable == 0
 
 
-@pytest.mark.parametrize("time", [(), (10.0, 1.0), (0.0,), (-1.0, 2.0)])
+@pytest.mark.parametrize("time", [(), (10.0, 1.0), (10.0, 10.0), (0.0,), (-1.0, 2.0)])
 def test_times_must_ascend(time):
-    with pytest.raises(ModelError, match="ascending"):
-        made(time=time)
+    with pytest.raises(ValueError, match=r"--method\.time .* must be ascending and above 0"):
+        NocoCfOptions(time=time)
 
 
 @pytest.mark.parametrize("option", ["prototypes", "nearest"])
 def test_at_least_one_centre(option):
-    with pytest.raises(ModelError, match=option):
-        made(**{option: 0})
-
-
-def test_unknown_loss_is_refused():
-    with pytest.raises(ModelError, match="'cubed' is not one of distance, squared"):
-        made(loss="cubed")
+    with pytest.raises(ValueError, match=f"--method.{option} 0 must be above 0"):
+        NocoCfOptions(**{option: 0})
 
 
 def test_every_time_is_visited_and_the_last_counts():
@@ -417,8 +419,22 @@ def test_solving_before_any_image_is_refused():
 
 
 def test_prototypes_do_not_learn_online():
-    with pytest.raises(ModelError, match=r"--method\.prototypes 1"):
+    with pytest.raises(ModelError, match="centres of all features at once") as caught:
         made(prototypes=2).start(seeded())
+    assert caught.value.change == {"prototypes": "1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "learns"),
+    [
+        ({"prototypes": 1}, True),
+        ({"prototypes": 1, "feature_norm": "l2"}, True),
+        ({"prototypes": 1, "feature_norm": "std"}, False),
+        ({"prototypes": 2}, False),
+    ],
+)
+def test_options_tell_whether_a_detector_learns_online(options, learns):
+    assert NocoCfOptions(**options).learns_online is learns
 
 
 @pytest.mark.parametrize("prototypes", [1, 3])
@@ -427,7 +443,7 @@ def test_prototypes_do_not_learn_online():
 def test_all_times_at_once_score_as_one_after_the_other(prototypes, loss, feature_norm):
     times = (1.0, 30.0, 1e3, 1e5)
     head = made(time=times, prototypes=prototypes, loss=loss, norm=2.0)
-    detector = NormalisedDetector(head, FeatureNorm(feature_norm, (D,)))
+    detector = normalised(head, feature_norm, (D,))
     features = as_maps(correlated(40, seed=5)).float()
     one_by_one, steps = [], []
 

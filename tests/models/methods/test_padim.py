@@ -4,14 +4,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
+from models.detector import FeatureShape
 from models.errors import ModelError
 from models.methods import padim as module
-from models.methods.padim import Padim
+from models.methods.padim import Padim, PadimOptions
 from tests.models.banks import Bank, draw_bank, seeded
 
 
+def made(channels, **options):
+    return Padim(FeatureShape((channels,)), PadimOptions(**{"dims": None} | options))
+
+
 def fitted(bank, seed=0, **options):
-    detector = Padim(bank.channels, **{"dims": None} | options)
+    detector = made(bank.channels, **options)
     detector.fit(bank, generator=seeded(seed))
     return detector
 
@@ -83,16 +88,16 @@ def test_stored_head_scores_the_same(tmp_path):
     bank, queries = draw_bank(channels=12), draw_bank(channels=12, seed=2).features
     detector = fitted(bank, dims=5)
     save_file(detector.state_dict(), tmp_path / "head.safetensors")
-    other = Padim(bank.channels, dims=5)
+    other = made(bank.channels, dims=5)
     other.load_state_dict(load_file(tmp_path / "head.safetensors"))
     assert torch.equal(other(queries), detector(queries))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        Padim(bank.channels, dims=6).load_state_dict(detector.state_dict())
+        made(bank.channels, dims=6).load_state_dict(detector.state_dict())
 
 
 def test_monitor_is_called_once():
     calls = []
-    detector = Padim(6)
+    detector = made(6)
     detector.fit(draw_bank(), generator=seeded(), monitor=lambda *call: calls.append(call))
     assert calls == [(1, {})]
     assert detector.stopped_at(1) == {}
@@ -110,11 +115,14 @@ def test_a_single_image_is_an_error():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"dims": 0}, "dims 0"), ({"regularization": 0.0}, "regularization 0.0 must be above 0")],
+    [
+        ({"dims": 0}, "--method.dims 0 must be above 0"),
+        ({"regularization": 0.0}, "--method.regularization 0.0 must be above 0"),
+    ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(ModelError, match=message):
-        Padim(6, **options)
+    with pytest.raises(ValueError, match=message):
+        PadimOptions(**options)
 
 
 @pytest.mark.parametrize("count", [4, 40])

@@ -8,11 +8,13 @@ from torch.nn import functional as F
 
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.weights import canonical_name
+from models.detector import FeatureShape
 from models.errors import ModelError
 from models.methods.fine_tuned.fine_tuning import trained_parameters
 from models.methods.fine_tuned.fisher import _draw_gradient, label_free_fisher, read_fisher
-from models.methods.fine_tuned.panda import Panda, compactness_loss, elastic_penalty
-from tests.models.banks import Bank, seeded
+from models.methods.fine_tuned.panda import Panda, PandaOptions, compactness_loss
+from models.methods.fine_tuned.panda_ewc import PandaEwc, PandaEwcOptions, elastic_penalty
+from tests.models.banks import Bank, monitoring, seeded
 
 SMALL = "test_resnet"
 
@@ -45,8 +47,16 @@ def bank_of_images(count=10, **options):
     return Bank(draw_images(count, **options))
 
 
-def fitted(backbone, bank, seed=0, **options):
-    detector = Panda(backbone, **{"epochs": 2, "batch_size": 4, **options})
+def panda(backbone, **options):
+    return Panda(FeatureShape((), backbone), PandaOptions(**options))
+
+
+def panda_ewc(backbone, **options):
+    return PandaEwc(FeatureShape((), backbone), PandaEwcOptions(**options))
+
+
+def fitted(backbone, bank, seed=0, *, made=panda, **options):
+    detector = made(backbone, **{"epochs": 2, "batch_size": 4, **options})
     detector.fit(bank, generator=seeded(seed))
     return detector
 
@@ -107,14 +117,14 @@ def test_any_number_of_stages_can_train(backbone):
     assert stages_of(trained_parameters(backbone, 1)) == {"layer4"}
     assert trained_parameters(backbone, 5) == every
     assert trained_parameters(backbone, 99) == every
-    with pytest.raises(ModelError, match="trained-stages 0"):
-        trained_parameters(backbone, 0)
+    with pytest.raises(ValueError, match=r"--method\.trained-stages 0 must be above 0"):
+        PandaOptions(trained_stages=0)
 
 
 def test_expansion_features_are_refused():
     net = extractor("tf_efficientnet_lite0", (2, 3), feature_location="expansion")
     with pytest.raises(ModelError, match="leave out --feature-location expansion"):
-        Panda(net)
+        panda(net)
 
 
 def test_number_of_trainable_parameters_is_the_papers():
@@ -139,7 +149,7 @@ def test_fit_moves_what_trains_and_nothing_else(backbone):
 
 
 def test_batch_statistics_are_never_used(backbone):
-    detector = Panda(backbone).train()
+    detector = panda(backbone).train()
     assert not any(module.training for module in detector.modules())
 
 
@@ -164,8 +174,9 @@ def test_elastic_penalty_on_hand_worked_numbers():
 def test_first_loss_is_the_spread_of_the_pretrained_features(backbone):
     bank = bank_of_images()
     losses = []
-    detector = Panda(backbone, epochs=1, batch_size=len(bank))
-    detector.fit(bank, generator=seeded(), monitor=lambda _, values: losses.append(values["loss"]))
+    detector = panda(backbone, epochs=1, batch_size=len(bank))
+    monitor = monitoring(lambda _, values: losses.append(values["loss"]))
+    detector.fit(bank, generator=seeded(), monitor=monitor)
     features = backbone(bank.features)[:, :, 0, 0]  # (N, D)
     expected = (features - features.mean(dim=0)).square().mean()
     assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
@@ -183,8 +194,9 @@ def test_gradients_are_clipped_together(backbone):
 def test_training_makes_normal_images_compact(backbone):
     bank = bank_of_images()
     losses = []
-    detector = Panda(backbone, epochs=15, batch_size=5, learning_rate=1.0)
-    detector.fit(bank, generator=seeded(), monitor=lambda _, values: losses.append(values["loss"]))
+    detector = panda(backbone, epochs=15, batch_size=5, learning_rate=1.0)
+    monitor = monitoring(lambda _, values: losses.append(values["loss"]))
+    detector.fit(bank, generator=seeded(), monitor=monitor)
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -201,14 +213,15 @@ def fisher_file(backbone, path, value):
 def test_ewc_pulls_towards_the_start(backbone, tmp_path):
     bank = bank_of_images()
     path = fisher_file(backbone, tmp_path / "fisher.safetensors", 1.0)
-    options = {"epochs": 10, "learning_rate": 0.1, "clip_norm": None, "fisher_file": path}
+    options = {"epochs": 10, "learning_rate": 0.1, "clip_norm": None}
     free = fitted(backbone, bank, **options)
-    pulled = [fitted(backbone, bank, variant="ewc", ewc_weight=w, **options) for w in (0.1, 1.0)]
+    options |= {"made": panda_ewc, "fisher_file": str(path)}
+    pulled = [fitted(backbone, bank, ewc_weight=weight, **options) for weight in (0.1, 1.0)]
     distances = [distance_from_start(d).item() for d in (free, *pulled)]
     assert distances[1] < 0.9 * distances[0]
     assert distances[2] < 0.9 * distances[1]
     # Without weight nothing changes.
-    none = fitted(backbone, bank, variant="ewc", ewc_weight=0.0, **options)
+    none = fitted(backbone, bank, ewc_weight=0.0, **options)
     assert torch.equal(none(bank.features), free(bank.features))
     assert none.remarks == []
 
@@ -234,7 +247,7 @@ def test_fisher_matches_its_definition_on_a_linear_classifier():
 def test_fisher_of_a_network_matches_a_slow_loop(classifier_file):
     net = extractor(weights=classifier_file)
     bank = bank_of_images(6)
-    parameters = {n: p for n, p in Panda(net).net.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in panda(net).net.named_parameters() if p.requires_grad}
     fisher = label_free_fisher(net, parameters, bank, num_images=4, generator=seeded(3))
 
     model = timm.create_model(SMALL, pretrained=False, num_classes=5).eval()
@@ -256,34 +269,37 @@ def test_fisher_of_a_network_matches_a_slow_loop(classifier_file):
 
 def test_ewc_without_a_file_says_where_its_fisher_comes_from(classifier_file):
     net = extractor(weights=classifier_file)
-    detector = fitted(net, bank_of_images(), variant="ewc", epochs=1, fisher_images=3)
+    options = {"made": panda_ewc, "epochs": 1, "fisher_images": 3}
+    detector = fitted(net, bank_of_images(), **options)
     assert "from 3 normal training images" in detector.remarks[0]
-    again = fitted(net, bank_of_images(), variant="ewc", epochs=1, fisher_images=3)
+    again = fitted(net, bank_of_images(), **options)
     assert torch.equal(detector.embeddings, again.embeddings)
 
 
 def test_the_packaged_weights_bring_their_classifier():
     net = extractor("tf_efficientnet_lite0", weights="auto")
     bank = bank_of_images(2)
-    parameters = {n: p for n, p in Panda(net).net.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in panda(net).net.named_parameters() if p.requires_grad}
     fisher = label_free_fisher(net, parameters, bank, num_images=2, generator=seeded())
     assert {canonical_name(n) for n in parameters} == {canonical_name(n) for n in fisher}
     assert all(f.isfinite().all() and f.max() > 0 for f in fisher.values())
 
 
 def test_ewc_needs_a_classifier(backbone, classifier_file, tmp_path):
-    with pytest.raises(ModelError, match=r"are random.*--method.fisher-file FILE"):
-        fitted(backbone, bank_of_images(), variant="ewc")
+    with pytest.raises(ModelError, match="are random: no classifier") as caught:
+        fitted(backbone, bank_of_images(), made=panda_ewc)
+    assert caught.value.change == {"fisher_file": "name one in"}
     headless = tmp_path / "headless.safetensors"
     save_file({n: t for n, t in load_file(classifier_file).items() if "fc" not in n}, headless)
     with pytest.raises(
         ModelError, match=r"headless.safetensors holds no classifier of test_resnet"
-    ):
-        fitted(extractor(weights=headless), bank_of_images(), variant="ewc")
+    ) as caught:
+        fitted(extractor(weights=headless), bank_of_images(), made=panda_ewc)
+    assert caught.value.change == {"fisher_file": "name one in"}
 
 
 def test_bad_fisher_files_are_named(backbone, tmp_path):
-    parameters = {n: p for n, p in Panda(backbone).net.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in panda(backbone).net.named_parameters() if p.requires_grad}
     name = next(iter(parameters))
     good = {n: torch.ones_like(p) for n, p in parameters.items()}
 
@@ -300,8 +316,9 @@ def test_bad_fisher_files_are_named(backbone, tmp_path):
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ModelError, match="negative or non-finite"):
             read({name: torch.full_like(parameters[name], bad)})
-    with pytest.raises(ModelError, match=r"--method.fisher-file: .*nowhere.*does not exist"):
-        fitted(backbone, bank_of_images(), variant="ewc", fisher_file=tmp_path / "nowhere.pth")
+    nowhere = {"made": panda_ewc, "fisher_file": str(tmp_path / "nowhere.pth")}
+    with pytest.raises(ModelError, match=r"Fisher diagonal: .*nowhere\.pth does not exist"):
+        fitted(backbone, bank_of_images(), **nowhere)
 
 
 # Scores
@@ -326,13 +343,13 @@ def test_stages_are_concatenated():
     net = extractor(layers=(2, 4))
     detector = fitted(net, bank_of_images(), epochs=1)
     assert detector.embeddings.shape == (10, 48 + 96)
-    embeddings = Panda(net).embed(net.pixels(draw_images(3)))
+    embeddings = panda(net).embed(net.pixels(draw_images(3)))
     torch.testing.assert_close(embeddings, net(draw_images(3))[:, :, 0, 0])
 
 
 def test_monitor_sees_what_a_shorter_fit_would_give(backbone):
     bank, tests = bank_of_images(), draw_images(5, seed=9)
-    detector = Panda(backbone, epochs=3, batch_size=4)
+    detector = panda(backbone, epochs=3, batch_size=4)
     seen = {}
 
     def monitor(step, values):
@@ -340,7 +357,7 @@ def test_monitor_sees_what_a_shorter_fit_would_give(backbone):
         with torch.inference_mode():
             seen[step] = detector(tests)
 
-    detector.fit(bank, generator=seeded(), monitor=monitor)
+    detector.fit(bank, generator=seeded(), monitor=monitoring(monitor, scores_steps=True))
     assert list(seen) == [1, 2, 3]
     for step, maps in seen.items():
         alone = fitted(backbone, bank, **detector.stopped_at(step))
@@ -348,12 +365,24 @@ def test_monitor_sees_what_a_shorter_fit_would_give(backbone):
     assert not torch.equal(seen[1], seen[3])
 
 
+@pytest.mark.parametrize(("scores_steps", "passes"), [(True, [1, 2, 3]), (False, [0, 0, 1])])
+def test_images_are_embedded_after_an_epoch_only_where_it_is_scored(
+    backbone, monkeypatch, scores_steps, passes
+):
+    detector = panda(backbone, epochs=3, batch_size=4)
+    embed_bank, calls, seen = detector.embed_bank, [], []
+    monkeypatch.setattr(detector, "embed_bank", lambda bank: calls.append(bank) or embed_bank(bank))
+    monitor = monitoring(lambda *_: seen.append(len(calls) - 1), scores_steps=scores_steps)
+    detector.fit(bank_of_images(), generator=seeded(), monitor=monitor)
+    assert seen == passes  # beside the one before training, for the center
+
+
 def test_a_saved_head_scores_identically(backbone, tmp_path):
     detector = fitted(backbone, bank_of_images())
     save_tensors(detector.state_dict(), tmp_path / "head.safetensors")
     state = load_file(tmp_path / "head.safetensors")
     assert set(state) == {f"net.{n}" for n in backbone.net.state_dict()} | {"embeddings"}
-    fresh = Panda(backbone)
+    fresh = panda(backbone)
     fresh.load_state_dict(state)
     tests = draw_images(4, seed=9)
     assert torch.equal(fresh(tests), detector(tests))
@@ -384,9 +413,9 @@ def test_visible_anomalies_are_found(backbone):
 def test_errors_name_the_cause(backbone):
     with pytest.raises(FloatingPointError, match=r"epoch 1, step 2"):
         fitted(backbone, bank_of_images(), learning_rate=1e38, clip_norm=None)
-    with pytest.raises(ModelError, match="variant 'early'"):
-        Panda(backbone, variant="early")
-    with pytest.raises(ModelError, match=r"num-neighbors 2 exceeds the 1 training images"):
+    message = "2 nearest images exceed the 1 training images"
+    with pytest.raises(ModelError, match=message) as caught:
         fitted(backbone, bank_of_images(1))
+    assert caught.value.change == {"num_neighbors": "lower"}
     with pytest.raises(ModelError, match="fit or load first"):
-        Panda(backbone)(draw_images(1))
+        panda(backbone)(draw_images(1))

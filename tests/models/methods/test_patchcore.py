@@ -4,14 +4,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
+from models.detector import FeatureShape
 from models.errors import ModelError
 from models.features.coreset import draw_projection, greedy_k_centre
-from models.methods.patchcore import PatchCore
+from models.methods.patchcore import PatchCore, PatchCoreOptions
 from tests.models.banks import Bank, draw_bank, seeded
 
 
+def made(channels, **options):
+    return PatchCore(FeatureShape((channels,)), PatchCoreOptions(**options))
+
+
 def fitted(bank, seed=0, **options):
-    detector = PatchCore(bank.channels, **options)
+    detector = made(bank.channels, **options)
     detector.fit(bank, generator=seeded(seed))
     return detector
 
@@ -136,17 +141,17 @@ def test_stored_head_scores_the_same(tmp_path):
     bank, queries = draw_bank(), draw_bank(seed=2).features
     detector = fitted(bank)
     save_file(detector.state_dict(), tmp_path / "head.safetensors")
-    other = PatchCore(bank.channels)
+    other = made(bank.channels)
     other.load_state_dict(load_file(tmp_path / "head.safetensors"))
     for ours, theirs in zip(other.score(queries), detector.score(queries), strict=True):
         assert torch.equal(ours, theirs)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        PatchCore(bank.channels + 1).load_state_dict(detector.state_dict())
+        made(bank.channels + 1).load_state_dict(detector.state_dict())
 
 
 def test_monitor_is_called_once():
     calls = []
-    detector = PatchCore(6)
+    detector = made(6)
     detector.fit(draw_bank(), generator=seeded(), monitor=lambda *call: calls.append(call))
     assert calls == [(1, {"memory": 20})]
     assert detector.stopped_at(1) == {}
@@ -155,21 +160,20 @@ def test_monitor_is_called_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coreset_ratio": 0.0}, "coreset ratio 0.0"),
-        ({"coreset_ratio": 1.5}, "coreset ratio 1.5"),
-        ({"num_neighbors": 0}, "num neighbors 0"),
-        ({"projection_dim": 0}, "projection dim 0"),
-        ({"search": "tree"}, "'tree' is not one of exact, faiss"),
+        ({"coreset_ratio": 0.0}, "--method.coreset-ratio 0.0 must be above 0 and at most 1"),
+        ({"coreset_ratio": 1.5}, "--method.coreset-ratio 1.5 must be above 0 and at most 1"),
+        ({"num_neighbors": 0}, "--method.num-neighbors 0 must be above 0"),
+        ({"projection_dim": 0}, "--method.projection-dim 0 must be above 0"),
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(ModelError, match=message):
-        PatchCore(6, **options)
+    with pytest.raises(ValueError, match=message):
+        PatchCoreOptions(**options)
 
 
 def test_unfitted_detector_is_an_error():
     with pytest.raises(ModelError, match="memory holds 0"):
-        PatchCore(6).score(draw_bank().features)
+        made(6).score(draw_bank().features)
 
 
 @pytest.mark.parametrize("neighbours", [1, 9])

@@ -1,14 +1,16 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from models import build_detector
-from models.errors import ModelError
+from models.building import build_detector
+from models.detector import FeatureShape
+from models.method import find_method
 from models.methods.simplenet.noise import GaussianNoise
-from models.methods.simplenet.simplenet import SimpleNet
+from models.methods.simplenet.simplenet import SimpleNet, SimpleNetOptions
 from tests.models.banks import Bank, Stages, draw_bank, seeded
 
 # Most heads here are trained for three epochs on noise, about which they remark.
@@ -17,9 +19,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def made(channels, **options):
+    return SimpleNet(FeatureShape((channels,)), SimpleNetOptions(**options))
+
+
 def fitted(bank, seed=0, **options):
     options = {"epochs": 3, "sigma": 1.0, "learning_rate": 1e-2, **options}
-    detector = SimpleNet(bank.channels, **options)
+    detector = made(bank.channels, **options)
     detector.fit(bank, generator=seeded(seed))
     return detector
 
@@ -37,7 +43,7 @@ RELEASED = (1536 * 1536 + 1536) + (1536 * 1024 + 1024) + 2 * 1024 + 1024
     ],
 )
 def test_number_of_trainable_parameters(options, expected):
-    assert SimpleNet(1536, **options).num_trainable == expected
+    assert made(1536, **options).num_trainable == expected
     assert (PAPER, RELEASED) == (4_724_737, 3_937_792)
 
 
@@ -45,19 +51,19 @@ def test_number_of_trainable_parameters(options, expected):
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("adaptor", ["linear", "none", "mlp"])
 def test_norm_of_adapted_features_is_exact(adaptor, scale, norm):
-    detector = SimpleNet(24, adaptor=adaptor, norm=norm)
+    detector = made(24, adaptor=adaptor, norm=norm)
     adapted = detector.adapt(scale * torch.randn(100, 24)).double()
     assert (adapted.norm(dim=1) / norm - 1).abs().max() < 1e-6
 
 
 def test_norm_keeps_directions_and_leaves_zero_alone():
-    detector = SimpleNet(3, adaptor="none", norm=2.0)
+    detector = made(3, adaptor="none", norm=2.0)
     adapted = detector.adapt(torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]]))
     torch.testing.assert_close(adapted, torch.tensor([[1.2, 0.0, 1.6], [0.0, 0.0, 0.0]]))
 
 
 def test_norm_is_there_before_noise_and_discriminator_in_training_and_scoring():
-    detector = SimpleNet(4, norm=3.0)
+    detector = made(4, norm=3.0)
     seen = []
     detector.discriminator.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     detector.logits(10 * torch.randn(50, 4), GaussianNoise(1e-4, seeded()))
@@ -79,7 +85,8 @@ def test_norm_none_is_simplenet_bit_for_bit():
         "constrained": {"norm": 1.0},
     }.items():
         name = "nc_disc" if method == "constrained" else method
-        heads[method] = build_detector(name, Stages(2, 4), {"epochs": 3, "sigma": 1.0, **options})
+        options = replace(find_method(name).options, epochs=3, sigma=1.0, **options)
+        heads[method] = build_detector(name, Stages(2, 4), options)
         heads[method].fit(bank, generator=seeded())
     maps = {method: head(bank.features) for method, head in heads.items()}
     assert torch.equal(maps["simplenet"], maps["nc_disc"])
@@ -123,15 +130,15 @@ def test_scores_are_negative_logits_in_eval_mode():
 
 
 def test_a_new_head_is_in_eval_mode():
-    assert not SimpleNet(4).training
+    assert not made(4).training
 
 
 def test_loss_kinds():
     normal, noisy = torch.tensor([0.1, 0.9]), torch.tensor([-0.2, 0.4])
     truncated = (0.4 + 0 + 0.3 + 0.9) / 2
-    assert SimpleNet(3).loss(normal, noisy).item() == pytest.approx(truncated)
+    assert made(3).loss(normal, noisy).item() == pytest.approx(truncated)
     entropy = -sum(map(math.log, torch.cat([normal, -noisy]).sigmoid().tolist())) / 2
-    detector = SimpleNet(3, loss="cross_entropy")
+    detector = made(3, loss="cross_entropy")
     assert detector.loss(normal, noisy).item() == pytest.approx(entropy)
 
 
@@ -140,7 +147,7 @@ def test_a_saved_head_reloads_to_identical_scores(tmp_path, options):
     bank = draw_bank()
     detector = fitted(bank, **options)
     save_file(detector.state_dict(), tmp_path / "head.safetensors")
-    again = SimpleNet(6, **options)
+    again = made(6, **options)
     again.load_state_dict(load_file(tmp_path / "head.safetensors"))
     assert torch.equal(again(bank.features), detector(bank.features))
 
@@ -158,10 +165,10 @@ def test_it_learns_to_tell_separable_features(method, loss, side):
         outer = torch.randn(count, 16, side, side, generator=seeded(seed + 1))
         return torch.einsum("cd,ndhw->nchw", plane, inner) + off * outer
 
-    options = {"norm": 1.0, "sigma": 0.1} if method == "nc_disc" else {"sigma": 0.4}
+    options = {"sigma": 0.1 if method == "nc_disc" else 0.4}
     options |= {"epochs": 12 if side > 1 else 40, "batch_size": 4 if side > 1 else 64}
-    options |= {"loss": loss}
-    detector = build_detector(method, Stages(6, 10), {"learning_rate": 1e-2, **options})
+    options = replace(find_method(method).options, loss=loss, learning_rate=1e-2, **options)
+    detector = build_detector(method, Stages(6, 10), options)
     detector.fit(Bank(draw(0.02, 10)), generator=seeded())
     assert detector.remarks == []
     test = torch.cat([draw(0.02, 20), draw(0.5, 30)])
@@ -169,14 +176,7 @@ def test_it_learns_to_tell_separable_features(method, loss, side):
     assert roc_auc_score([0] * count + [1] * count, scores) > 0.9
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss": "hinge"}, "'hinge' is not one of truncated_l1, cross_entropy"),
-        ({"adaptor": "conv"}, "'conv' is not one of linear, none, mlp"),
-        ({"adaptor_optimizer": "sgd"}, "'sgd' is not one of adam, adamw"),
-    ],
-)
-def test_unknown_words_are_refused_with_the_known_ones(options, message):
-    with pytest.raises(ModelError, match=message):
-        SimpleNet(4, **options)
+@pytest.mark.parametrize("sigma", [0.0, -1.0])
+def test_sigma_must_be_positive(sigma):
+    with pytest.raises(ValueError, match=f"--method.sigma {sigma} must be above 0"):
+        SimpleNetOptions(sigma=sigma)

@@ -6,9 +6,14 @@ import warnings
 import pytest
 import torch
 
+from models.detector import FeatureShape
 from models.errors import ModelError
 from models.methods.simplenet.noise import GaussianNoise
-from models.methods.simplenet.simplenet import SimpleNet, TrivialSolutionWarning
+from models.methods.simplenet.simplenet import (
+    SimpleNet,
+    SimpleNetOptions,
+    TrivialSolutionWarning,
+)
 from tests.models.banks import Bank, draw_bank, seeded
 
 # Most heads here are trained for three epochs on noise, about which they remark.
@@ -17,9 +22,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def made(channels, **options):
+    return SimpleNet(FeatureShape((channels,)), SimpleNetOptions(**options))
+
+
 def fitted(bank, seed=0, **options):
     options = {"epochs": 3, "sigma": 1.0, "learning_rate": 1e-2, **options}
-    detector = SimpleNet(bank.channels, **options)
+    detector = made(bank.channels, **options)
     detector.fit(bank, generator=seeded(seed))
     return detector
 
@@ -27,7 +36,7 @@ def fitted(bank, seed=0, **options):
 @pytest.mark.parametrize("options", [{}, {"adaptor_optimizer": "adamw"}, {"adaptor": "mlp"}])
 def test_training_moves_every_parameter(options):
     bank = draw_bank()
-    before = SimpleNet(6, **options)
+    before = made(6, **options)
     before.initialise(seeded())
     after = fitted(bank, **options)
     for name, value in before.named_parameters():
@@ -37,7 +46,7 @@ def test_training_moves_every_parameter(options):
 
 def test_learning_rates_go_to_their_parts():
     bank = draw_bank()
-    start = SimpleNet(6)
+    start = made(6)
     start.initialise(seeded())
     still = fitted(bank, adaptor_learning_rate=1e-30, adaptor_weight_decay=0.0)
     torch.testing.assert_close(still.adaptor.state_dict(), start.adaptor.state_dict())
@@ -49,7 +58,7 @@ def test_learning_rates_go_to_their_parts():
 
 def test_monitor_sees_eval_mode_and_training_goes_on_as_without_it():
     bank = draw_bank()
-    detector = SimpleNet(6, epochs=4, sigma=1.0)
+    detector = made(6, epochs=4, sigma=1.0)
     calls = []
 
     def monitor(step, values):
@@ -70,7 +79,7 @@ def test_monitor_sees_eval_mode_and_training_goes_on_as_without_it():
 
 def test_monitor_reports_the_steps_means():
     bank = draw_bank(count=8)
-    detector = SimpleNet(6, epochs=2, batch_size=4, sigma=1.0)
+    detector = made(6, epochs=2, batch_size=4, sigma=1.0)
     steps, reports = [], []
     take = detector._step
     detector._step = lambda *args: steps.append(take(*args)) or steps[-1]
@@ -86,7 +95,7 @@ def test_report_every_few_epochs_averages_over_them():
     bank = draw_bank()
     each, every = [], []
     for calls, option in ((each, 1), (every, 3)):
-        detector = SimpleNet(6, epochs=7, report_every=option, sigma=1.0)
+        detector = made(6, epochs=7, report_every=option, sigma=1.0)
         detector.fit(
             bank, generator=seeded(), monitor=lambda *call, calls=calls: calls.append(call)
         )
@@ -98,7 +107,7 @@ def test_report_every_few_epochs_averages_over_them():
 
 def test_the_first_loss_by_hand():
     bank = draw_bank(count=2)
-    detector = SimpleNet(6, epochs=1, batch_size=2, sigma=0.7, threshold=0.3)
+    detector = made(6, epochs=1, batch_size=2, sigma=0.7, threshold=0.3)
     twin = copy.deepcopy(detector)
     reports = []
     detector.fit(bank, generator=seeded(), monitor=lambda _step, values: reports.append(values))
@@ -155,7 +164,7 @@ def test_a_single_image_of_many_positions_is_enough():
 @pytest.mark.parametrize("loss", ["truncated_l1", "cross_entropy"])
 def test_the_trivial_solution_is_said_in_words(loss):
     bank = Bank(1000 * draw_bank(channels=16).features)
-    detector = SimpleNet(16, epochs=2, loss=loss)
+    detector = made(16, epochs=2, loss=loss)
     reports = []
     with pytest.warns(TrivialSolutionWarning) as caught:
         detector.fit(bank, generator=seeded(), monitor=lambda _step, values: reports.append(values))
@@ -171,7 +180,7 @@ def test_the_trivial_solution_is_said_in_words(loss):
 
 
 def test_the_remark_offers_no_norm_where_there_is_one():
-    detector = SimpleNet(6, epochs=1, norm=1.0, sigma=1e-4)
+    detector = made(6, epochs=1, norm=1.0, sigma=1e-4)
     with pytest.warns(TrivialSolutionWarning):
         detector.fit(draw_bank(), generator=seeded())
     assert "the adapted features have 1: try a larger --method.sigma" in detector.remarks[0]
@@ -180,11 +189,11 @@ def test_the_remark_offers_no_norm_where_there_is_one():
 def test_noise_that_drowns_gives_the_remark_and_the_norm_its_way_out():
     bank = Bank(1000 * draw_bank(count=16, channels=16).features)
     options = {"epochs": 10, "learning_rate": 1e-3}
-    drowned = SimpleNet(16, **options)
+    drowned = made(16, **options)
     with pytest.warns(TrivialSolutionWarning):
         drowned.fit(bank, generator=seeded())
     assert len(drowned.remarks) == 1
-    constrained = SimpleNet(16, **options, norm=1.0, sigma=0.5)
+    constrained = made(16, **options, norm=1.0, sigma=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         constrained.fit(bank, generator=seeded())
@@ -198,8 +207,8 @@ def test_diagnostics_are_the_channels_deviations():
     bank = draw_bank(count=7, side=3)
     bank.features = bank.features * torch.arange(1.0, 7.0)[:, None, None] + 1e4
     detector = fitted(bank, norm=None)
-    assert SimpleNet(6).diagnostics() == {}
-    spread = detector.diagnostics()
+    assert made(6).diagnostics == {}
+    spread = detector.diagnostics
     positions = bank.features.permute(0, 2, 3, 1).reshape(-1, 6)
     expected = positions.double().std(dim=0, correction=0)
     torch.testing.assert_close(
@@ -223,7 +232,7 @@ def test_under_bfloat16_noise_is_added_in_float32(monkeypatch):
     monkeypatch.setattr(
         "models.methods.simplenet.simplenet.bfloat16_autocast", lambda *_, **__: autocast
     )
-    detector = SimpleNet(8, adaptor="linear")
+    detector = made(8, adaptor="linear")
     seen = []
     detector.discriminator.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     with autocast:
@@ -247,7 +256,7 @@ def test_under_bfloat16_noise_is_added_in_float32(monkeypatch):
 def test_training_on_a_gpu_agrees_with_itself():
     bank = draw_bank()
     bank.features = bank.features.cuda()
-    heads = [SimpleNet(6, epochs=2, sigma=1.0).cuda() for _ in range(2)]
+    heads = [made(6, epochs=2, sigma=1.0).cuda() for _ in range(2)]
     for head in heads:
         head.fit(bank, generator=seeded())
     torch.testing.assert_close(heads[0](bank.features), heads[1](bank.features))
@@ -264,7 +273,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step():
 def test_stopped_at_names_the_options_that_end_there(report_every):
     bank = draw_bank()
     states = {}
-    detector = SimpleNet(6, epochs=5, sigma=1.0, report_every=report_every)
+    detector = made(6, epochs=5, sigma=1.0, report_every=report_every)
     detector.fit(
         bank,
         generator=seeded(),
@@ -272,7 +281,7 @@ def test_stopped_at_names_the_options_that_end_there(report_every):
     )
     for step, state in states.items():
         options = {"epochs": 5, "report_every": report_every, **detector.stopped_at(step)}
-        again = SimpleNet(6, sigma=1.0, **options)
+        again = made(6, sigma=1.0, **options)
         again.fit(bank, generator=seeded())
         for name, value in again.state_dict().items():
             assert torch.equal(value, state[name]), name

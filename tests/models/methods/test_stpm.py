@@ -1,13 +1,13 @@
 import copy
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.backbone.extractor import FrozenExtractor
+from models.detector import FeatureShape
 from models.errors import ModelError
-from models.methods.stpm import Stpm
+from models.methods.stpm import Stpm, StpmOptions
 from tests.models.banks import Bank, seeded
 
 
@@ -27,8 +27,12 @@ def images(count, seed=0):
 OPTIONS = {"epochs": 3, "batch_size": 4, "learning_rate": 0.1}
 
 
+def stpm(teacher, **options):
+    return Stpm(FeatureShape((), teacher), StpmOptions(**options))
+
+
 def fitted(teacher, bank, **options):
-    detector = Stpm(teacher, **{**OPTIONS, **options})
+    detector = stpm(teacher, **{**OPTIONS, **options})
     detector.fit(bank, generator=seeded())
     return detector
 
@@ -56,14 +60,14 @@ def test_score_is_the_product_of_half_squared_distances_of_unit_features(teacher
 
 
 def test_a_student_that_is_the_teacher_finds_nothing(teacher):
-    detector = Stpm(teacher, **OPTIONS)
+    detector = stpm(teacher, **OPTIONS)
     detector.student.load_state_dict(teacher.net.state_dict())
     assert detector(images(2)).abs().max() < 1e-9
 
 
 def test_only_the_student_learns(teacher):
     before = copy.deepcopy(teacher.state_dict())
-    detector = Stpm(teacher, **OPTIONS)
+    detector = stpm(teacher, **OPTIONS)
     detector._initialise(seeded())
     first = copy.deepcopy(detector.student.state_dict())
     detector.fit(Bank(images(8)), generator=seeded())
@@ -77,7 +81,7 @@ def test_only_the_student_learns(teacher):
 
 def test_losses_fall_and_the_epoch_of_least_validation_loss_is_kept(teacher):
     states, losses, held = {}, [], []
-    detector = Stpm(teacher, epochs=8, batch_size=4, learning_rate=0.2)
+    detector = stpm(teacher, epochs=8, batch_size=4, learning_rate=0.2)
 
     def monitor(epoch, values):
         states[epoch] = copy.deepcopy(detector.student.state_dict())
@@ -87,7 +91,7 @@ def test_losses_fall_and_the_epoch_of_least_validation_loss_is_kept(teacher):
     detector.fit(Bank(images(20)), generator=seeded(), monitor=monitor)
     assert losses[-1] < 0.5 * losses[0]
     best = 1 + min(range(8), key=lambda i: held[i])
-    assert detector.diagnostics() == {"kept_epoch": [float(best)]}
+    assert detector.diagnostics == {"kept_epoch": [float(best)]}
     for name, value in detector.student.state_dict().items():
         assert torch.equal(value, states[best][name])
     assert not detector.student.training
@@ -96,9 +100,9 @@ def test_losses_fall_and_the_epoch_of_least_validation_loss_is_kept(teacher):
 def test_without_validation_the_last_epoch_is_kept(teacher):
     bank = Bank(images(8))
     seen = []
-    detector = Stpm(teacher, **OPTIONS, validation_share=0.0)
+    detector = stpm(teacher, **OPTIONS, validation_share=0.0)
     detector.fit(bank, generator=seeded(), monitor=lambda _, values: seen.append(values))
-    assert detector.diagnostics() == {"kept_epoch": [3.0]}
+    assert detector.diagnostics == {"kept_epoch": [3.0]}
     assert all("validation_loss" not in values for values in seen)
     stopped = fitted(teacher, bank, **{"validation_share": 0.0, "epochs": 2})
     early = {}
@@ -126,10 +130,10 @@ def test_same_seed_same_bits_and_a_saved_head_scores_the_same(teacher):
     assert torch.equal(torch.random.get_rng_state(), state)
     pictures = images(3, seed=8)
     assert torch.equal(first(pictures), second(pictures))
-    other = Stpm(teacher, **OPTIONS)
+    other = stpm(teacher, **OPTIONS)
     other.fit(bank, generator=seeded(1))
     assert not torch.equal(first(pictures), other(pictures))
-    fresh = Stpm(teacher, **OPTIONS)
+    fresh = stpm(teacher, **OPTIONS)
     fresh.load_state_dict(first.state_dict())
     assert torch.equal(fresh(pictures), first(pictures))
 
@@ -148,15 +152,17 @@ def test_a_visible_defect_stands_out(teacher):
 
 
 def test_bad_splits_and_losses_are_refused(teacher):
-    with pytest.raises(ModelError, match=r"--method\.validation-share 0\.9 leaves no image"):
+    message = r"validation share 0\.9 leaves no image"
+    with pytest.raises(ModelError, match=message) as caught:
         fitted(teacher, Bank(images(2)), validation_share=0.9)
+    assert caught.value.change == {"validation_share": "lower"}
     with pytest.raises(FloatingPointError, match="at epoch 1, step"):
-        fitted(teacher, Bank(images(8)), learning_rate=math.inf)
+        fitted(teacher, Bank(images(8)), learning_rate=1e38)
 
 
 def test_a_backbone_with_channels_last_maps_is_compared_over_its_channels():
     teacher = FrozenExtractor("swin_tiny_patch4_window7_224", (0, 1), weights="random")
-    detector = Stpm(teacher)
+    detector = stpm(teacher)
     pictures = F.interpolate(images(1).float(), (224, 224)).byte()
     shapes = [tuple(stage_map.shape) for stage_map in detector.stage_maps(pictures)]
     assert shapes == [(1, 56, 56), (1, 28, 28)]
