@@ -32,9 +32,10 @@ from utils.evaluation.online import online_curve, save_online_curve
 from utils.evaluation.scoring import score_all
 from utils.metrics.metrics import table_metrics
 from utils.pictures.galleries import save_gallery
-from utils.pictures.overlays import save_overlays
+from utils.pictures.overlays import Shown, save_overlays
 from utils.runs.files import file_stem
 from utils.runs.run import Run
+from utils.runs.scores import TestScores
 from utils.seeding import seed_everything
 from utils.tables.formats import to_text, write
 from utils.tables.results import (
@@ -134,19 +135,17 @@ def draw(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) ->
         )
         return
     transform: PairTransform = transform_of(experiment)
-    save_overlays(
-        folder,
+    shown = Shown(
         images=lambda i: transform.image(stored_image(task.test, test.bank.indices[i])),
         masks=test.masks,
         anomaly_maps=outcome.scores.maps.cpu(),
-        scores=outcome.scores.images,
-        labels=test.labels,
+        scores=outcome.scores.images.numpy(),
+        labels=test.labels.numpy(),
         defects=test.kinds,
         names=[Path(name).name for name in test.names],
-        num_worst=experiment.overlays,
         threshold=outcome.measured.pixel_f1_threshold,
-        title=task.category,
     )
+    save_overlays(folder, shown, num_worst=experiment.overlays, title=task.category)
 
 
 def stored_image(images: ImageSet, index: int) -> np.ndarray:
@@ -163,9 +162,7 @@ def _save(run: Run, data: TaskData, fitted: Fitted, outcome: Outcome, *, keep_ma
     test, scores = data.test, outcome.scores
     category, seed = data.task.category, fitted.seed
     suffixes = list(outcome.states)
-    run.save_scores(
-        category,
-        seed,
+    recorded = TestScores(
         paths=test.names,
         labels=test.labels,
         scores=scores.images,
@@ -174,8 +171,8 @@ def _save(run: Run, data: TaskData, fitted: Fitted, outcome: Outcome, *, keep_ma
         masks=test.masks if keep_maps else None,
         norms=scores.norms,
         angles=scores.angles,
-        suffix=suffixes[0],
     )
+    run.save_scores(category, seed, recorded, suffix=suffixes[0])
     for suffix in suffixes:
         metadata = {
             "category": category,

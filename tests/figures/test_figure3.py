@@ -11,6 +11,7 @@ from PIL import Image
 from figures import figure3
 from utils.errors import RunError
 from utils.runs.run import Run
+from utils.runs.scores import TestScores
 
 LABELS = np.array([0, 0, 1, 1])
 NORMS = np.array([1.0, 1.2, 2.0, 4.0], dtype=np.float32)
@@ -24,9 +25,16 @@ def make_run(folder, *, norm=1.0, categories=("frog",), select="last", labels=LA
     for category in categories:
         for seed in (3, 0):
             run.save_scores(
-                category, seed, paths=[str(i) for i in range(len(labels))], labels=labels,
-                scores=np.arange(len(labels)), defects=["x"] * len(labels), **geometry,
-            )  # fmt: skip
+                category,
+                seed,
+                TestScores(
+                    paths=[str(i) for i in range(len(labels))],
+                    labels=labels,
+                    scores=np.arange(len(labels)),
+                    defects=["x"] * len(labels),
+                    **geometry,
+                ),
+            )
             row = {"category": category, "seed": seed, "image_auroc": 0.9, "pixel_auroc": math.nan}
             selects = ["last", "best_test"] if select == "best_test" else [select]
             run.finish(

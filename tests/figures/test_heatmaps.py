@@ -11,6 +11,7 @@ from PIL import Image
 from figures import heatmaps
 from utils.errors import RunError
 from utils.runs.run import Run
+from utils.runs.scores import TestScores
 
 SIZE = 16
 GOOD, HOLE, SCRATCH = "good", "hole", "scratch"
@@ -43,10 +44,11 @@ def make_run(tmp_path, name="run", *, maps=True, masks=True, categories=("wood",
         heat = np.linspace(0, 0.05, mask.size, dtype=np.float32).reshape(mask.shape)
         heat[mask] = 1.0
         run.log(category, 0, event="step", step=1)
-        run.save_scores(
-            category, 0, paths=paths, labels=[0, 0, 1, 1, 1, 1, 1], scores=SCORES,
-            defects=DEFECTS, maps=heat if maps else None, masks=mask if masks else None,
+        scores = TestScores(
+            paths=paths, labels=[0, 0, 1, 1, 1, 1, 1], scores=SCORES, defects=DEFECTS,
+            maps=heat if maps else None, masks=mask if masks else None,
         )  # fmt: skip
+        run.save_scores(category, 0, scores)
         row = {"category": category, "seed": 0, "select": "last", "image_auroc": 1.0}
         run.finish(category, 0, [row | {"pixel_auroc": math.nan}])
     return Run.read(tmp_path / name)

@@ -24,6 +24,7 @@ from figures.report.scores import Scored, image_auroc, roc, wrongness
 from tests.scripts.test_train_mvtec import draw_turned_category, train
 from utils.runs.files import read_rows
 from utils.runs.run import Run
+from utils.runs.scores import TestScores
 from utils.tables.table import Cell, Column, Row, Table
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -122,7 +123,9 @@ def make_run(folder, categories=("a", "b"), *, finished=None, columns=(), paths=
         labels, scores = np.arange(30) % 2, rng.normal(size=30).astype(np.float32)
         names = paths or [f"{category}/{i}.png" for i in range(30)]
         kinds = ["crack" if label else "good" for label in labels]
-        run.save_scores(category, 0, paths=names, labels=labels, scores=scores, defects=kinds)
+        run.save_scores(
+            category, 0, TestScores(paths=names, labels=labels, scores=scores, defects=kinds)
+        )
         run.save_head(category, 0, {"w": torch.zeros(1)}, {})
         row = {"category": category, "seed": 0, "select": "last"}
         row |= {"image_auroc": roc_auc_score(labels, scores), "pixel_auroc": math.nan}

@@ -18,6 +18,7 @@ from figures.shared.run_log import read_runs
 from pipeline.experiments import structured_catalogue
 from utils.errors import RunError
 from utils.runs.run import Run
+from utils.runs.scores import TestScores
 
 CONFIG = structured_catalogue().compose("folder", "noco").to_json()
 METRICS = {"image_auroc": 0.9, "pixel_auroc": 0.8, "aupro": 0.7}
@@ -54,9 +55,10 @@ def folder(tmp_path):
     )
     for step in (1, 2):
         run.log("wood", 0, event="step", step=step, loss=1.0 / step, image_auroc=0.5)
-    run.save_scores(
-        "wood", 0, paths=["a", "b"], labels=[0, 1], scores=[0.1, 0.9], defects=["good", "hole"]
+    scores = TestScores(
+        paths=["a", "b"], labels=[0, 1], scores=[0.1, 0.9], defects=["good", "hole"]
     )
+    run.save_scores("wood", 0, scores)
     run.save_head("wood", 0, {"r": torch.ones(3)}, {"category": "wood"})
     run.finish("wood", 0, [ROW])
     return folder

@@ -36,9 +36,23 @@ _FONT = "DejaVu Sans"  # comes with matplotlib, so the sheets look the same ever
 _TRUTH, _PREDICTED = "#00e5ff", "#ffffff"
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What the three sheets of a category share."""
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """The test images of a category, and what is drawn of them.
+
+    Attributes:
+        images: gives image i as (H, W, 3), uint8; called only for those drawn.
+        masks: (N, H, W), true where anomalous; None when the data set has none.
+        anomaly_maps: (N, H, W), higher = more anomalous.
+        scores: (N,), the images' scores.
+        labels: (N,), 1 = anomalous.
+        defects: (N,), the defect types, which group the sample; all normals are one group.
+        names: (N,), file names for the titles.
+        threshold: where the map's contour is drawn; None draws none.
+
+    Raises:
+        ValueError: the arrays differ in length or size.
+    """
 
     images: Callable[[int], np.ndarray]
     masks: Tensor | None
@@ -47,26 +61,31 @@ class _Subject:
     labels: np.ndarray
     defects: Sequence[str]
     names: Sequence[str]
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        N = len(self.anomaly_maps)
+        lengths = {len(self.scores), len(self.labels), len(self.defects), len(self.names), N}
+        if N == 0 or lengths != {N}:
+            raise ValueError(f"overlays: lengths {sorted(lengths)}, expected one length above 0")
+        if self.masks is not None and self.masks.shape != self.anomaly_maps.shape:
+            raise ValueError(
+                f"overlays: masks {self.masks.shape} but maps {self.anomaly_maps.shape}"
+            )
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What the three sheets of a category share; the rank of each image, and the colours' scale."""
+
+    shown: Shown
     ranks: np.ndarray
     low: float
     high: float
-    threshold: float | None
 
 
 def save_overlays(
-    folder: Path,
-    *,
-    images: Callable[[int], np.ndarray],
-    masks: Tensor | None,
-    anomaly_maps: Tensor,
-    scores: Sequence[float] | np.ndarray | Tensor,
-    labels: Sequence[int] | np.ndarray | Tensor,
-    defects: Sequence[str],
-    names: Sequence[str],
-    num_worst: int = 8,
-    per_type: int = 2,
-    threshold: float | None = None,
-    title: str = "",
+    folder: Path, shown: Shown, *, num_worst: int = 8, per_type: int = 2, title: str = ""
 ) -> list[Path]:
     """Write the three sheets of one category and return their paths.
 
@@ -77,43 +96,24 @@ def save_overlays(
 
     Args:
         folder: Made when absent.
-        images: Gives image i as (H, W, 3), uint8; called only for those drawn.
-        masks: (N, H, W), true where anomalous; None when the data set has none.
-        anomaly_maps: (N, H, W), higher = more anomalous.
-        scores: (N,), the images' scores.
-        labels: (N,), 1 = anomalous.
-        defects: (N,), the defect types, which group the sample; all normals are one group.
-        names: (N,), file names for the titles.
+        shown: What is drawn.
         num_worst: How many highest-scoring normals and lowest-scoring defects to draw.
         per_type: How many images of each defect type, and of the normals, the sample has; they are
             evenly spaced in the order given, so the choice owes nothing to the scores.
-        threshold: Where the map's contour is drawn; None draws none.
         title: Put before each sheet's own title, as "screw, seed 0".
 
     Returns:
         highest_normals.png, lowest_defects.png, samples.png; without the first two where the test
         set has no normal or no anomalous image.
-
-    Raises:
-        ValueError: The arrays differ in length or size.
     """
-    num_images = len(anomaly_maps)
-    given_scores, given_labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    lengths = {len(given_scores), len(given_labels), len(defects), len(names), num_images}
-    if num_images == 0 or lengths != {num_images}:
-        raise ValueError(f"overlays: lengths {sorted(lengths)}, expected one length above 0")
-    if masks is not None and masks.shape != anomaly_maps.shape:
-        raise ValueError(f"overlays: masks {masks.shape} but maps {anomaly_maps.shape}")
-    descending = np.argsort(-given_scores, kind="stable")
-    low, high = colour_limits(anomaly_maps, given_labels)
+    labels = shown.labels
+    descending = np.argsort(-shown.scores.astype(np.float64), kind="stable")
     subject = _Subject(
-        images=images, masks=masks, anomaly_maps=anomaly_maps, scores=given_scores,
-        labels=given_labels, defects=defects, names=names, ranks=np.argsort(descending) + 1,
-        low=low, high=high, threshold=threshold,
-    )  # fmt: skip
-    normals = [int(i) for i in descending if given_labels[i] == 0]
-    anomalies = [int(i) for i in descending[::-1] if given_labels[i] == 1]
-    sample, remark = _sample(given_labels, defects, per_type)
+        shown, np.argsort(descending) + 1, *colour_limits(shown.anomaly_maps, labels)
+    )
+    normals = [int(i) for i in descending if labels[i] == 0]
+    anomalies = [int(i) for i in descending[::-1] if labels[i] == 1]
+    sample, remark = _sample(labels, shown.defects, per_type)
     prefix = f"{title}: " if title else ""
     sheets = (
         (normals[:num_worst], f"highest-scoring normals ({{}} of {len(normals)})"),
@@ -157,7 +157,7 @@ def _sample(labels: np.ndarray, defects: Sequence[str], per_type: int) -> tuple[
 
 def _sheet(subject: _Subject, chosen: Sequence[int], heading: str) -> Figure:
     """Draw the lines of one sheet."""
-    map_height, map_width = subject.anomaly_maps.shape[1:]
+    map_height, map_width = subject.shown.anomaly_maps.shape[1:]
     # Whole factors keep pixels crisp; only images wider than the widest panel are shrunk.
     scale = PANEL / map_width if map_width > MAX_PANEL else max(1, round(PANEL / map_width))
     width, height = round(scale * map_width), round(scale * map_height)
@@ -172,17 +172,17 @@ def _sheet(subject: _Subject, chosen: Sequence[int], heading: str) -> Figure:
         for left, panel in zip(lefts, _panels(subject, place, width, height), strict=True):
             canvas[top : top + height, left : left + width] = panel.round()
         _draw_title(axes, subject, place, top - TITLE / 2, lefts[0], lefts[-1] + width)
-        if subject.masks is None:
+        if subject.shown.masks is None:
             _write(axes, lefts[1] + width / 2, top + height / 2, "no mask", ha="center")
         else:
-            mask = as_array(subject.masks[place]) > 0
+            mask = as_array(subject.shown.masks[place]) > 0
             truths += _contours(mask.astype(np.float32), 0.5, scale, lefts[1], top)
-            if subject.labels[place] == 1 and not mask.any():
+            if subject.shown.labels[place] == 1 and not mask.any():
                 _write(axes, lefts[1] + width / 2, top + 12, "its mask is empty", ha="center",
                        backgroundcolor="white")  # fmt: skip
-        if subject.threshold is not None:
-            anomaly_map = as_array(subject.anomaly_maps[place])
-            predictions += _contours(anomaly_map, subject.threshold, scale, lefts[3], top)
+        if subject.shown.threshold is not None:
+            anomaly_map = as_array(subject.shown.anomaly_maps[place])
+            predictions += _contours(anomaly_map, subject.shown.threshold, scale, lefts[3], top)
     for lines, colour in ((truths, _TRUTH), (predictions, _PREDICTED)):
         # The dark rim keeps a bright contour visible on a bright image.
         rim = withStroke(linewidth=3, foreground="black")
@@ -195,17 +195,17 @@ def _sheet(subject: _Subject, chosen: Sequence[int], heading: str) -> Figure:
 
 def _panels(subject: _Subject, place: int, width: int, height: int) -> list[np.ndarray]:
     """Return the four panels of one image without their contours, each (height, width, 3)."""
-    image, anomaly_map = subject.images(place), as_array(subject.anomaly_maps[place])
+    image, anomaly_map = subject.shown.images(place), as_array(subject.shown.anomaly_maps[place])
     if image.shape != (*anomaly_map.shape, 3) or image.dtype != np.uint8:
         raise ValueError(
-            f"overlays: image {subject.names[place]} is {image.shape} {image.dtype}, "
+            f"overlays: image {subject.shown.names[place]} is {image.shape} {image.dtype}, "
             f"its anomaly map {anomaly_map.shape}"
         )
     level = (anomaly_map.astype(np.float32) - subject.low) / (subject.high - subject.low)
     level = _resized(level.clip(0, 1), width, height)
     heat = mpl.colormaps[_COLOUR_MAP](level)[..., :3] * 255
     image = _resized(image, width, height)
-    truth = np.full_like(image, 225) if subject.masks is None else image
+    truth = np.full_like(image, 225) if subject.shown.masks is None else image
     blend = 0.75 * level[..., None]  # cold places keep the image
     return [image, truth, heat, (1 - blend) * image + blend * heat]
 
@@ -233,21 +233,21 @@ def _draw_header(
     """Write the sheet's title, the panels' names and the colour bar with its ends."""
     right = lefts[3] + width
     _write(axes, lefts[0], 16, _fitted(axes, heading, right - lefts[0], 12), size=12)
-    _write(axes, lefts[0], 44, f"rank 1 = highest score of {len(subject.scores)} test images")
+    _write(axes, lefts[0], 44, f"rank 1 = highest score of {len(subject.shown.scores)} test images")
     bar = np.linspace(0, 1, right - lefts[2])
     canvas[36:48, lefts[2] : right] = mpl.colormaps[_COLOUR_MAP](bar)[:, :3] * 255
-    whose = "normal" if (subject.labels == 0).any() else "all"
+    whose = "normal" if (subject.shown.labels == 0).any() else "all"
     _write(axes, lefts[2], 58, f"≤ {subject.low:.4g}, median of {whose} maps", size=8)
     _write(axes, right, 58, f"≥ {subject.high:.4g}, 99.9th percentile of all", size=8, ha="right")
     names = [
         "image",
-        "true mask" if subject.masks is None else "true mask (cyan)",
+        "true mask" if subject.shown.masks is None else "true mask (cyan)",
         "anomaly map",
         "map over image",
     ]
-    if subject.threshold is not None:
-        names[3] = f"contour at {subject.threshold:.4g} (white)"
-        place = (subject.threshold - subject.low) / (subject.high - subject.low)
+    if subject.shown.threshold is not None:
+        names[3] = f"contour at {subject.shown.threshold:.4g} (white)"
+        place = (subject.shown.threshold - subject.low) / (subject.high - subject.low)
         if 0 <= place <= 1:
             x = lefts[2] + place * (right - lefts[2] - 1)
             axes.plot([x, x], [33, 50], color="white", linewidth=1.3,
@@ -258,10 +258,12 @@ def _draw_header(
 
 def _draw_title(axes: Axes, subject: _Subject, place: int, y: float, left: int, right: int) -> None:
     """Write name and defect on the left, score and rank on the right."""
-    rank = f"score {subject.scores[place]:.4g}    rank {subject.ranks[place]}"
+    rank = f"score {subject.shown.scores[place]:.4g}    rank {subject.ranks[place]}"
     room = right - left - _text_width(axes, rank, 9) - 2 * GAP
-    defect = _fitted(axes, subject.defects[place], room * 0.4, 9)
-    name = _fitted(axes, subject.names[place], room - _text_width(axes, defect + "    ", 9), 9)
+    defect = _fitted(axes, subject.shown.defects[place], room * 0.4, 9)
+    name = _fitted(
+        axes, subject.shown.names[place], room - _text_width(axes, defect + "    ", 9), 9
+    )
     _write(axes, left, y, f"{name}    {defect}")
     _write(axes, right, y, rank, ha="right")
 

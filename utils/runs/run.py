@@ -4,7 +4,7 @@ config.json       the resolved options; the same ones continue the run, others a
 environment.json  command, commit, versions, device; one record more for each continuation
 metrics.jsonl     one JSON object per logged step, each with its category and seed
 scores/           <category>-seed<k>.npz: path, label, score, defect of each test image, and
-                  what else there is (`Run.load_scores`)
+                  what else there is (`utils.runs.scores`)
 heads/            <category>-seed<k>.safetensors: the trained head
 calibration/      scores of normal images that a head has not seen (`utils.evaluation.calibration`)
 results.csv       one row per (category, seed, select); a pair is finished when its rows are here
@@ -14,13 +14,11 @@ table.{md,tex,csv}, overlays/<category>-seed<k>/*.png
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from configs.earlier import upgraded
 from utils.errors import RunError
@@ -28,7 +26,6 @@ from utils.runs.environment import environment_record
 from utils.runs.files import (
     SELECTS,
     append_text,
-    as_array,
     atomic_path,
     delete_leftovers,
     delete_run,
@@ -41,6 +38,7 @@ from utils.runs.files import (
     write_rows,
     write_text,
 )
+from utils.runs.scores import TestScores, read_scores, write_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,72 +130,26 @@ class Run:
         record = {"category": category, "seed": seed, **jsonable(values)}
         append_text(self.folder / "metrics.jsonl", json.dumps(record, allow_nan=False) + "\n")
 
-    def save_scores(
-        self,
-        category: str,
-        seed: int,
-        *,
-        paths: Sequence[Path | str],
-        labels: "ArrayLike | Tensor",
-        scores: "ArrayLike | Tensor",
-        defects: Sequence[str],
-        maps: "ArrayLike | Tensor | None" = None,
-        masks: "ArrayLike | Tensor | None" = None,
-        norms: "ArrayLike | Tensor | None" = None,
-        angles: "ArrayLike | Tensor | None" = None,
-        suffix: str = "",
-    ) -> Path:
-        """Write the score of each test image: raw, as the metrics saw it.
+    def save_scores(self, category: str, seed: int, scores: TestScores, suffix: str = "") -> Path:
+        """Write the scores of the test images.
 
         Args:
             category: A requested category.
             seed: A requested seed.
-            paths: (N,)
-            labels: (N,), 1 = anomalous.
-            scores: (N,), higher = more anomalous; the dtype is kept.
-            defects: (N,), "good" for normal images.
-            maps: (N, H, W); the dtype is kept.
-            masks: (N, H, W) bool, of the size of the maps.
-            norms: (N,), of the projection where the map is highest.
-            angles: (N,), in radians, of that projection to the objective.
+            scores: Of a head.
             suffix: "" or, when several states are kept, one such as "-last".
         """
         self._check_pair(category, seed)
-        arrays = {
-            "path": np.array([str(path) for path in paths], dtype=np.str_),
-            "label": as_array(labels).astype(np.int64),
-            "score": as_array(scores),
-            "defect": np.array(list(defects), dtype=np.str_),
-        }
-        optional = {"map": maps, "mask": masks, "norm": norms, "angle": angles}
-        arrays |= {name: as_array(v) for name, v in optional.items() if v is not None}
-        lengths = {name: len(array) for name, array in arrays.items()}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"scores of {category!r}: the lengths differ: {lengths}")
         path = self.scores_path(category, seed, suffix)
-        with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            for name, array in arrays.items():
-                member = zipfile.ZipInfo(f"{name}.npy")
-                # Names and masks compress well; float maps hardly do, and would take seconds.
-                stored = name == "map"
-                member.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
-                with archive.open(member, "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, array, allow_pickle=False)
+        write_scores(path, scores)
         return path
 
     def load_scores(self, category: str, seed: int, suffix: str = "") -> dict[str, np.ndarray]:
-        """Return the arrays `path`, `label`, `score`, `defect`, and those of the others saved.
-
-        `map` and `mask` with `--save-maps`; `norm` and `angle` of methods with an objective.
-        """
+        """Return the arrays of a pair's scores; see `utils.runs.scores.read_scores`."""
         path = self.scores_path(category, seed, suffix)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        except FileNotFoundError:
-            raise RunError(f"{path}: no scores of {category!r}, seed {seed}") from None
-        except Exception as error:  # zipfile, zlib, struct and numpy each raise their own
-            raise RunError(f"{path}: corrupt ({error}); run the pair again") from error
+        if not path.is_file():
+            raise RunError(f"{path}: no scores of {category!r}, seed {seed}")
+        return read_scores(path)
 
     def save_head(
         self,

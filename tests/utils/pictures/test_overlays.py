@@ -7,7 +7,8 @@ import pytest
 import torch
 from skimage.io import imread
 
-from utils.pictures.overlays import GAP, HEADER, MAX_LINES, TITLE, colour_limits, save_overlays
+from utils.pictures import overlays
+from utils.pictures.overlays import GAP, HEADER, MAX_LINES, TITLE, Shown, colour_limits
 
 S = 192  # drawn one to one
 HOT = (slice(40, 60), slice(100, 130))
@@ -32,6 +33,13 @@ def subject(num_normal=6, num_defect=6, size=S, grey=90, **changes):
         "threshold": 0.5,
     }
     return {**values, **changes}
+
+
+def save_overlays(folder, *, num_worst=8, per_type=2, title="", **shown):
+    shown |= {name: np.asarray(shown[name]) for name in ("scores", "labels")}
+    return overlays.save_overlays(
+        folder, Shown(**shown), num_worst=num_worst, per_type=per_type, title=title
+    )
 
 
 def panel(sheet, line, column, size=S):

@@ -9,6 +9,7 @@ import torch
 from utils.errors import RunError
 from utils.runs.merging import merge
 from utils.runs.run import Run
+from utils.runs.scores import TestScores
 
 CONFIG = {"dataset": "demo", "method": {"norm": 1.0}, "categories": [], "seeds": [0, 1]}
 COMMAND = ["train.py", "demo"]
@@ -26,9 +27,8 @@ def make_part(folder, category, seed, *, finished=True, **changes):
         device="cpu",
     )
     run.log(category, seed, event="step", step=1, loss=0.5 + seed)
-    run.save_scores(
-        category, seed, paths=["a", "b"], labels=[0, 1], scores=np.array([seed, 2.0]), defects="gb"
-    )
+    scores = TestScores(paths=["a", "b"], labels=[0, 1], scores=np.array([seed, 2.0]), defects="gb")
+    run.save_scores(category, seed, scores)
     run.save_head(category, seed, {"w": torch.full((2,), float(seed))}, {"seed": str(seed)})
     picture = run.overlays_folder(category, seed) / "picture.png"
     picture.parent.mkdir(parents=True)

@@ -18,6 +18,7 @@ from utils.runs import environment
 from utils.runs import run as runs
 from utils.runs.files import file_stem, read_rows, write_rows
 from utils.runs.run import Run
+from utils.runs.scores import TestScores
 
 CONFIG = {"dataset": "mvtec", "method": {"name": "noco", "norm": 1.0}, "layers": [1, 2]}
 CATEGORIES = ("bottle", "cable")
@@ -71,7 +72,9 @@ def test_continues_after_the_last_finished_pair(tmp_path):
 
 def test_scores_and_head_without_rows_leave_a_pair_unfinished(tmp_path):
     run = open_run(tmp_path)
-    run.save_scores("bottle", 0, paths=["a.png"], labels=[0], scores=[0.1], defects=["good"])
+    run.save_scores(
+        "bottle", 0, TestScores(paths=["a.png"], labels=[0], scores=[0.1], defects=["good"])
+    )
     run.save_head("bottle", 0, {"r": torch.zeros(1)}, {})
     assert open_run(tmp_path).pending("bottle") == [0, 1]
 
@@ -131,7 +134,7 @@ def test_config_takes_paths(tmp_path):
 def test_restart_deletes_what_a_run_writes_and_nothing_else(tmp_path):
     run = open_run(tmp_path, categories=("a/b",), seeds=(0,))
     run.log("a/b", 0, loss=1.0)
-    run.save_scores("a/b", 0, paths=["a"], labels=[0], scores=[0.1], defects=["good"])
+    run.save_scores("a/b", 0, TestScores(paths=["a"], labels=[0], scores=[0.1], defects=["good"]))
     run.save_head("a/b", 0, {"r": torch.zeros(1)}, {}, suffix="-last")
     run.finish("a/b", 0, [row("a/b", 0)])
     overlays, stem = run.overlays_folder("a/b", 0), file_stem("a/b", 0)
@@ -373,8 +376,8 @@ def test_scores_come_back(tmp_path):
     scores = torch.tensor([1e-6, 1e6], dtype=torch.float64)
     maps = torch.rand(2, 3, 4, requires_grad=True)
     given_ = {"paths": [tmp_path / "ü.png", "b/c.png"], "labels": [0, 1], "defects": ["good", "裂"]}
-    run.save_scores("bottle", 0, scores=scores, maps=maps, **given_)
-    run.save_scores("bottle", 0, scores=scores.float(), suffix="-last", **given_)
+    run.save_scores("bottle", 0, TestScores(scores=scores, maps=maps, **given_))
+    run.save_scores("bottle", 0, TestScores(scores=scores.float(), **given_), suffix="-last")
     read = run.load_scores("bottle", 0)
     assert read["path"].tolist() == [str(tmp_path / "ü.png"), "b/c.png"]
     assert read["label"].tolist() == [0, 1]
@@ -390,7 +393,7 @@ def test_scores_come_back(tmp_path):
 def test_scores_without_the_optional_arrays_are_read(tmp_path):
     run = open_run(tmp_path)
     given_ = {"paths": ["a.png"], "labels": [1], "scores": [0.5], "defects": ["hole"]}
-    path = run.save_scores("bottle", 0, norms=[1.0], angles=[0.1], **given_)
+    path = run.save_scores("bottle", 0, TestScores(norms=[1.0], angles=[0.1], **given_))
     assert {"norm", "angle"} < set(run.load_scores("bottle", 0))
     plain = {"path": np.array(["a.png"]), "label": np.array([1]), "score": np.array([0.5])}
     np.savez_compressed(path, **plain, defect=np.array(["hole"]))
@@ -400,7 +403,9 @@ def test_scores_without_the_optional_arrays_are_read(tmp_path):
 def test_scores_of_unequal_length_are_refused(tmp_path):
     run = open_run(tmp_path)
     with pytest.raises(ValueError, match="lengths differ"):
-        run.save_scores("bottle", 0, paths=["a"], labels=[0, 1], scores=[1.0], defects=["good"])
+        run.save_scores(
+            "bottle", 0, TestScores(paths=["a"], labels=[0, 1], scores=[1.0], defects=["good"])
+        )
 
 
 def test_head_comes_back(tmp_path):
@@ -477,7 +482,9 @@ def test_file_names_are_safe_distinct_and_plain_where_they_can_be(tmp_path):
 def test_odd_category_goes_all_the_way(tmp_path, category):
     run = open_run(tmp_path, categories=(category, "cable"), seeds=(0,))
     run.log(category, 0, loss=1.0)
-    run.save_scores(category, 0, paths=["a"], labels=[1], scores=[0.5], defects=["hole"])
+    run.save_scores(
+        category, 0, TestScores(paths=["a"], labels=[1], scores=[0.5], defects=["hole"])
+    )
     run.save_head(category, 0, {"r": torch.ones(1)}, {})
     run.finish(category, 0, [row(category, 0)])
     again = open_run(tmp_path, categories=(category, "cable"), seeds=(0,))
