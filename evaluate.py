@@ -106,7 +106,9 @@ def evaluate_again(
             f"{category}: the test set has {len(test.labels)} images and the run's scores are of "
             f"{len(saved['label'])}, or their labels differ: point --data-root to the run's data"
         )
-    differences = {name: _difference(values[name], recorded[name]) for name in metric_names()}
+    # A metric that came after the run has nothing to be compared with.
+    known = [name for name in metric_names() if name in recorded]
+    differences = {name: _difference(values[name], recorded[name]) for name in known}
     worst = max(differences, key=lambda name: differences[name])
     return {
         "category": category,
