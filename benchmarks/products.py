@@ -63,10 +63,7 @@ def both_ways(
         add_product(sums, slope, rows)
         return linear(slope, across)
 
-    return [
-        (lambda: F.linear(rows, weight, bias), lambda: linear(rows, weight, bias)),
-        (own, ours),
-    ]
+    return [(lambda: F.linear(rows, weight, bias), lambda: linear(rows, weight, bias)), (own, ours)]
 
 
 if __name__ == "__main__":

@@ -95,11 +95,7 @@ def both_ways(stages: list[Tensor]) -> list[tuple[Callable[[], object], Callable
 
 
 def compared(
-    other: Callable[[], object],
-    ours: Callable[[], object],
-    *,
-    repeats: int,
-    device: torch.device,
+    other: Callable[[], object], ours: Callable[[], object], *, repeats: int, device: torch.device
 ) -> str:
     """Return the median ratio of the other time to ours, and its range."""
     for way in (other, ours):  # warm

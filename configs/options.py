@@ -93,9 +93,7 @@ def _or_none(
 OptionalInt = Annotated[int | None, _or_none(int, "INT|none"), _POSITIVE]
 OptionalFloat = Annotated[float | None, _or_none(float, "FLOAT|none"), _POSITIVE]
 OptionalFraction = Annotated[
-    float | None,
-    _or_none(float, "FLOAT|none"),
-    Bound("in 0 to 1", lambda value: 0 <= value <= 1),
+    float | None, _or_none(float, "FLOAT|none"), Bound("in 0 to 1", lambda value: 0 <= value <= 1)
 ]
 OptionalPath = Annotated[str | None, _or_none(str, "FILE|none")]
 

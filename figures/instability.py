@@ -164,10 +164,7 @@ def _legend(seeds: Sequence[int], with_synthetic: bool) -> list[Line2D]:
         for name, marker in MARKS.items()
         if with_synthetic or name != "synthetic"
     ]  # fmt: skip
-    return [
-        *(Line2D([], [], label=f"seed {s}", **style(i)) for i, s in enumerate(seeds)),
-        *marks,
-    ]
+    return [*(Line2D([], [], label=f"seed {s}", **style(i)) for i, s in enumerate(seeds)), *marks]
 
 
 if __name__ == "__main__":

@@ -23,13 +23,7 @@ from figures.shared.method_tables import (
     method_rows,
     own_rows,
 )
-from figures.shared.own_results import (
-    describe,
-    is_structured,
-    pool,
-    summarise,
-    unfinished_notes,
-)
+from figures.shared.own_results import describe, is_structured, pool, summarise, unfinished_notes
 from figures.shared.table_files import stem_of, write_by_data
 from utils.cli import exits_cleanly
 from utils.tables.published import published_table

@@ -158,11 +158,7 @@ class Detector(nn.Module):
         """What figures need of the last fit beside the scores."""
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Fit the head on normal features; every random number comes from `generator`.
 

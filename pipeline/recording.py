@@ -38,13 +38,7 @@ from utils.runs.run import Run
 from utils.runs.scores import TestScores
 from utils.seeding import seed_everything
 from utils.tables.formats import to_text, write
-from utils.tables.results import (
-    SELECT_LABELS,
-    Benchmark,
-    build_table,
-    row_notes,
-    undefined_reasons,
-)
+from utils.tables.results import SELECT_LABELS, Benchmark, build_table, row_notes, undefined_reasons
 from utils.tables.table import Table
 
 RANDOM_WEIGHTS = "RANDOM BACKBONE WEIGHTS (--weights random): these numbers measure no method."

@@ -25,7 +25,6 @@ DATA_SET = (
         experiment={"data_root": Path("data/folder"), **WIDE_RESNET50, **WHOLE_224},
     ),
     SemanticSet(
-        read=read_classes,
-        experiment={"data_root": Path("data/folder"), **RESNET152_CROP_224},
+        read=read_classes, experiment={"data_root": Path("data/folder"), **RESNET152_CROP_224}
     ),
 )

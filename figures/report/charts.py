@@ -123,8 +123,7 @@ def histogram_chart(one: Scored) -> Chart:
 
 
 def selection_chart(
-    fits: Mapping[int, Sequence[Mapping[str, Any]]],
-    chosen: Mapping[int, Mapping[str, Any]],
+    fits: Mapping[int, Sequence[Mapping[str, Any]]], chosen: Mapping[int, Mapping[str, Any]]
 ) -> Chart | None:
     """Draw the AUROC on synthetic anomalies over time or epochs; None where none is logged.
 

@@ -140,10 +140,7 @@ def to_torchscript(network: nn.Module, example: Tensor) -> Exported:
 
 
 def differences(
-    exported: Exported,
-    images: Tensor,
-    expected: Mapping[str, Tensor],
-    batch_sizes: Sequence[int],
+    exported: Exported, images: Tensor, expected: Mapping[str, Tensor], batch_sizes: Sequence[int]
 ) -> dict[str, float]:
     """Return the largest absolute difference of each output over all batch sizes.
 
@@ -200,7 +197,7 @@ def example_program(
         if crop_size is not None:
             lines += [
                 f"side = tuple({image_size} if n == min(image.size) else "
-                f"int({image_size} * n / min(image.size)) for n in image.size)",
+                f"int({image_size} * n / min(image.size)) for n in image.size)"
             ]
             side = "side"
         kind = "LANCZOS" if resize == "lanczos_shorter" else "BILINEAR"

@@ -76,11 +76,7 @@ class NormalisedDetector(Detector):
         self.diagnostics = head.diagnostics
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Measure the norm, then fit the head on rescaled features; see `Detector.fit`."""
         self.feature_norm.fit(bank)

@@ -64,11 +64,7 @@ class Knn(Detector):
         self.register_buffer("memory", torch.zeros(0, features.channels))
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Keep the normal features; see `Detector.fit`.
 

@@ -78,11 +78,7 @@ class Mahalanobis(Detector):
         self.register_buffer("whitening", torch.zeros(features.channels, features.channels))
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Estimate the Gaussian in float64, reading the bank once; see `Detector.fit`.
 

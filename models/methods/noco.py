@@ -100,11 +100,7 @@ class Noco(Detector):
         return self.projector(mean_feature.float())
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Train projector and radius by AdamW; see `Detector.fit`."""
         options = self.options

@@ -68,11 +68,7 @@ class Padim(Detector):
         self.register_buffer("whitening", torch.zeros(0, D, D))
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Draw the channels and estimate the Gaussians, reading the bank twice; see `Detector.fit`.
 

@@ -71,11 +71,7 @@ class PatchCore(Detector):
         self.register_buffer("memory", torch.zeros(0, features.channels))
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Choose the coreset, reading the bank twice; see `Detector.fit`.
 

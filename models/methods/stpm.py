@@ -77,11 +77,7 @@ class Stpm(Detector):
         self.eval()  # a loaded head scores; only `fit` trains
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Train the student from random weights; see `Detector.fit`.
 

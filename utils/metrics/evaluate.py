@@ -47,10 +47,7 @@ class Ranking(NamedTuple):
 
 
 def evaluate(
-    image_scores: Tensor,
-    labels: Tensor,
-    anomaly_maps: Tensor | None,
-    masks: Tensor | None,
+    image_scores: Tensor, labels: Tensor, anomaly_maps: Tensor | None, masks: Tensor | None
 ) -> Measured:
     """Computes every metric of one category's test set.
 

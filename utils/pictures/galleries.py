@@ -56,10 +56,7 @@ def save_gallery(
         raise ValueError(f"count must be 1 or more, got {count}")
     ascending = np.argsort(scores, kind="stable")  # (N,)
     columns = min(count, len(scores))
-    rows = {
-        "most anomalous": ascending[::-1][:columns],
-        "least anomalous": ascending[:columns],
-    }
+    rows = {"most anomalous": ascending[::-1][:columns], "least anomalous": ascending[:columns]}
     # Even a gallery of one column leaves room for a legible histogram.
     width = max(columns, 5) * _CELL_INCHES + 0.6
     figure = Figure(figsize=(width, 6.4), layout="constrained")

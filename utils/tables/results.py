@@ -13,11 +13,7 @@ from utils.runs.files import SELECTS
 from utils.tables.published import published_by_paper, published_values
 from utils.tables.table import Cell, Column, Row, Table
 
-SELECT_LABELS = {
-    "last": "last",
-    "best_test": "best on test (optimistic)",
-    "synthetic": "synthetic",
-}
+SELECT_LABELS = {"last": "last", "best_test": "best on test (optimistic)", "synthetic": "synthetic"}
 _PAPERS = {
     "NoCo": "NoCo's are the maximum over repeated evaluations on the test set.",
     "SimpleNet": "SimpleNet's released code keeps the best of its evaluations on the test set.",

@@ -95,11 +95,7 @@ class AnomalibDetector(Detector):
         self.eval()
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Build the model anew and let it train itself; see `Detector.fit`.
 

@@ -120,11 +120,7 @@ class DeepSvdd(Detector):
         self.eval()  # a loaded head scores; only `fit` trains
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Pretrain, place the center, train; see `Detector.fit`.
 

@@ -105,11 +105,7 @@ class FineTunedDetector(Detector):
         raise NotImplementedError
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Fine-tune from the pretrained weights; see `Detector.fit`.
 

@@ -72,10 +72,7 @@ class PandaEwc(Panda):
         return with_penalty
 
     def _fisher(
-        self,
-        parameters: dict[str, nn.Parameter],
-        bank: FeatureSource,
-        generator: torch.Generator,
+        self, parameters: dict[str, nn.Parameter], bank: FeatureSource, generator: torch.Generator
     ) -> dict[str, Tensor]:
         if self.options.fisher_file is not None:
             return read_fisher(Path(self.options.fisher_file), parameters)

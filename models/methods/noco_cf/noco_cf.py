@@ -123,11 +123,7 @@ class NocoCf(Detector):
         self._spectrum = (torch.zeros(0), torch.zeros(0))
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Accumulate the second moments in one pass and solve; see `Detector.fit`.
 
@@ -277,10 +273,7 @@ class NocoCf(Detector):
         )
 
     def _scores(
-        self,
-        stages: Sequence[Tensor],
-        matrices: Tensor,
-        energies: Callable[[Tensor, int], Tensor],
+        self, stages: Sequence[Tensor], matrices: Tensor, energies: Callable[[Tensor, int], Tensor]
     ) -> Tensor:
         """Return the smallest energies (or their roots) over each position's nearest centres.
 
@@ -329,6 +322,6 @@ METHOD = Method(
             "prototypes": 1,
             "time": (1e1, 1e2, 1e3, 1e4),
             "loss": "squared",
-        },
+        }
     },
 )

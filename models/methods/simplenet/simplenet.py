@@ -149,11 +149,7 @@ class SimpleNet(Detector):
         self.discriminator.initialise(generator)
 
     def fit(
-        self,
-        bank: FeatureSource,
-        *,
-        generator: torch.Generator,
-        monitor: Monitor | None = None,
+        self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:
         """Train adaptor and discriminator; see `Detector.fit`.
 
