@@ -16,14 +16,17 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import cv2
 import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from PIL import Image, ImageOps
 
+from datasets.reading.images import read_image
+from datasets.reading.transforms import PairTransform
+from datasets.samples import DataError
 from figures.shared.drawing import parser, save_with_table
 from figures.shared.own_results import data_of, is_structured
 from figures.shared.run_log import LoggedRun, beside_the_method, read_runs
@@ -38,7 +41,6 @@ MAX_COLUMNS = 8
 _COLOUR_MAP = "inferno"
 _TRUTH = "#00e5ff"
 _SIDE = 1.45  # of a picture, inches
-_DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 
 
 @dataclass(frozen=True)
@@ -154,29 +156,12 @@ def read_shown(path: Path, config: dict[str, Any], size: int) -> np.ndarray:
         RunError: the file is gone or cannot be read.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode in _DEEP_MODES:  # the readers keep the high byte of 16 bits
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
-    except FileNotFoundError:
+        image = read_image(path)
+    except DataError as error:
         where = "" if path.is_absolute() else ", relative to the folder the run was started in"
-        raise RunError(
-            f"{path}: the image is not there any more{where}; put it back, or make the run again"
-        ) from None
-    except OSError as error:
-        raise RunError(f"{path}: cannot read the image ({error})") from None
-    crop, side = config.get("crop_size"), int(config["image_size"])
-    if crop is None:  # whole images are squeezed
-        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    width, height = side, side
-    if config["resize"] != "opencv_square":
-        scale = side / min(image.size)
-        width, height = max(side, int(image.width * scale)), max(side, int(image.height * scale))
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - crop) // 2, (height - crop) // 2
-    image = image.crop((left, top, left + crop, top + crop))
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+        raise RunError(f"{error}{where}; put it back, or make the run again") from None
+    cut = PairTransform(config["image_size"], config.get("crop_size"), config["resize"])
+    return cv2.resize(cut.image(image), (size, size), interpolation=cv2.INTER_AREA)
 
 
 def draw(columns: Sequence[Column], labels: Sequence[str]) -> Figure:

@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"configs.options", "configs.presets"},
     "datasets": {"configs.options", "configs.presets"},
     "utils": {"configs", "models.detector", "models.errors", "datasets.samples"},
-    "figures": {"configs", "utils", "datasets.data_set"},
+    "figures": {"configs", "utils", "datasets.data_set", "datasets.reading", "datasets.samples"},
     "pipeline": {"configs", "models", "datasets", "utils"},
     "benchmarks": {"configs", "models", "datasets", "utils", "pipeline", "train_mvtec"},
     "scripts": {"configs", "models", "datasets", "utils", "pipeline"},
