@@ -26,6 +26,7 @@ METHODS = "models.methods"
 """The package whose files are run so."""
 LIGHT = ("configs", "models.errors", "models.method")
 """Modules of ours, and packages of such, that need no torch."""
+_COMPREHENSION = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 
 def load(name: str, path: Path) -> types.ModuleType:
@@ -188,17 +189,20 @@ def _looked_up(node: ast.AST) -> Iterator[str]:
     inside = {name for child in ast.iter_child_nodes(node) for name in _looked_up(child)}
     if isinstance(node, ast.ClassDef):
         inside -= {n for part in node.body for n in _bound(part)}
-    elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+    elif isinstance(node, _COMPREHENSION):
         inside -= set(_bound(node))
     yield from inside
 
 
 def _bound(node: ast.AST) -> Iterator[str]:
-    """Yield the names that a piece of code binds."""
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-            yield part.id
-        elif isinstance(part, ast.FunctionDef | ast.ClassDef):
-            yield part.name
-        elif isinstance(part, ast.alias):
-            yield (part.asname or part.name).partition(".")[0]
+    """Yield the names that a piece of code binds where it stands, not inside of a function."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+        return
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.alias):
+        yield (node.asname or node.name).partition(".")[0]
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.Lambda | _COMPREHENSION):
+            yield from _bound(child)

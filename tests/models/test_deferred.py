@@ -17,6 +17,7 @@ from torch import Tensor
 from configs.options import FeatureOptions, Positive
 from models.detector import Detector, FeatureShape
 from models.method import Method
+from models.training.epochs import epochs
 
 POWER = 2.0
 """Of the sum."""
@@ -28,6 +29,8 @@ class TinyOptions(FeatureOptions):
 
     power: Positive = POWER
     """Of the sum."""
+    epochs: Positive = 1.0  # its own, not the imported one
+    """Passes."""
 
 
 class Tiny(Detector):
@@ -136,14 +139,6 @@ def test_a_file_takes_what_is_there_of_anothers_first_part(write_methods):
     assert issubclass(method.detector_class(), tiny.Tiny)
     assert child.Tiny is tiny.Tiny
     assert child.TinyOptions is tiny.TinyOptions
-
-
-def test_a_detector_that_another_file_has_is_found(write_methods):
-    """Its `lambda` belongs to that file, and names what stands there."""
-    write_methods(
-        tiny=TINY, same="from models.methods.tiny import METHOD as TINY\n\nMETHOD = TINY\n"
-    )
-    assert find_method("same").detector_class() is module_of("tiny").Tiny
 
 
 BROKEN = TINY.replace("class Tiny(", "NONE = 1 / len(Tensor())\n\n\nclass Tiny(")
