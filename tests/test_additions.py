@@ -52,10 +52,11 @@ def checkout(tmp_path_factory):
     method, data_set, metric = blocks()
     (folder / "models/methods/centre.py").write_text(method, encoding="utf-8")
     (folder / "datasets/sets/hides.py").write_text(data_set, encoding="utf-8")
-    function, entry = metric.rstrip().rsplit("\n\n\n", 1)
+    function, added = metric.rstrip().rsplit("\n\n\n", 1)
+    (entry,) = re.findall(r"^ +Metric\(.*\n", added, flags=re.MULTILINE)
     metrics = folder / "utils/metrics/metrics.py"
     head, opening, rest = metrics.read_text(encoding="utf-8").partition("METRICS = (\n")
-    metrics.write_text(f"{head}{function}\n\n\n{opening}    {entry}\n{rest}", encoding="utf-8")
+    metrics.write_text(f"{head}{function}\n\n\n{opening}{entry}{rest}", encoding="utf-8")
     for name in ("calf", "goat"):
         draw_mvtec_category(
             folder / "hides", name, num_train=6, num_good=4, num_defective=3, size=(50, 50)
