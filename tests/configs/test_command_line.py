@@ -117,10 +117,8 @@ def test_options_change_one_field_of_the_preset():
     experiment = parsed("mpdd", "--method.learning-rate", "3e-4")
     assert experiment.method.learning_rate == 3e-4
     assert experiment.method.batch_size == 8
-    restored = dataclasses.replace(
-        experiment, method=dataclasses.replace(experiment.method, learning_rate=1e-4)
-    )
-    assert restored == STRUCTURED.compose("mpdd", "noco")
+    method = dataclasses.replace(experiment.method, learning_rate=1e-4)
+    assert dataclasses.replace(experiment, method=method) == STRUCTURED.compose("mpdd", "noco")
 
 
 @pytest.mark.parametrize("prog", SCRIPTS)
@@ -153,24 +151,33 @@ def test_help_shows_the_defaults_of_the_pair_asked_for(capsys):
         assert "(default: lanczos_shorter)" in text
 
 
+LEARNS_ONLINE = (
+    "--online: noco_cf with these options does not learn from one image at a time.* noco_cf does, "
+    "with --method.prototypes 1 and a --method.feature-norm that is"
+)
+GRID = "--select synthetic --grid"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("mvtecc", r"unknown data set 'mvtecc'; did you mean mvtec\? \(known: mvtec, demo, folder"),
         ("zzz", r"unknown data set 'zzz' \(known: mvtec, demo"),
         ("visa nocoo", r"unknown method 'nocoo'; did you mean noco\b.*\? \(known: noco"),
+        ("visa panda", "unknown method 'panda'"),  # of the other kind of task
+        ("anomalib", "unknown data set 'anomalib'"),
+        ("visa anomalib:", "unknown method 'anomalib:'"),
+        ("visa noco:x", "unknown method 'noco:x'"),
+        ("visa anomalib:padim --method.model-options n_features", "'n_features' must be KEY=VALUE"),
         ("noco visa", "unexpected word 'visa' after data set and method"),
         ("visa noco more", "unexpected word 'more' after data set and method"),
         ("--epochz 3", "Unrecognized options: --epochz"),
         ("--method.epoch 3", r"Unrecognized options: --method\.epoch\b.*--method\.epochs INT"),
         ("--dataset visa", "Unrecognized options: --dataset"),
         ("--method-name noco", "Unrecognized options: --method-name"),
-        ("visa --colour", "Unrecognized options: --colour"),
-        ("--crop-size 999", "--crop-size 999 must lie between 1 and --image-size 256, or be none"),
         ("--crop-size half", "Error parsing --crop-size: .*'half'"),
         ("--crop-size", "Missing value for argument '--crop-size'"),
         ("--seeds 0 0", r"--seeds \(0, 0\) must be different and not negative"),
-        ("--seeds -1", r"--seeds \(-1,\) must be different and not negative"),
         ("--seeds", "--seeds needs at least one seed"),
         ("--seeds a", "Error parsing --seeds"),
         ("--layers 1 2 visa", "Error parsing --layers: .*'visa'"),
@@ -179,12 +186,25 @@ def test_help_shows_the_defaults_of_the_pair_asked_for(capsys):
         ("--method.epochs 0", "--method.epochs 0 must be above 0"),
         ("--method.objective zeros", "invalid choice 'zeros'"),
         ("--method.amsgrad False", "False"),
-        ("--patch-size 2", "--patch-size 2 must be odd"),
         ("--image-size 2.5", "Error parsing --image-size"),
-        ("--run a/b", "--run 'a/b' must be a plain folder name"),
         ("--from-run", "--from-run needs a value"),
         ("--from-run nowhere", "--from-run nowhere: .*No such file"),
         ("visa --from-run nowhere", "--from-run brings its own data set and method"),
+        ("noco_cf --select last --online", LEARNS_ONLINE),
+        ("noco_cf --method.prototypes 1 --method.feature-norm std --online", LEARNS_ONLINE),
+        ("visa stpm --patch-size 3", "--patch-size does nothing for stpm; leave it out"),
+        ("visa stpm --precision bf16", "--precision does nothing for stpm; leave it out"),
+        ("visa anomalib:padim --blur-sigma 2", "--blur-sigma does nothing for anomalib:padim;"),
+        ("mvtec --data.split csv", "Unrecognized options: --data.split"),
+        ("visa --data.split last99", "invalid choice 'last99' for argument '--data.split'"),
+        (f"mahalanobis {GRID} shrinkage=none,2", "--method.shrinkage 2.0 must be in 0 to 1"),
+        (f"mahalanobis {GRID} shrinkage=none,none", "an option or value stands twice"),
+        (f"padim {GRID} dims=half", "--grid 'dims=half': invalid literal for int"),
+        (f"padim {GRID} regularization=none", "could not convert string to float: 'none'"),
+        (f"noco_cf {GRID} time=1,2", "--grid 'time=1,2': only numbers and words can be searched"),
+        (f"noco_cf {GRID} loss=cubed", "'loss=cubed': cubed is none of distance, squared"),
+        (f"anomalib:padim {GRID} model=padim,cfa", "with an option of --method"),
+        ("mahalanobis --grid shrinkage=none,0.1", "--grid is what --select synthetic chooses from"),
     ],
 )
 def test_bad_words_are_named(words, message, capsys):
@@ -193,10 +213,22 @@ def test_bad_words_are_named(words, message, capsys):
     assert "Traceback" not in text
 
 
-def test_other_scripts_data_sets_are_unknown(capsys):
-    text = refused(capsys, "mnist", prog="train_cifar10")
-    assert "error: train_cifar10.py: unknown data set 'mnist'" in text
-    assert "cats_vs_dogs" in text
+@pytest.mark.parametrize(
+    ("prog", "words", "message"),
+    [
+        ("train_cifar10", "mnist", "train_cifar10.py: unknown data set 'mnist'.* cats_vs_dogs"),
+        ("train_cifar10", "cifar10 stpm", "unknown method 'stpm'"),
+        (
+            "train_cifar10",
+            "deep_svdd --backbone resnet18",
+            "--backbone does nothing for deep_svdd;",
+        ),
+        ("train_mnist", "deep_svdd --weights random", "--weights does nothing for deep_svdd;"),
+        ("train_cifar10", "panda --precision bf16", "--precision does nothing for panda;"),
+    ],
+)
+def test_bad_words_of_the_semantic_scripts_are_named(prog, words, message, capsys):
+    assert re.search(message, refused(capsys, *words.split(), prog=prog))
 
 
 def write_run(folder, experiment):
@@ -227,21 +259,6 @@ def test_from_run_takes_further_options(tmp_path):
     assert parsed(f"--from-run={run}") == STRUCTURED.compose("visa", "noco")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "Expecting property name"),
-        ("[]", "not a configuration: no JSON object"),
-        ('{"dataset": "visa"}', "not a configuration of this version: 'method_name'"),
-    ],
-)
-def test_broken_config_of_a_run_is_named(tmp_path, capsys, content, message):
-    (tmp_path / "config.json").write_text(content)
-    text = refused(capsys, "--from-run", str(tmp_path))
-    assert f"--from-run {tmp_path}: " in text.replace(" /", " /")
-    assert re.search(message, text)
-
-
 def test_run_of_the_other_kind_of_task_is_refused(tmp_path, capsys):
     run = write_run(tmp_path, SEMANTIC.compose("cifar10", "noco"))
     assert "unknown data set 'cifar10'" in refused(capsys, "--from-run", run)
@@ -254,58 +271,19 @@ def test_run_of_the_other_kind_of_task_is_refused(tmp_path, capsys):
     assert "unknown data set 'visa'" in text
 
 
-def test_a_librarys_model_is_named_after_a_colon(tmp_path, capsys):
+def test_a_librarys_model_is_named_after_a_colon(tmp_path):
     experiment = parsed("visa", "anomalib:patchcore", "--method.epochs", "2")
     assert experiment.method_name == "anomalib:patchcore"
     assert (experiment.method.model, experiment.method.epochs) == ("patchcore", 2)
     assert experiment.run_folder.parent.name == "visa-anomalib-patchcore"
     assert parsed("anomalib:padim").dataset == "mvtec"
-    run = write_run(tmp_path, experiment)
-    assert parsed("--from-run", run) == experiment
-    assert "unknown data set 'anomalib'" in refused(capsys, "anomalib")
-    assert "unknown method 'anomalib:'" in refused(capsys, "visa", "anomalib:")
-    assert "unknown method 'noco:x'" in refused(capsys, "visa", "noco:x")
-    text = refused(capsys, "visa", "anomalib:padim", "--method.model-options", "n_features")
-    assert "--method.model-options 'n_features' must be KEY=VALUE" in text
+    assert parsed("--from-run", write_run(tmp_path, experiment)) == experiment
 
 
-def test_methods_of_the_other_kind_of_task_are_unknown(capsys):
-    assert "unknown method 'panda'" in refused(capsys, "visa", "panda")
-    assert "unknown method 'stpm'" in refused(capsys, "cifar10", "stpm", prog="train_cifar10")
-
-
-@pytest.mark.parametrize(
-    ("prog", "words", "option"),
-    [
-        ("train_mvtec", "visa stpm --patch-size 3", "--patch-size"),
-        ("train_mvtec", "visa stpm --precision bf16", "--precision"),
-        ("train_mvtec", "visa anomalib:padim --blur-sigma 2", "--blur-sigma"),
-        ("train_cifar10", "cifar10 deep_svdd --backbone resnet18", "--backbone"),
-        ("train_mnist", "mnist deep_svdd --weights random", "--weights"),
-        ("train_cifar10", "cifar10 panda --precision bf16", "--precision"),
-    ],
-)
-def test_an_option_that_does_nothing_for_the_method_is_refused(capsys, prog, words, option):
-    method = words.split()[1]
-    text = refused(capsys, *words.split(), prog=prog)
-    assert f"{option} does nothing for {method}; leave it out" in text
-
-
-def test_options_of_a_data_set(capsys):
+def test_options_of_a_data_set():
     assert parsed("visa", "--data.split", "csv").data == VisaOptions(split="csv")
     assert parsed("--data.split=last100", "visa").data.split == "last100"
     assert parsed("mvtec").data == DataOptions()
-    assert "Unrecognized options: --data.split" in refused(capsys, "mvtec", "--data.split", "csv")
-    text = refused(capsys, "visa", "--data.split", "last99")
-    assert "invalid choice 'last99' for argument '--data.split'" in text
-
-
-def test_from_run_reads_runs_of_earlier_versions(tmp_path):
-    experiment = STRUCTURED.compose("visa", "knn")
-    config = {**experiment.to_json(), "visa_split": "csv"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    again = parsed("--from-run", str(tmp_path))
-    assert again == dataclasses.replace(experiment, data=VisaOptions(split="csv"))
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist"])
@@ -332,25 +310,3 @@ def test_what_has_no_synthetic_anomalies_is_not_chosen_by_them(dataset, tmp_path
 def test_a_grid_may_hold_none(words, points):
     method, *rest = words.split()
     assert parsed("demo", method, "--select", "synthetic", *rest).candidates() == points
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("mahalanobis --grid shrinkage=none,2", "--method.shrinkage 2.0 must be in 0 to 1"),
-        ("mahalanobis --grid shrinkage=none,none", "an option or value stands twice"),
-        ("padim --grid dims=half", "--grid 'dims=half': invalid literal for int"),
-        ("padim --grid regularization=none", "could not convert string to float: 'none'"),
-        ("noco_cf --grid time=1,2", "--grid 'time=1,2': only numbers and words can be searched"),
-        ("noco_cf --grid loss=cubed", "--grid 'loss=cubed': cubed is none of distance, squared"),
-        ("anomalib:padim --grid model=padim,cfa", "with an option of --method"),
-    ],
-)
-def test_bad_grids_are_named(words, message, capsys):
-    method, *rest = words.split()
-    assert message in refused(capsys, "demo", method, "--select", "synthetic", *rest)
-
-
-def test_a_grid_needs_what_chooses_from_it(capsys):
-    text = refused(capsys, "demo", "mahalanobis", "--grid", "shrinkage=none,0.1")
-    assert "--grid is what --select synthetic chooses from" in text

@@ -17,6 +17,11 @@ def test_a_rotated_digit_is_no_anomaly():
 
 
 def test_numbers_of_categories():
-    counts = {"mvtec": 15, "visa": 12, "cifar100": 100, "cifar100_coarse": 20, "cats_vs_dogs": 2}
+    counts = {"mvtec": 15, "demo": 3, "mpdd": 6, "visa": 12, "folder": 0, "no such set": 0}
+    counts |= {"cifar100": 100, "cifar100_coarse": 20, "cats_vs_dogs": 2}
     assert {name: num_categories(name) for name in counts} == counts
-    assert num_categories("folder") == num_categories("no such set") == 0
+    groups = find_data_sets(StructuredSet)["mvtec"].groups
+    assert {name: len(group) for name, group in groups.items()} == {
+        "mean_textures": 5,
+        "mean_objects": 10,
+    }

@@ -116,13 +116,6 @@ def write_visa_csv(root: Path, names: Sequence[str], *, num_test: int = 2) -> Pa
                 writer.writerow([name, split, "normal", normal.relative_to(root).as_posix(), ""])
             for anomaly in sorted(images.glob("Anomaly/*")):
                 mask = root / name / "Data/Masks/Anomaly" / f"{anomaly.stem}.png"
-                writer.writerow(
-                    [
-                        name,
-                        "test",
-                        "anomaly",
-                        anomaly.relative_to(root).as_posix(),
-                        mask.relative_to(root).as_posix(),
-                    ]
-                )
+                paths = [path.relative_to(root).as_posix() for path in (anomaly, mask)]
+                writer.writerow([name, "test", "anomaly", *paths])
     return path

@@ -8,9 +8,7 @@ MVTEC = (
     *("bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush"),
     *("transistor", "zipper", "carpet", "grid", "leather", "tile", "wood"),
 )
-CIFAR = (
-    *("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-)
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def semantic(dataset="cifar10", method_name="noco", **changes):
@@ -30,16 +28,23 @@ def simplenet(dataset="mvtec", layers=(2, 3), adaptor="linear", loss="truncated_
     return structured(dataset, "simplenet", layers=list(layers), method=method, **changes)
 
 
-def write_run(folder, config, values, *, select="last", trainable=1_000_000, pixel=None):
-    """A run with image AUROC {(category, seed): fraction}; `pixel` shifts it to pixel AUROC."""
+def write_run(folder, config, values, *, select="last", **columns):
+    """A run with image AUROC {(category, seed): fraction}; a column may be a function of it."""
     categories = list(dict.fromkeys(category for category, _ in values))
     seeds = sorted({seed for _, seed in values})
     run = Run.open(folder, config, categories=categories, seeds=seeds, command=["x"], device="cpu")
+    columns = {"pixel_auroc": math.nan, "trainable": 1_000_000} | columns
     for (category, seed), value in values.items():
         row = {"category": category, "seed": seed, "select": select, "image_auroc": value}
-        row["pixel_auroc"] = math.nan if pixel is None else value + pixel
-        run.finish(category, seed, [row | {"trainable": trainable}])
+        row |= {name: of(value) if callable(of) else of for name, of in columns.items()}
+        run.finish(category, seed, [row])
+    (folder / "metrics.jsonl").touch()
     return folder
+
+
+def higher(value):
+    """Pixel AUROC a hundredth above an image AUROC."""
+    return value + 0.01
 
 
 def constant(categories, value, seeds=(0,)):

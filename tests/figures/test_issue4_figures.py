@@ -1,5 +1,6 @@
 """The figures of the closed form and of label-free selection."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from figures import closed_form_proof, selection_curve
 from figures.shared.run_log import read_runs
+from tests.scripts.runs import refusal
 from utils.errors import RunError
 from utils.runs.run import Run
 
@@ -20,29 +22,21 @@ def make_run(folder, *, monitored=False, chosen=(8, 100.0), epochs=False, seeds=
     """A run that selected on synthetic anomalies, over times or, without them, epochs."""
     name = "noco" if epochs else "noco_cf"
     config = {"dataset": "demo", "method_name": name, "method": {"prototypes": 1}}
-    run = Run.open(
-        folder, config, categories=("brick", "grass"), seeds=seeds, command=["x"], device="cpu"
-    )
-    for category in ("brick", "grass"):
-        for seed in seeds:
-            for prototypes, aurocs in grid.items():
-                for step, (time, auroc) in enumerate(zip(TIMES, aurocs, strict=True), start=1):
-                    values = {} if epochs else {"time": time}
-                    if monitored:
-                        pixel = None if category == "grass" else 0.0
-                        values |= {"test_image_auroc": auroc / 2, "test_pixel_auroc": pixel}
-                    run.log(
-                        category,
-                        seed,
-                        event="selection",
-                        step=step,
-                        options={"prototypes": prototypes},
-                        synthetic_auroc=auroc + seed / 100,
-                        **values,
-                    )
-            if chosen:
-                stop = {"epochs": 2} if epochs else {"time": [chosen[1]]}
-                run.log(category, seed, event="chosen", options={"prototypes": chosen[0], **stop})
+    categories = ("brick", "grass")
+    run = Run.open(folder, config, categories=categories, seeds=seeds, command=["x"], device="cpu")
+    for category, seed in itertools.product(categories, seeds):
+        for prototypes, aurocs in grid.items():
+            for step, (time, auroc) in enumerate(zip(TIMES, aurocs, strict=True), start=1):
+                values = {"step": step, "options": {"prototypes": prototypes}}
+                values |= {} if epochs else {"time": time}
+                if monitored:
+                    pixel = None if category == "grass" else 0.0
+                    values |= {"test_image_auroc": auroc / 2, "test_pixel_auroc": pixel}
+                auroc += seed / 100
+                run.log(category, seed, event="selection", synthetic_auroc=auroc, **values)
+        if chosen:
+            stop = {"epochs": 2} if epochs else {"time": [chosen[1]]}
+            run.log(category, seed, event="chosen", options={"prototypes": chosen[0], **stop})
     return folder
 
 
@@ -58,7 +52,7 @@ def stars(axes):
     ]
 
 
-def test_proof_agrees_and_writes_png_and_pdf(tmp_path, capsys, monkeypatch):
+def test_proof_draws_what_it_compares(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(closed_form_proof, "STEPS", (10, 300, 5000))
     paths = closed_form_proof.main(["--out", str(tmp_path / "made/proof.png")])
     assert paths == [tmp_path / "made/proof.png", tmp_path / "made/proof.pdf"]
@@ -66,10 +60,6 @@ def test_proof_agrees_and_writes_png_and_pdf(tmp_path, capsys, monkeypatch):
     picture = np.array(Image.open(paths[0]).convert("L"))
     assert picture.min() < 100
     assert (picture == 255).mean() > 0.3
-
-
-def test_proof_draws_what_it_compares(monkeypatch):
-    monkeypatch.setattr(closed_form_proof, "STEPS", (10, 300, 5000))
     axes = closed_form_proof.draw().axes[0]
     lines = [line for line in axes.lines if len(line.get_xdata())]
     assert len(lines) == 2 * len(closed_form_proof.NORMS)
@@ -113,20 +103,14 @@ def test_selection_curve_has_a_colour_for_each_point_of_the_grid(tmp_path):
 def test_the_test_set_is_dashed_and_named_as_shown_afterwards(tmp_path):
     figure = drawn(make_run(tmp_path / "run", monitored=True, grid={8: AUROCS[8]}))
     brick, grass = figure.axes
-    for axes, count in ((brick, 2), (grass, 1)):  # the pixel AUROC of grass is undefined
-        dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
-        assert len(dashed) == count
-        np.testing.assert_allclose(dashed[0].get_ydata(), [32.5, 45, 40])
-    np.testing.assert_allclose(dashed_of(brick)[1].get_ydata(), 0)  # 0 is a value
+    for axes, others in ((brick, [[0] * 3]), (grass, [])):  # of pixels; undefined for grass
+        dashed = [line.get_ydata() for line in axes.lines if line.get_linestyle() == "--"]
+        np.testing.assert_allclose(dashed, [[32.5, 45, 40], *others])
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [text for text in texts if "test" in text] == [
         f"{kind} AUROC, test (shown afterwards, chose nothing), prototypes 8"
         for kind in ("image", "pixel")
     ]
-
-
-def dashed_of(axes):
-    return [line for line in axes.lines if line.get_linestyle() == "--"]
 
 
 def test_epochs_are_steps_on_a_plain_axis(tmp_path):
@@ -157,13 +141,10 @@ def test_command_writes_png_and_pdf(tmp_path, capsys):
 
 def test_a_run_without_a_selection_is_refused(tmp_path, capsys):
     folder = make_run(tmp_path / "run", grid={}, chosen=None)
-    (folder / "metrics.jsonl").write_text(
-        json.dumps({"category": "brick", "seed": 0, "event": "step", "step": 1}) + "\n"
-    )
-    with pytest.raises(SystemExit) as stop:
-        selection_curve.main([str(folder), "--out", str(tmp_path / "x")])
-    assert stop.value.code == 2
-    assert "was it run with --select synthetic?" in capsys.readouterr().err
+    line = {"category": "brick", "seed": 0, "event": "step", "step": 1}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    message = refusal(capsys, selection_curve.main, folder, "--out", tmp_path / "x")
+    assert "was it run with --select synthetic?" in message
 
 
 def test_more_grid_points_than_colours_are_refused(tmp_path):

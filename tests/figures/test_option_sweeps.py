@@ -1,6 +1,5 @@
 """Curves over one option: norm, sigma and patch size, from small run folders."""
 
-import csv
 import math
 
 import numpy as np
@@ -12,9 +11,9 @@ from figures import norm_sweep, patch_size, sigma_sweep
 from figures.shared import option_plots
 from figures.shared.option_curves import Curve, Point, Sweep, read_curves
 from figures.shared.option_tables import near_best, shared_lines, table_of
+from tests.figures.paper_runs import write_run
 from utils.errors import RunError
-from utils.runs.run import Run
-from utils.tables.formats import to_csv, to_markdown
+from utils.tables.formats import to_markdown
 
 SWEEP = Sweep(
     module="figures.test",
@@ -28,18 +27,11 @@ SWEEP = Sweep(
 )
 
 
-def make_run(folder, norm, aurocs, *, pixels=None, select="last", method="noco", **changes):
-    """A run with image AUROC `aurocs` {(category, seed): value}, and pixel AUROC if given."""
+def make_run(folder, norm, aurocs, *, select="last", method="noco", pixels=math.nan, **changes):
+    """A run with image AUROC `aurocs` {(category, seed): value}."""
     config = {"dataset": "demo", "method_name": method, "layers": [1, 2], "patch_size": 3}
     config |= {"select": select, "method": {"norm": norm} | changes.pop("method_options", {})}
-    config |= changes
-    categories, seeds = sorted({c for c, _ in aurocs}), sorted({s for _, s in aurocs})
-    run = Run.open(folder, config, categories=categories, seeds=seeds, command=["x"], device="cpu")
-    for (category, seed), value in aurocs.items():
-        row = {"category": category, "seed": seed, "select": select, "image_auroc": value}
-        pixel = (pixels or {}).get((category, seed), math.nan)
-        run.finish(category, seed, [row | {"pixel_auroc": pixel}])
-    return folder
+    return write_run(folder, config | changes, aurocs, select=select, pixel_auroc=pixels)
 
 
 def two_seeds(low, high):
@@ -122,10 +114,8 @@ def test_a_run_without_the_option_is_refused(tmp_path, norm, message):
 
 
 def test_a_run_with_nothing_finished_is_refused(tmp_path):
-    Run.open(tmp_path, {"dataset": "demo", "method_name": "noco", "method": {"norm": 1}},
-             categories=["a"], seeds=[0], command=["x"], device="cpu")  # fmt: skip
     with pytest.raises(RunError, match="no category is finished"):
-        read_curves([tmp_path], SWEEP)
+        read_curves([make_run(tmp_path, 1, {})], SWEEP)
 
 
 def test_near_the_best_is_a_point_below_it_at_most():
@@ -164,26 +154,11 @@ def test_shared_ranges_never_mix_ways_of_selecting():
     assert line == ("shared by demo, digits; all curves, last: 1 (1 of 2 tested); norm 1 is in it")
 
 
-def test_csv_has_a_line_for_each_point(tmp_path):
-    folder = make_run(tmp_path / "x", 2, two_seeds(0.7, 0.9), pixels=two_seeds(0.5, 0.5))
-    single = make_run(tmp_path / "y", 4, {("a", 0): 0.7, ("b", 0): 0.7})
-    table = table_of(read_curves([folder, single], SWEEP), SWEEP)
-    rows = list(csv.DictReader(to_csv(table).splitlines()))
-    assert [(row["norm"], row["seeds"], row["categories"]) for row in rows] == [
-        ("2.0", "2", "2"),
-        ("4.0", "1", "2"),
-    ]
-    assert float(rows[0]["image_auroc"]) == pytest.approx(80.0)
-    assert float(rows[0]["image_auroc_std"]) == pytest.approx(200**0.5)
-    assert (rows[1]["image_auroc_std"], rows[1]["pixel_auroc"]) == ("", "nan")
-
-
 def test_norm_sweep_draws_trained_and_closed_form_over_data_sets(tmp_path, capsys):
-    pixels = {("a", 0): 0.8, ("a", 1): 0.8, ("b", 0): 0.8, ("b", 1): 0.8}
     folders = [
-        make_run(tmp_path / "t1", 1, two_seeds(0.7, 0.9), pixels=pixels),
-        make_run(tmp_path / "t8", 8, two_seeds(0.6, 0.6), pixels=pixels),
-        make_run(tmp_path / "c1", 1, two_seeds(0.8, 0.8), pixels=pixels, method="noco_cf",
+        make_run(tmp_path / "t1", 1, two_seeds(0.7, 0.9), pixels=0.8),
+        make_run(tmp_path / "t8", 8, two_seeds(0.6, 0.6), pixels=0.8),
+        make_run(tmp_path / "c1", 1, two_seeds(0.8, 0.8), pixels=0.8, method="noco_cf",
                  layers=[2]),
         make_run(tmp_path / "d1", 1, {("0", 0): 0.9}, dataset="digits", protocol="one-vs-rest"),
     ]  # fmt: skip

@@ -1,8 +1,12 @@
 """Normal features for detectors under test."""
 
+from dataclasses import replace
+
 import torch
 
+from models.building import build_detector
 from models.features.multiscale import join_stages
+from models.method import find_method
 
 
 class Bank:
@@ -12,6 +16,7 @@ class Bank:
         self.features = features
         self.channels = features.shape[1]
         self.orders = []
+        self.passes = 0
 
     def __len__(self):
         return len(self.features)
@@ -20,6 +25,7 @@ class Bank:
         return Bank(self.features[rows])
 
     def batches(self, batch_size, *, generator=None):
+        self.passes += 1
         order = torch.arange(len(self))
         if generator is not None:
             order = torch.randperm(len(self), generator=generator)
@@ -58,10 +64,36 @@ def draw_bank(count=8, channels=6, side=5, seed=1):
     return Bank(torch.randn(count, channels, side, side, generator=seeded(seed)))
 
 
+def draw_images(count, *, low=0, high=256, seed=1):
+    """Images (N, 3, 32, 32), uint8, channels last as banks give them."""
+    images = torch.randint(low, high, (count, 3, 32, 32), generator=seeded(seed)).byte()
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def as_positions(features):
+    """Features (N, C, H, W) as (N * H * W, C)."""
+    return features.movedim(1, -1).flatten(0, 2)
+
+
+def fitted(method, bank, seed=0, **options):
+    """A detector of a method on features, under its default options but for those given."""
+    options = replace(find_method(method).options, **options)
+    detector = build_detector(method, Stages(bank.channels), options)
+    detector.fit(bank, generator=seeded(seed))
+    return detector
+
+
 def monitoring(function, *, scores_steps=False):
     """Make a function a monitor; only fine-tuned methods ask whether it scores."""
     function.scores_steps = scores_steps
     return function
+
+
+def told(detector, bank):
+    """Fit a detector; return what its monitor is told, one dictionary for each step."""
+    values = []
+    detector.fit(bank, generator=seeded(), monitor=monitoring(lambda _, said: values.append(said)))
+    return values
 
 
 class Stages:

@@ -2,10 +2,23 @@ import importlib
 import sys
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 import models.methods
 
 PACKAGE = "models.methods"
+
+
+@pytest.fixture(scope="session")
+def classifier_file(tmp_path_factory):
+    """A whole random model of test_resnet, as if it were trained."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "classifier.safetensors"
+    model = timm.create_model("test_resnet", pretrained=False, num_classes=5)
+    save_file(model.state_dict(), path)
+    return path
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +17,16 @@ from pipeline.experiments import structured_catalogue
 from pipeline.features import TaskData
 from pipeline.recording import remarks_of, summary_line, write_table
 from pipeline.training import open_run, train_head, train_task
+from tests.utils.banks import constant_bank, set_of
 from tests.utils.evaluation import test_selection as selection
 from utils.errors import RunError, UsageError
-from utils.evaluation.scoring import Scoring
-from utils.evaluation.test_set import TestSet
-from utils.features.bank import FeatureBank
 from utils.runs.files import read_rows
 from utils.runs.run import Run
 
 CATEGORIES = ("tile", "wood")
-NAMES = ("a.png", "b.png", "c.png", "d.png")
-KINDS = ("good", "good", "hole", "scratch")
-CPU = torch.device("cpu")
-EXTRACTOR = SimpleNamespace(device=CPU, weights_digest="beef", random_weights=False)
+NAMES = ("0.png", "1.png", "2.png", "3.png")
+LABELS, KINDS = [0, 0, 1, 1], ("good", "good", "hole", "hole")
+EXTRACTOR = SimpleNamespace(device=torch.device("cpu"), weights_digest="beef", random_weights=False)
 
 
 def experiment_of(method="noco_cf", **changes):
@@ -42,17 +40,18 @@ def new_run(folder, seeds=(0,)):
     )
 
 
-def bank_of(values):
-    """A bank of N images with one feature on a 2 x 2 grid: the value, everywhere."""
-    maps = torch.tensor(values)[:, None, None, None].expand(-1, 2, 2, 1)
-    return FeatureBank(
-        [maps], range(len(values)), assemble=lambda stages: stages[0].float(), device=CPU
-    )
+bank_of = partial(constant_bank, side=2)
 
 
-def small_test_set(values=(1.0, 2.0, 3.0, 4.0), masks=None):
-    about = {"names": NAMES, "kinds": KINDS, "masks": masks, "scoring": Scoring()}
-    return TestSet(bank_of(list(values)), torch.tensor([0, 0, 1, 1]), **about)
+def small_test_set(masks=None):
+    return set_of(bank_of([1.0, 2.0, 3.0, 4.0]), LABELS, masks=masks)
+
+
+def one_pixel(image):
+    """Masks with a defect in one of the images."""
+    masks = torch.zeros(4, 2, 2, dtype=torch.bool)
+    masks[image, 0, 1] = True
+    return masks
 
 
 def task_of(category, **fields):
@@ -62,21 +61,15 @@ def task_of(category, **fields):
         train=ImageSet("train", paths=tuple(Path(f"{i}.png") for i in range(3))),
         train_indices=np.arange(3),
         test=ImageSet("test", paths=tuple(map(Path, NAMES))),
-        test_labels=np.array([0, 0, 1, 1]),
+        test_labels=np.array(LABELS),
         kinds=KINDS,
         **fields,
     )
 
 
 def data_of(category, *, train=None, test=None, validation=None, skipped=()):
-    return TaskData(
-        task_of(category),
-        bank_of([1.0, 1.5, 2.0]) if train is None else train,
-        small_test_set() if test is None else test,
-        validation,
-        None,
-        skipped,
-    )
+    train, test = train or bank_of([1.0, 1.5, 2.0]), test or small_test_set()
+    return TaskData(task_of(category), train, test, validation, None, skipped)
 
 
 class Drawn(Detector):
@@ -108,6 +101,11 @@ class Failing(Detector):
 
 
 @pytest.fixture
+def run(tmp_path):
+    return new_run(tmp_path)
+
+
+@pytest.fixture
 def builds(monkeypatch):
     """Say what builds the detectors, from their options; `Drawn` unless something else is said."""
 
@@ -131,16 +129,13 @@ def train(run, category, seed=0, *, experiment=None, data=None, **changes):
     train_head(experiment, run, EXTRACTOR, data or data_of(category), seed)
 
 
-def lines_of(run):
-    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+def train_all(run, **options):
+    for category in CATEGORIES:
+        train(run, category, **options)
 
 
-def test_everything_is_written_down(tmp_path, builds, drawn, capsys):
-    run = new_run(tmp_path)
-    masks = torch.zeros(4, 2, 2, dtype=torch.bool)
-    masks[2, 0, 0] = True
-    test = small_test_set(masks=masks)
-    data = data_of("tile", test=test, skipped=["cut.png: truncated"])
+def test_everything_is_written_down(tmp_path, run, builds, drawn, capsys):
+    data = data_of("tile", test=small_test_set(one_pixel(2)), skipped=["cut.png: truncated"])
     train(run, "tile", data=data, overlays=1, save_maps=True)
     (row,) = run.rows()
     assert (row["category"], row["seed"], row["select"]) == ("tile", 0, "last")
@@ -151,24 +146,24 @@ def test_everything_is_written_down(tmp_path, builds, drawn, capsys):
     assert row["fit_seconds"] >= 0
     assert row["undefined"] == ""
 
-    first, *steps = lines_of(run)
+    first, *steps = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first == {
         "category": "tile",
         "seed": 0,
         "event": "data",
         "skipped": ["cut.png: truncated"],
-        "empty_masks": ["d.png"],
+        "empty_masks": ["3.png"],
     }
-    assert [(line["event"], line["step"], line["loss"]) for line in steps] == [
-        ("step", 1, 3.0),
-        ("step", 2, 1.5),
-    ]
+    logged = [(line["event"], line["step"], line["loss"]) for line in steps]
+    assert logged == [("step", 1, 3.0), ("step", 2, 1.5)]
 
     scores = run.load_scores("tile", 0)
-    assert scores["path"].tolist() == ["a.png", "b.png", "c.png", "d.png"]
-    assert scores["label"].tolist() == [0, 0, 1, 1]
-    assert scores["defect"].tolist() == ["good", "good", "hole", "scratch"]
+    assert scores["path"].tolist() == list(NAMES)
+    assert scores["label"].tolist() == LABELS
+    assert scores["defect"].tolist() == list(KINDS)
     assert scores["map"].shape == (4, 2, 2)
+    assert scores["mask"].dtype == bool
+    np.testing.assert_array_equal(scores["mask"], one_pixel(2).numpy())
     state, metadata = run.load_head("tile", 0)
     assert set(state) == {"weight", "offset"}
     assert metadata == {
@@ -183,12 +178,6 @@ def test_everything_is_written_down(tmp_path, builds, drawn, capsys):
     assert "tile  seed 0:  image_auroc 100.00" in capsys.readouterr().out
 
 
-def test_maps_are_kept_only_when_asked_for(tmp_path, builds):
-    run = new_run(tmp_path)
-    train(run, "tile")
-    assert "map" not in run.load_scores("tile", 0)
-
-
 def test_the_first_seed_is_drawn_where_pictures_are_asked_for(tmp_path, builds, drawn):
     run = new_run(tmp_path, (3, 1))
     for seed in (3, 1):
@@ -197,14 +186,12 @@ def test_the_first_seed_is_drawn_where_pictures_are_asked_for(tmp_path, builds, 
     assert [fitted.seed for fitted in drawn] == [3]
 
 
-def test_best_on_test_writes_the_last_state_beside_it(tmp_path, builds, drawn, capsys):
-    run = new_run(tmp_path)
+def test_best_on_test_writes_the_last_state_beside_it(run, builds, drawn, capsys):
     train(run, "tile", select="best_test", overlays=1)
     assert [row["select"] for row in run.rows()] == ["last", "best_test"]
-    assert run.load_head("tile", 0, "-last")[1]["select"] == "last"
-    assert run.load_head("tile", 0)[1]["select"] == "best_test"
-    assert run.load_scores("tile", 0)["score"].shape == (4,)
-    assert run.load_scores("tile", 0, "-last")["score"].shape == (4,)
+    for select, suffix in (("last", "-last"), ("best_test", "")):
+        assert run.load_head("tile", 0, suffix)[1]["select"] == select
+        assert run.load_scores("tile", 0, suffix)["score"].shape == (4,)
     assert [fitted.outcomes[-1].select for fitted in drawn] == ["best_test"]
     assert "best on test (optimistic): image_auroc" in capsys.readouterr().out
 
@@ -248,7 +235,9 @@ def test_best_on_test_of_one_class_names_category_and_seed(tmp_path, builds):
 
 
 @pytest.mark.parametrize(("monitor_test", "scored"), [(False, 1), (True, 5)])
-def test_a_run_scores_the_test_set_once_after_the_choice(tmp_path, builds, monitor_test, scored):
+def test_a_run_scores_the_test_set_once_after_the_choice(
+    tmp_path, run, builds, monitor_test, scored
+):
     experiment = experiment_of("noco", select="synthetic", monitor_test=monitor_test)
     test, built = selection.Untouched(), []
 
@@ -258,7 +247,6 @@ def test_a_run_scores_the_test_set_once_after_the_choice(tmp_path, builds, monit
         return selection.Stepper(functions[: options.epochs])
 
     builds(build)
-    run = new_run(tmp_path)
     validation = selection.make_validation()
     data = data_of("tile", train=selection.bank_of([0.1, 0.2]), test=test, validation=validation)
     train(run, "tile", data=data, experiment=experiment)
@@ -294,10 +282,8 @@ def finish(run, *, extractor=EXTRACTOR, peers=(), **changes):
     return write_table(experiment_of(seeds=run.seeds, **changes), run, tasks, extractor)
 
 
-def test_table_is_written_and_printed(tmp_path, builds, capsys):
-    run = new_run(tmp_path)
-    for category in CATEGORIES:
-        train(run, category)
+def test_table_is_written_and_printed(tmp_path, run, builds, capsys):
+    train_all(run)
     capsys.readouterr()
     random = SimpleNamespace(random_weights=True)
     table = finish(run, extractor=random)
@@ -316,25 +302,21 @@ def test_table_is_written_and_printed(tmp_path, builds, capsys):
     assert not any("RANDOM" in note for note in finish(run).notes)
 
 
-def test_table_with_a_hole_is_refused(tmp_path, builds):
-    run = new_run(tmp_path)
+def test_table_with_a_hole_is_refused(tmp_path, run, builds):
     train(run, "tile")
     with pytest.raises(RunError, match="wood seed 0"):
         finish(run)
     assert not (tmp_path / "table.md").exists()
 
 
-def test_table_of_the_best_on_test_says_that_it_is_optimistic(tmp_path, builds):
-    run = new_run(tmp_path)
-    for category in CATEGORIES:
-        train(run, category, select="best_test")
+def test_table_of_the_best_on_test_says_that_it_is_optimistic(run, builds):
+    train_all(run, select="best_test")
     table = finish(run, select="best_test")
     assert "best on test (optimistic)" in table.caption
     assert [group for group, *_ in table.groups()] == ["last", "best on test (optimistic)"]
 
 
-def test_an_unreadable_image_that_tasks_share_counts_once(tmp_path, builds):
-    run = new_run(tmp_path)
+def test_an_unreadable_image_that_tasks_share_counts_once(run, builds):
     for category in CATEGORIES:
         train(run, category, data=data_of(category, skipped=["cut.png: truncated"]))
     assert any(note.startswith("2 unreadable images") for note in finish(run).notes)
@@ -348,8 +330,7 @@ class Remarking(Drawn):
         self.remarks.append("stuck")
 
 
-def test_what_a_fit_remarks_stands_below_the_table(tmp_path, builds):
-    run = new_run(tmp_path)
+def test_what_a_fit_remarks_stands_below_the_table(run, builds):
     train(run, "tile")
     builds(Remarking)
     train(run, "wood")
@@ -377,8 +358,7 @@ class Aimed(Drawn):
         return highest + 1, highest / 10
 
 
-def test_norm_and_angle_are_kept_for_reported_outcomes_only(tmp_path, builds, monkeypatch):
-    run = new_run(tmp_path)
+def test_norm_angle_maps_and_masks_are_kept_only_where_they_are_asked_for(run, builds, monkeypatch):
     monkeypatch.setattr(Aimed, "asked", 0)
     builds(Aimed)
     train(run, "tile", select="best_test", monitor_test=True)
@@ -388,17 +368,5 @@ def test_norm_and_angle_are_kept_for_reported_outcomes_only(tmp_path, builds, mo
         np.testing.assert_array_equal(scores["norm"], scores["score"] + 1)
         np.testing.assert_array_equal(scores["angle"], scores["score"] / 10)
     builds(Drawn)
-    train(run, "wood")
+    train(run, "wood", data=data_of("wood", test=small_test_set(one_pixel(2))))
     assert not {"norm", "angle", "map", "mask"} & set(run.load_scores("wood", 0))
-
-
-def test_masks_are_kept_with_the_maps(tmp_path, builds):
-    run = new_run(tmp_path)
-    masks = torch.zeros(4, 2, 2, dtype=torch.bool)
-    masks[3, 1, 0] = True
-    train(run, "tile", data=data_of("tile", test=small_test_set(masks=masks)), save_maps=True)
-    kept = run.load_scores("tile", 0)["mask"]
-    assert kept.dtype == bool
-    np.testing.assert_array_equal(kept, masks.numpy())
-    train(run, "wood", data=data_of("wood", test=small_test_set(masks=masks)))
-    assert "mask" not in run.load_scores("wood", 0)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,34 +12,14 @@ import evaluate
 import predict
 import train_mnist
 import train_mvtec
-from datasets.sets.visa import VisaOptions
 from figures import compare
 from figures.report import page
-from pipeline.experiments import SCRIPTS, structured_catalogue
+from pipeline.experiments import SCRIPTS
 from tests.datasets.trees import draw_mvtec_category
 from utils.runs.files import read_rows
 
-NOCO = {
-    "feature_norm": "none",
-    "solver": "sgd",
-    "norm": 1.0,
-    "objective": "randn",
-    "out_dim": None,
-    "loss": "distance",
-    "nu": 1e-3,
-    "radius_init": 1e-5,
-    "radius_weight": 0.0,
-    "learning_rate": 1e-4,
-    "weight_decay": 5e-4,
-    "amsgrad": True,
-    "batch_size": 16,
-    "epochs": 50,
-    "time": [1e4],
-    "prototypes": 1,
-    "nearest": 3,
-    "kmeans_positions": 20_000,
-    "sample_w0": False,
-}
+EARLIER = json.loads((Path(__file__).parents[1] / "configs/earlier.json").read_text())
+NOCO = EARLIER["noco"]["method"]
 """Method options of the first version, the same for noco and noco_cf, with their defaults."""
 SOLVERS = {"noco": "sgd", "noco_cf": "closed_form"}
 QUICK = ("--workers", "0", "--overlays", "1", "--run", "mine")
@@ -58,13 +39,17 @@ def root(tmp_path_factory):
     return root
 
 
+def train(name, root, output):
+    words = [*WORDS[name], *QUICK, "--output", str(output)]
+    if name == "noco":
+        return train_mnist.main(words)
+    return train_mvtec.main([*words, "--data-root", str(root)])
+
+
 @pytest.fixture(scope="module", params=SOLVERS)
 def today(request, root, tmp_path_factory):
     """A run of this version."""
-    words = [*WORDS[request.param], *QUICK, "--output", str(tmp_path_factory.mktemp("today"))]
-    if request.param == "noco":
-        return train_mnist.main(words)
-    return train_mvtec.main([*words, "--data-root", str(root)])
+    return train(request.param, root, tmp_path_factory.mktemp("today"))
 
 
 @pytest.fixture
@@ -84,8 +69,7 @@ def earlier(today, tmp_path):
 
 def test_it_evaluates(earlier, capsys):
     config = json.loads((earlier / "config.json").read_text())
-    # The method noco had the solver closed_form, too.
-    for name in dict.fromkeys([config["method_name"], "noco"]):
+    for name in {config["method_name"], "noco"}:  # which had the solver closed_form, too
         (earlier / "config.json").write_text(json.dumps(config | {"method_name": name}))
         assert evaluate.main([str(earlier), "--workers", "0"]) == 0
         (row,) = read_rows(earlier / "results.csv")
@@ -126,12 +110,9 @@ def test_the_report_has_a_table(earlier):
 
 
 def test_the_same_command_continues_it(earlier, root, capsys):
-    name = earlier.parent.name.partition("-")[2]
-    words = [*WORDS[name], *QUICK, "--output", str(earlier.parents[1])]
-    script = train_mnist if name == "noco" else train_mvtec
-    words += [] if name == "noco" else ["--data-root", str(root)]
     before = (earlier / "results.csv").read_bytes()
-    assert script.main(words) == earlier
+    name = earlier.parent.name.partition("-")[2]
+    assert train(name, root, earlier.parents[1]) == earlier
     assert (earlier / "results.csv").read_bytes() == before
     assert (earlier / "table.json").is_file()
 
@@ -140,11 +121,3 @@ def test_a_run_starts_from_it(earlier, today):
     script = "train_mnist" if today.parent.name == "digits-noco" else "train_mvtec"
     experiment = SCRIPTS[script].parse(["--from-run", str(earlier)])
     assert experiment.to_json() == json.loads((today / "config.json").read_text())
-
-
-def test_the_split_of_visa_is_an_option_of_its_data(tmp_path):
-    config = structured_catalogue().compose("visa", "knn").to_json()
-    for split in ("csv", "last100", "auto"):
-        (tmp_path / "config.json").write_text(json.dumps(config | {"visa_split": split}))
-        experiment = SCRIPTS["train_mvtec"].parse(["--from-run", str(tmp_path)])
-        assert experiment.data == VisaOptions(split=split)

@@ -15,8 +15,6 @@ import torch
 from PIL import Image
 
 import export
-import train_mnist
-import train_mvtec
 from configs.prediction import ExportOptions
 from datasets.reading.images import read_image
 from datasets.reading.transforms import PairTransform
@@ -25,7 +23,7 @@ from models.deployment.formats import ONNX_PACKAGES, example_program
 from models.errors import ModelError
 from pipeline import exporting
 from pipeline.finished import load_run
-from tests.datasets.trees import draw_mvtec_category
+from tests.scripts.runs import refusal
 from utils.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
@@ -33,47 +31,17 @@ HAS_ONNX = all(importlib.util.find_spec(name) is not None for name in ONNX_PACKA
 needs_onnx = pytest.mark.skipif(
     not HAS_ONNX, reason="onnx, onnxruntime, onnxscript: pip install -r requirements-export.txt"
 )
-QUICK = (
-    *("--backbone", "tf_efficientnet_lite0", "--layers", "1", "2"),
-    *("--workers", "0", "--overlays", "0"),
-    *("--image-size", "48", "--crop-size", "33", "--resize", "lanczos_shorter"),
-    *("--method.prototypes", "2", "--method.time", "100", "--select", "last"),
-    *("--calibration-share", "0.4", "--false-alarm-rate", "0.1"),
-)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    shape = {"num_train": 25, "num_good": 6, "num_defective": 3, "size": (90, 61)}
-    draw_mvtec_category(root, "cloth", **shape)
-    return root
-
-
-@pytest.fixture(scope="module")
-def structured(root, tmp_path_factory):
-    """A run with a calibration of 10 images."""
-    output = tmp_path_factory.mktemp("structured")
-    arguments = ["folder", "noco_cf", "--data-root", str(root), "--output", str(output), *QUICK]
-    return train_mvtec.main(arguments)
-
-
-@pytest.fixture(scope="module")
-def semantic(tmp_path_factory):
-    output = tmp_path_factory.mktemp("semantic")
-    options = ("--image-size", "32", "--method.epochs", "1", "--workers", "0", "--overlays", "0")
-    return train_mnist.main(["digits", "--output", str(output), *options, "--categories", "0", "7"])
-
-
-@pytest.fixture(scope="module")
-def onnx_file(structured, tmp_path_factory):
+def onnx_file(calibrated, tmp_path_factory):
     """Of a run whose images are not upright squares, in a folder with a space."""
-    return export.main([str(structured), "--out", str(tmp_path_factory.mktemp("a b") / "m.onnx")])
+    return export.main([str(calibrated), "--out", str(tmp_path_factory.mktemp("a b") / "m.onnx")])
 
 
 @pytest.fixture(scope="module")
-def torchscript_file(structured):
-    return export.main([str(structured), "--format", "torchscript"])
+def torchscript_file(calibrated):
+    return export.main([str(calibrated), "--format", "torchscript"])
 
 
 def scored(run, category="cloth"):
@@ -90,12 +58,7 @@ def about(path):
 
 
 def refused(capsys, *words):
-    with pytest.raises(SystemExit) as stop:
-        export.main([*map(str, words)])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return " ".join(error.replace("│", " ").split())
+    return refusal(capsys, export.main, *words)
 
 
 def run_program(program, folder, image):
@@ -110,30 +73,30 @@ def run_program(program, folder, image):
 
 
 @needs_onnx
-def test_onnx_scores_batches_of_any_size_as_the_run_does(structured, onnx_file):
+def test_onnx_scores_batches_of_any_size_as_the_run_does(calibrated, onnx_file):
     import onnxruntime
 
-    images, wanted = scored(structured)
+    images, wanted = scored(calibrated)
     session = onnxruntime.InferenceSession(onnx_file)
     assert [entry.name for entry in session.get_outputs()] == ["scores", "maps"]
     for size in (1, 3, 8):
         parts = [session.run(None, {"images": b.numpy()}) for b in images.split(size)]
         scores, maps = (np.concatenate(part) for part in zip(*parts, strict=True))
         np.testing.assert_allclose(scores, wanted.images, rtol=1e-4)
-        assert maps.shape == (len(images), 33, 33)
+        assert maps.shape == (len(images), 32, 32)
         np.testing.assert_allclose(maps, wanted.maps, atol=1e-3 * float(wanted.maps.max()))
 
 
 @needs_onnx
-def test_what_the_file_and_its_json_say(structured, onnx_file):
+def test_what_the_file_and_its_json_say(calibrated, onnx_file):
     import onnx
 
     said = about(onnx_file)
     assert (said["category"], said["seed"], said["method"]) == ("cloth", 0, "noco_cf")
     assert said["input"]["resize"] == "lanczos_shorter"
-    assert (said["input"]["image_size"], said["input"]["crop_size"]) == (48, 33)
-    finished = load_run(structured, device="cpu")
-    stored = json.loads((structured / "calibration" / "cloth-seed0.json").read_text())
+    assert (said["input"]["image_size"], said["input"]["crop_size"]) == (48, 32)
+    finished = load_run(calibrated, device="cpu")
+    stored = json.loads((calibrated / "calibration" / "cloth-seed0.json").read_text())
     assert said["decision"]["thresholds"] == {"0.1": max(stored["scores"])}
     assert said["decision"]["calibration_images"] == 10
     checked = said["checked"]
@@ -151,17 +114,17 @@ def test_what_the_file_and_its_json_say(structured, onnx_file):
 
 
 @needs_onnx
-def test_the_program_of_the_json_runs_without_the_suite(structured, onnx_file, root):
+def test_the_program_of_the_json_runs_without_the_suite(calibrated, onnx_file):
     """The image is no square and is cropped: the program has to do what training did."""
-    _, wanted = scored(structured)
-    path = load_run(structured, device="cpu").run.load_scores("cloth", 0)["path"][-1]
+    _, wanted = scored(calibrated)
+    path = load_run(calibrated, device="cpu").run.load_scores("cloth", 0)["path"][-1]
     found = run_program(about(onnx_file)["example"], onnx_file.parent, path)
     assert found == pytest.approx(float(wanted.images[-1]), rel=1e-4)
 
 
-def test_torchscript_scores_batches_of_any_size_as_the_run_does(structured, torchscript_file):
-    images, wanted = scored(structured)
-    assert torchscript_file == structured / "export" / "cloth-seed0.pt"
+def test_torchscript_scores_batches_of_any_size_as_the_run_does(calibrated, torchscript_file):
+    images, wanted = scored(calibrated)
+    assert torchscript_file == calibrated / "export" / "cloth-seed0.pt"
     files = {"description.json": ""}
     module = torch.jit.load(torchscript_file, _extra_files=files)
     assert json.loads(files["description.json"]) == about(torchscript_file)
@@ -174,10 +137,10 @@ def test_torchscript_scores_batches_of_any_size_as_the_run_does(structured, torc
 
 
 def test_the_torchscript_program_prints_the_score(
-    structured, torchscript_file, capsys, monkeypatch
+    calibrated, torchscript_file, capsys, monkeypatch
 ):
-    _, wanted = scored(structured)
-    path = load_run(structured, device="cpu").run.load_scores("cloth", 0)["path"][0]
+    _, wanted = scored(calibrated)
+    path = load_run(calibrated, device="cpu").run.load_scores("cloth", 0)["path"][0]
     monkeypatch.chdir(torchscript_file.parent)
     monkeypatch.setattr(sys, "argv", ["program.py", str(path)])
     capsys.readouterr()
@@ -185,10 +148,10 @@ def test_the_torchscript_program_prints_the_score(
     assert float(capsys.readouterr().out) == pytest.approx(float(wanted.images[0]), rel=1e-4)
 
 
-def test_a_semantic_run_has_scores_alone_and_is_checked_on_its_own_array(semantic, capsys):
-    error = refused(capsys, semantic, "--format", "torchscript")
-    assert "several heads: choose one by --category (0, 7)" in error
-    path = export.main([str(semantic), "--format", "torchscript", "--category", "7"])
+def test_a_semantic_run_has_scores_alone_and_is_checked_on_its_own_array(digits, tmp_path, capsys):
+    words = (digits, "--format", "torchscript", "--seed", "1", "--out", tmp_path / "1.pt")
+    assert "several heads: choose one by --category (0, 1)" in refused(capsys, *words)
+    path = export.main([*map(str, words), "--category", "1"])
     said = about(path)
     assert said["output"].keys() == {"scores"}
     assert said["checked"]["images"] == exporting.CHECKED
@@ -198,17 +161,17 @@ def test_a_semantic_run_has_scores_alone_and_is_checked_on_its_own_array(semanti
     assert "16 images in batches of 1, 3, 8: scores differ by at most" in capsys.readouterr().out
 
 
-def test_a_file_that_disagrees_is_not_written(structured, torchscript_file, capsys, monkeypatch):
+def test_a_file_that_disagrees_is_not_written(calibrated, torchscript_file, capsys, monkeypatch):
     before = torchscript_file.read_bytes()
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
-    error = refused(capsys, structured, "--format", "torchscript")
+    error = refused(capsys, calibrated, "--format", "torchscript")
     assert "nothing was written: scores differ from the suite's by up to" in error
     assert torchscript_file.read_bytes() == before
-    assert not list(structured.glob("export/.*"))
+    assert not list(calibrated.glob("export/.*"))
 
 
-def test_a_difference_that_is_not_a_number_is_one(structured):
-    images, wanted = scored(structured)
+def test_a_difference_that_is_not_a_number_is_one(calibrated):
+    images, wanted = scored(calibrated)
     expected = {"scores": wanted.images.clone(), "maps": wanted.maps}
     expected["scores"][0] = torch.nan
     same = formats.Exported(lambda batch: (batch[:, 0, 0, 0].float(), batch[:, 0]), print, {})
@@ -216,8 +179,8 @@ def test_a_difference_that_is_not_a_number_is_one(structured):
         exporting.check(same, images, expected, wanted.images.numpy())
 
 
-def test_a_run_in_half_precision_is_exported_in_float32(structured, tmp_path, capsys):
-    copy = shutil.copytree(structured, tmp_path / "run")
+def test_a_run_in_half_precision_is_exported_in_float32(calibrated, tmp_path, capsys):
+    copy = shutil.copytree(calibrated, tmp_path / "run")
     config = json.loads((copy / "config.json").read_text()) | {"precision": "bf16"}
     (copy / "config.json").write_text(json.dumps(config))
     said = about(export.main([str(copy), "--format", "torchscript"]))
@@ -225,15 +188,15 @@ def test_a_run_in_half_precision_is_exported_in_float32(structured, tmp_path, ca
     assert (said["precision"], said["precision_of_run"]) == ("fp32", "bf16")
 
 
-def test_images_that_are_gone_have_to_be_given(structured, root, tmp_path, capsys):
+def test_images_that_are_gone_have_to_be_given(calibrated, root, tmp_path, capsys):
     moved = root.rename(tmp_path / "moved")
     try:
-        error = refused(capsys, structured, "--format", "torchscript")
+        error = refused(capsys, calibrated, "--format", "torchscript")
         assert "test images cannot be read" in error
         assert "pass others, --images FOLDER" in error
         out = tmp_path / "here.pt"
         given = ["--images", str(moved / "cloth" / "test" / "good"), "--out", str(out)]
-        export.main([str(structured), "--format", "torchscript", *given])
+        export.main([str(calibrated), "--format", "torchscript", *given])
         checked = about(out)["checked"]
         assert checked["images"] == 6
         assert "largest_difference_to_scores_in_run_folder" not in checked["scores"]
@@ -269,10 +232,10 @@ def test_weights_beyond_the_formats_limit_are_refused(monkeypatch):
         formats.to_onnx(torch.nn.Linear(3, 3), torch.zeros(2, 3), ["scores"], 18)
 
 
-def test_old_operator_sets_are_refused(structured, capsys):
-    assert "--opset 17: PyTorch writes 18 or newer" in refused(capsys, structured, "--opset", "17")
+def test_old_operator_sets_are_refused(calibrated, capsys):
+    assert "--opset 17: PyTorch writes 18 or newer" in refused(capsys, calibrated, "--opset", "17")
     with pytest.raises(ValueError, match="18 or newer"):
-        ExportOptions(run=structured, opset=9)
+        ExportOptions(run=calibrated, opset=9)
 
 
 def test_the_program_in_the_docstring_is_the_one_written():

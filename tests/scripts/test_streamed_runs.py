@@ -1,10 +1,12 @@
 """`--cache none` through the scripts: the numbers of `--cache host`, and how often it reads."""
 
 import csv
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate
 import train_mnist
@@ -12,14 +14,11 @@ import train_mvtec
 from datasets.reading.loading import ArrayDataset, ImageDataset
 from models.backbone.extractor import FrozenExtractor
 from tests.datasets.trees import draw_mvtec_category
+from tests.scripts import runs
+from tests.scripts.runs import DIGITS, measured, refusal
 from utils.runs.files import read_rows
 from utils.runs.run import Run
 
-IMAGES = (
-    *("--backbone", "tf_efficientnet_lite0", "--image-size", "64", "--crop-size", "none"),
-    *("--workers", "0", "--overlays", "0", "--extract-batch-size", "4"),
-)
-DIGITS = ("digits", "noco_cf", "--categories", "0", "7", "--overlays", "0", "--workers", "0")
 NUM_TRAIN, NUM_TEST = 20, 18  # two kinds of 6 defects
 CALIBRATED = ("--calibration-share", "0.3", "--false-alarm-rate", "0.3")
 ONE_TIME = ("--method.time", "300", "--select", "last")
@@ -32,40 +31,35 @@ def root(tmp_path_factory):
     return root
 
 
-def train(root, output, cache, method, *options):
-    arguments = ["folder", method, "--data-root", str(root), "--output", str(output / cache)]
-    return train_mvtec.main([*arguments, *IMAGES, "--cache", cache, *options])
+def words_of(root, output, cache, method, *options):
+    words = ("--extract-batch-size", "4", "--cache", cache, *options)
+    return runs.words_of(root, output / cache, method, *words)
 
 
-def numbers_of(folder):
-    """Rows without times, scores and heads of a run."""
-    run = Run.read(folder)
-    rows = [
-        {k: v for k, v in row.items() if not k.endswith("_seconds") and v == v}
-        for row in run.rows()
-    ]
-    pairs = [(row["category"], row["seed"]) for row in rows]
-    scores = [run.load_scores(*pair)["score"] for pair in pairs]
-    return rows, scores, [run.load_head(*pair)[0] for pair in pairs]
+def train(*arguments):
+    return train_mvtec.main(words_of(*arguments))
 
 
-def assert_equal_runs(found, expected, tolerance=0.0):
-    (rows, scores, heads), (*others,) = numbers_of(found), numbers_of(expected)
-    assert [set(row) for row in rows] == [set(row) for row in others[0]]
-    for ours, theirs in zip(rows, others[0], strict=True):
-        for name, value in ours.items():
-            exact = not isinstance(value, float)
-            assert value == (theirs[name] if exact else pytest.approx(theirs[name], abs=tolerance))
-    for ours, theirs in zip(scores, others[1], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=0)
-    for ours, theirs in zip(heads, others[2], strict=True):
-        assert set(ours) == set(theirs)
-        for name, tensor in ours.items():
-            expected = theirs[name]
+def assert_equal_runs(found, wanted, tolerance=0.0):
+    rows, others = measured(found), measured(wanted)
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            is_float = isinstance(value, float)
+            expected = pytest.approx(other[name], abs=tolerance) if is_float else other[name]
+            assert value == expected, name
+        pair = row["category"], row["seed"]
+        scores = [Run.read(folder).load_scores(*pair)["score"] for folder in (found, wanted)]
+        np.testing.assert_allclose(*scores, rtol=tolerance, atol=0)
+        heads = [Run.read(folder).load_head(*pair)[0] for folder in (found, wanted)]
+        assert heads[0].keys() == heads[1].keys()
+        for name in heads[0]:
+            tensors = [head[name] for head in heads]
             if tolerance and name.endswith("filters"):
                 # Their rows are eigenvectors, which have no sign; scores are lengths of products.
-                tensor, expected = (rows.mT @ rows for rows in (tensor, expected))
-            np.testing.assert_allclose(tensor, expected, rtol=tolerance, atol=tolerance)
+                tensors = [rows.mT @ rows for rows in tensors]
+            np.testing.assert_allclose(*tensors, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture
@@ -133,17 +127,22 @@ def test_other_readings_give_the_numbers_of_a_bank(root, tmp_path, method, optio
     assert_equal_runs(streamed, stored, tolerance)
 
 
-def test_an_online_curve_is_that_of_a_bank(root, tmp_path):
+def test_an_online_curve_is_that_of_a_bank_and_ends_at_the_result(root, tmp_path):
     options = ("--method.prototypes", "1", *ONE_TIME, "--online")
     curves = []
     for cache in ("none", "host"):
-        (path,) = (train(root, tmp_path, cache, "noco_cf", *options) / "online").glob("*.csv")
+        folder = train(root, tmp_path, cache, "noco_cf", *options)
+        (path,) = (folder / "online").glob("*.csv")
         with path.open(newline="") as file:
             curves.append(list(csv.DictReader(file)))
     assert [line["num_images"] for line in curves[0]] == ["1", "2", "5", "10", "20"]
     for ours, theirs in zip(*curves, strict=True):
         for name, value in ours.items():
             assert float(value) == pytest.approx(float(theirs[name]), abs=1e-4)
+    (row,) = measured(folder)
+    for name in ("image_auroc", "pixel_auroc", "aupro"):
+        assert float(curves[1][-1][name]) == pytest.approx(row[name], abs=1e-4)
+    assert np.array(Image.open(path.with_suffix(".png"))).std() > 0
 
 
 def test_unreadable_images(root, tmp_path, capsys, read):
@@ -152,25 +151,30 @@ def test_unreadable_images(root, tmp_path, capsys, read):
     lost = [sorted((damaged / "cloth" / part).rglob("*.png"))[1] for part in ("train", "test")]
     for path in lost:
         path.write_bytes(path.read_bytes()[:200])
-    options = ("--method.prototypes", "1", *ONE_TIME)
-    messages = []
-    for cache in ("none", "host"):
-        with pytest.raises(SystemExit) as stop:
-            train(damaged, tmp_path, cache, "noco_cf", *options)
-        assert stop.value.code == 2
-        messages.append(capsys.readouterr().err.strip().splitlines()[-1])
+    options = ("noco_cf", "--method.prototypes", "1", *ONE_TIME)
+    messages = [
+        refusal(capsys, train_mvtec.main, *words_of(damaged, tmp_path, cache, *options))
+        for cache in ("none", "host")
+    ]
     assert messages[0] == messages[1]
     assert str(lost[0]) in messages[0]
     read.clear()
-    streamed = train(damaged, tmp_path, "none", "noco_cf", *options, "--skip-unreadable")
+    streamed = train(damaged, tmp_path, "none", *options, "--skip-unreadable")
     # The first reading only looks which images there are.
     files = [path for path in read if path != "backbone"]
     assert {path: read[path] for path in files} == {p: 1 if p in lost else 2 for p in files}
     assert len(files) == NUM_TRAIN + NUM_TEST
     assert read["backbone"] == 5 * 4 + 5 * 4, "19 and 17 images in batches of four"
-    (row,) = read_rows(streamed / "results.csv")
+    (row,) = measured(streamed)
+    assert row["pixel_auroc"] > 0.9  # masks still belong to their images
     assert (row["num_train"], row["num_test"], row["skipped"]) == (NUM_TRAIN - 1, NUM_TEST - 1, 2)
-    stored = train(damaged, tmp_path, "host", "noco_cf", *options, "--skip-unreadable")
+    data = json.loads((streamed / "metrics.jsonl").read_text().splitlines()[0])
+    for path, reason in zip(lost, data["skipped"], strict=True):
+        assert str(path) in reason
+        assert "truncated" in reason
+    assert str(lost[1]) not in Run.read(streamed).load_scores("cloth", 0)["path"]
+    assert "2 unreadable images were left out" in (streamed / "table.md").read_text()
+    stored = train(damaged, tmp_path, "host", *options, "--skip-unreadable")
     assert_equal_runs(streamed, stored, 1e-4)
 
 
@@ -190,20 +194,22 @@ def test_tasks_of_a_data_set_read_their_own_images(tmp_path, monkeypatch):
         return item(self, index)
 
     monkeypatch.setattr(ArrayDataset, "__getitem__", counted)
-    runs = {}
+    folders = {}
     for cache in ("none", "host"):
         sizes.clear()
-        output = ["--output", str(tmp_path / cache), "--method.prototypes", "1"]
-        runs[cache] = train_mnist.main([*DIGITS, *output, "--cache", cache])
+        words = ["--output", str(tmp_path / cache), "--cache", cache]
+        words += ["--method.prototypes", "1", "--image-size", "32"]
+        folders[cache] = train_mnist.main(["digits", "noco_cf", *DIGITS[1:], *words])
         num_train, num_test = sorted({length for length, _ in sizes}, reverse=True)
         times = {
             length: Counter(count for (of, _), count in sizes.items() if of == length)
             for length in (num_train, num_test)
         }
-        rows = read_rows(runs[cache] / "results.csv")
+        rows = measured(folders[cache])
+        assert all(row["image_auroc"] > 0.9 for row in rows)
         if cache == "none":
             assert times[num_train] == {1: sum(row["num_train"] for row in rows)}
             assert times[num_test] == {2: num_test}
         else:
             assert times == {num_train: {1: num_train}, num_test: {1: num_test}}
-    assert_equal_runs(runs["none"], runs["host"], 1e-6)
+    assert_equal_runs(folders["none"], folders["host"], 1e-6)

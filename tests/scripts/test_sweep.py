@@ -2,39 +2,27 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import pipeline.training
 import sweep
 import train_mnist
-import train_mvtec
 from configs.sweep import sweep_options
 from models.backbone.extractor import FrozenExtractor
 from pipeline.planning import combinations
 from tests.datasets.trees import draw_mvtec_category, save, texture
-from tests.rays import require_ray
-from utils.runs.files import read_rows
+from tests.scripts.runs import IMAGES, QUICK_DIGITS, assert_same_run, measured, refusal, train
 from utils.sweep.engines import Workers
 
-EXTRA = ("--image-size", "32", "--method.epochs", "2", "--workers", "0", "--overlays", "2")
-TABLES = ("md", "tex", "csv", "json")
 DIGITS = ("--datasets", "digits", "--categories", "0", "1", "--seeds", "0", "1")
 
 
 def sweep_digits(output, *more):
-    return sweep.main([*DIGITS, "--output", str(output), "--", *EXTRA, *more])
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """The run of the plain command, undisturbed."""
-    output = tmp_path_factory.mktemp("plain")
-    words = [*EXTRA, "--categories", "0", "1", "--seeds", "0", "1", "--output", str(output)]
-    return train_mnist.main(["digits", "noco", *words])
+    return sweep.main([*DIGITS, "--output", str(output), "--", *QUICK_DIGITS, *more])
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +31,6 @@ def swept(tmp_path_factory):
     output = tmp_path_factory.mktemp("swept")
     sweep_digits(output)
     return output
-
-
-@pytest.fixture
-def called(monkeypatch):
-    """The words of each call of train_mnist's main."""
-    calls = []
-    main = train_mnist.main
-
-    def counted(argv):
-        calls.append(list(argv))
-        return main(argv)
-
-    monkeypatch.setattr(train_mnist, "main", counted)
-    return calls
 
 
 def manifest(output, name="*"):
@@ -68,44 +42,11 @@ def statuses(output):
     return {(job["category"], job["seed"]): job["status"] for job in manifest(output)["jobs"]}
 
 
-def measured(folder):
-    return [
-        {k: v for k, v in row.items() if not k.endswith("_seconds") and v == v}
-        for row in read_rows(folder / "results.csv")
-    ]
+def test_merged_run_is_that_of_the_plain_command(swept, digits):
+    assert_same_run(swept / digits.parent.name / digits.name, digits)
 
 
-def files_of(folder):
-    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-
-
-def assert_same_run(merged, plain):
-    """Everything but times and environment is equal; pictures and arrays to the byte."""
-    assert files_of(merged) == files_of(plain)
-    assert measured(merged) == measured(plain)
-    for name in ("config.json", "metrics.jsonl", *(f"table.{end}" for end in TABLES)):
-        assert (merged / name).read_bytes() == (plain / name).read_bytes(), name
-    for name in files_of(plain):
-        if name.suffix == ".npz":
-            with np.load(merged / name) as mine, np.load(plain / name) as its:
-                assert sorted(mine) == sorted(its)
-                assert all(np.array_equal(mine[key], its[key]) for key in its)
-        elif name.suffix == ".safetensors":
-            mine, its = load_file(merged / name), load_file(plain / name)
-            assert all(np.array_equal(mine[key], its[key]) for key in its)
-        elif name.suffix == ".png":
-            assert (merged / name).read_bytes() == (plain / name).read_bytes()
-
-
-def test_merged_run_is_that_of_the_plain_command(swept, plain):
-    merged = swept / plain.parent.name / plain.name
-    assert_same_run(merged, plain)
-    assert {path.parts[1] for path in files_of(merged) if path.parts[0] == "overlays"} == {
-        *("0-seed0", "1-seed0")
-    }
-
-
-def test_the_plain_command_finds_nothing_left_to_do(swept, plain, monkeypatch):
+def test_the_plain_command_finds_nothing_left_to_do(swept, digits, monkeypatch):
     def refuse(*_):
         raise AssertionError("something was computed")
 
@@ -115,12 +56,12 @@ def test_the_plain_command_finds_nothing_left_to_do(swept, plain, monkeypatch):
     command = shlex.split(run["command"])
     assert command[:2] == ["python", "train_mnist.py"]
     assert train_mnist.main(command[2:]) == Path(run["run_folder"])
-    assert measured(Path(run["run_folder"])) == measured(plain)
+    assert measured(Path(run["run_folder"])) == measured(digits)
 
 
-def test_lists_are_stored(swept, plain):
+def test_lists_are_stored(swept, digits):
     stored = manifest(swept)
-    merged = swept / plain.parent.name / plain.name
+    merged = swept / digits.parent.name / digits.name
     (folder,) = swept.glob("sweep-*")
     assert (folder / "runs.txt").read_text() == f"{merged}\n"
     assert set(statuses(swept).values()) == {"done"}
@@ -138,15 +79,15 @@ def test_lists_are_stored(swept, plain):
     assert len(record["continued"]) == 4
 
 
-def test_a_finished_sweep_runs_nothing_again(swept, called, capsys):
+def test_a_finished_sweep_runs_nothing_again(swept, monkeypatch, capsys):
     seconds = [job["seconds"] for job in manifest(swept)["jobs"]]
+    monkeypatch.setattr(train_mnist, "main", lambda _: pytest.fail("a finished job ran again"))
     (folder,) = sweep_digits(swept)
-    assert called == []
     assert f"run folder: {folder}" in capsys.readouterr().out
     assert [job["seconds"] for job in manifest(swept)["jobs"]] == seconds
 
 
-def test_a_sweep_continues_where_an_interrupt_left_it(tmp_path, plain, monkeypatch, capsys):
+def test_a_sweep_continues_where_an_interrupt_left_it(tmp_path, digits, monkeypatch, capsys):
     main, calls = train_mnist.main, []
 
     def interrupted(argv):
@@ -156,24 +97,22 @@ def test_a_sweep_continues_where_an_interrupt_left_it(tmp_path, plain, monkeypat
         return main(argv)
 
     monkeypatch.setattr(train_mnist, "main", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        sweep_digits(tmp_path)
-    assert stop.value.code == 130
-    assert "interrupted" in capsys.readouterr().err
+    words = [*DIGITS, "--output", tmp_path, "--", *QUICK_DIGITS]
+    assert "interrupted" in refusal(capsys, sweep.main, *words, code=130)
     assert list(statuses(tmp_path).values()) == ["done", "done", "pending", "pending"]
     (folder,) = sweep_digits(tmp_path)
     # The three, then the two that were left and the command that writes the table.
     assert len(calls) == 3 + 2 + 1
-    assert_same_run(folder, plain)
+    assert_same_run(folder, digits)
     # A further seed runs its own jobs only; the others are found in the folder of jobs.
-    more = [*DIGITS[:-2], "--seeds", "0", "1", "2", "--output", str(tmp_path), "--", *EXTRA]
+    more = [*DIGITS[:-2], "--seeds", "0", "1", "2", "--output", str(tmp_path), "--", *QUICK_DIGITS]
     (wider,) = sweep.main(more)
     assert len(calls) == 6 + 2 + 1
     assert len(measured(wider)) == 6
-    assert [row for row in measured(wider) if row["seed"] < 2] == measured(plain)
+    assert [row for row in measured(wider) if row["seed"] < 2] == measured(digits)
 
 
-def test_failures_stop_no_other_job_and_are_listed(tmp_path, plain, monkeypatch, capsys):
+def test_failures_stop_no_other_job_and_are_listed(tmp_path, swept, digits, monkeypatch, capsys):
     main = train_mnist.main
 
     def failing(argv):
@@ -183,41 +122,49 @@ def test_failures_stop_no_other_job_and_are_listed(tmp_path, plain, monkeypatch,
         return main(argv)
 
     monkeypatch.setattr(train_mnist, "main", failing)
+    corrupt = tmp_path / Path(manifest(swept)["jobs"][0]["run_folder"]).relative_to(swept)
+    corrupt.mkdir(parents=True)
+    (corrupt / "config.json").write_text("{")
     with pytest.raises(SystemExit) as stop:
-        sweep_digits(tmp_path, "--overlays", "0")
+        sweep_digits(tmp_path)
     assert stop.value.code == 1
     out = capsys.readouterr().out
-    assert "4 jobs: 3 done, 1 failed" in out
+    assert "4 jobs: 2 done, 2 failed" in out
+    assert "config.json: corrupt" in out
     assert "failed: digits noco, 1, seed 0: exit code 2\n    error: the disk is full\n" in out
     assert "alone: python train_mnist.py digits noco" in out
     assert "run folder" not in out.replace("run folders", "")
-    (job,) = [job for job in manifest(tmp_path)["jobs"] if job["status"] == "failed"]
+    broken, job = [job for job in manifest(tmp_path)["jobs"] if job["status"] == "failed"]
+    assert (broken["category"], broken["seed"]) == ("0", 0)
     assert (job["category"], job["seed"], job["message"]) == ("1", 0, ["error: the disk is full"])
     assert next(tmp_path.glob("sweep-*/runs.txt")).read_text() == ""
-    # Its own command repairs it, and the sweep then has nothing but the table to do.
+    # Its own command repairs it, and the sweep then has the other one and the table to do.
     main(shlex.split(job["command"])[2:])
+    shutil.rmtree(corrupt)
     monkeypatch.setattr(train_mnist, "main", main)
-    (folder,) = sweep_digits(tmp_path, "--overlays", "0")
-    assert measured(folder) == measured(plain)
+    (folder,) = sweep_digits(tmp_path)
+    assert measured(folder) == measured(digits)
 
 
 def test_structured_categories_merge_too(tmp_path):
     for seed, category in enumerate(("cloth", "wood")):
         draw_mvtec_category(tmp_path / "images", category, seed=seed)
-    words = ("--backbone", "tf_efficientnet_lite0", "--image-size", "64", "--layers", "2", "3")
-    words += ("--method.epochs", "1", "--workers", "0", "--select", "best_test", "--save-maps")
-    words += ("--overlays", "1")
-    data = ("--data-root", str(tmp_path / "images"))
     seeds = ("--seeds", "3", "0")
-    plain = train_mvtec.main(["folder", *data, *words, *seeds, "--output", str(tmp_path / "plain")])
-    arguments = ["--set", shlex.join(["train_mvtec:folder", "noco", *data]), *seeds]
-    (folder,) = sweep.main([*arguments, "--output", str(tmp_path / "swept"), "--", *words])
+    words = (*IMAGES, "--method.epochs", "1", "--overlays", "1", "--save-maps")
+    words += ("--select", "best_test")
+    plain = train(tmp_path / "images", tmp_path / "plain", "noco", *words, *seeds)
+    run = ["train_mvtec:folder", "noco", "--data-root", str(tmp_path / "images")]
+    arguments = ["--set", shlex.join(run), *seeds, "--output", str(tmp_path / "swept")]
+    (folder,) = sweep.main([*arguments, "--", *words])
     assert_same_run(folder, plain)
 
 
 def test_workers_and_devices_are_those_asked_for(monkeypatch):
+    def engine_of(*words):
+        return sweep.engine_of(sweep_options(["--datasets", "demo", *words])[0])
+
     def environments(*words):
-        engine = sweep.engine_of(sweep_options(["--datasets", "demo", *words])[0])
+        engine = engine_of(*words)
         assert isinstance(engine, Workers)
         return [e.get("CUDA_VISIBLE_DEVICES") for e in engine.environments]
 
@@ -227,6 +174,9 @@ def test_workers_and_devices_are_those_asked_for(monkeypatch):
     assert environments("--engine", "gpus") == ["0", "1", "2"]
     assert environments("--engine", "gpus", "--gpus", "0", "2") == ["0", "2"]
     assert environments("--engine", "gpus", "--gpus", "1", "2", "--jobs", "2") == [*"1212"]
+    monkeypatch.setattr(sweep, "RayTasks", lambda *address, **options: (*address, options))
+    asked = ("--ray-address", "auto", "--jobs", "3", "--gpus-per-task", "0.5")
+    assert engine_of("--engine", "ray", *asked) == ("auto", {"num_gpus": 0.5, "at_once": 3})
 
 
 def planned(*words):
@@ -312,48 +262,34 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED, ids=" ".join)
 def test_what_cannot_run_is_refused_before_anything_does(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        sweep.main(list(words))
-    assert stop.value.code == 2
-    assert REFUSED[words] in " ".join(capsys.readouterr().err.split())
+    assert REFUSED[words] in refusal(capsys, sweep.main, *words)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_option_a_method_has_not_is_refused_by_name(tmp_path, capsys):
+def test_an_option_a_method_has_not_is_refused_by_name_or_skipped(tmp_path, capsys):
     words = ["--datasets", "digits", "--methods", "noco", "knn", "--options", "method.norm=1,2"]
-    with pytest.raises(SystemExit) as stop:
-        sweep.main([*words, "--output", str(tmp_path / "out")])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert "digits knn --method.norm 1\n    Unrecognized options: --method.norm" in message
-    assert "digits knn --method.norm 2" in message
+    words += ["--categories", "0", "--output", str(tmp_path / "out")]
+    message = refusal(capsys, sweep.main, *words)
+    for norm in (1, 2):
+        refused = f"digits knn --method.norm {norm} Unrecognized options: --method.norm"
+        assert refused in message
     assert "digits noco" not in message
     assert "--skip-invalid" in message
-    assert not (tmp_path / "out").exists()
 
-
-def test_skip_invalid_lists_what_it_leaves_out(tmp_path, capsys):
-    words = ["--datasets", "digits", "--methods", "noco", "knn", "--options", "method.norm=1,2"]
-    words += ["--categories", "0", "--output", str(tmp_path / "out"), "--skip-invalid"]
-    assert sweep.main([*words, "--dry-run"]) == []
+    assert sweep.main([*words, "--skip-invalid", "--dry-run"]) == []
     out = capsys.readouterr().out
     assert out.count("left out  digits knn --method.norm") == 2
     assert out.count("to run    python train_mnist.py digits noco --method.norm") == 2
     assert "2 jobs, 2 to run" in out
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit):
-        sweep.main(["--datasets", "digits", "--methods", "no", "--skip-invalid"])
-    assert "no combination can run" in capsys.readouterr().err
+    words = ("--datasets", "digits", "--methods", "no", "--skip-invalid")
+    assert "no combination can run" in refusal(capsys, sweep.main, *words)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as stop:
-        sweep_digits(tmp_path / "file")
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert "sweep.json: cannot be written" in message
-    assert message.count("\n") == 1
+    words = (*DIGITS, "--output", tmp_path / "file", "--", *QUICK_DIGITS)
+    assert "sweep.json: cannot be written" in refusal(capsys, sweep.main, *words)
 
 
 def test_the_commands_of_the_docstring_stand_for_commands_of_the_scripts():
@@ -377,30 +313,4 @@ def test_devices_that_are_not_there_are_refused(monkeypatch, capsys):
         (["0"], ["--", "--device", "cpu"], "--device is chosen by the engine here"),
     ):
         monkeypatch.setattr(sweep, "cuda_devices", lambda devices=devices: devices)
-        with pytest.raises(SystemExit) as stop:
-            sweep.main([*words, *more])
-        assert stop.value.code == 2
-        assert message in capsys.readouterr().err
-
-
-def test_a_corrupt_job_fails_alone_and_says_so(tmp_path, swept, capsys):
-    job = manifest(swept)["jobs"][0]
-    folder = tmp_path / Path(job["run_folder"]).relative_to(swept)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(SystemExit) as stop:
-        sweep_digits(tmp_path)
-    assert stop.value.code == 1
-    out = capsys.readouterr().out
-    assert "4 jobs: 3 done, 1 failed" in out
-    assert "corrupt" in out
-
-
-@pytest.mark.slow
-def test_ray_runs_the_same_jobs(tmp_path, monkeypatch):
-    require_ray()
-    monkeypatch.chdir(tmp_path)
-    words = ["--datasets", "digits", "--methods", "noco", "--categories", "0", "1"]
-    (folder,) = sweep.main([*words, "--engine", "ray", "--output", "out", "--", *EXTRA])
-    assert [row["category"] for row in measured(folder)] == ["0", "1"]
-    assert set(statuses(tmp_path / "out").values()) == {"done"}
+        assert message in refusal(capsys, sweep.main, *words, *more)

@@ -3,13 +3,11 @@
 import io
 import os
 import struct
-import sys
 import unicodedata
 import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -51,9 +49,8 @@ class Case:
 
 def encode(image, kind, **options):
     stream = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(
-        stream, kind, **options
-    )
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -235,15 +232,8 @@ def png_chunk(name, data):
 
 
 MAGIC = (
-    *(
-        b"",
-        b"\x89PNG\r\n\x1a\n",
-        b"\xff\xd8\xff\xe0\x00\x10JFIF\x00",
-        b"BM",
-        b"II*\x00",
-        b"MM\x00*",
-    ),
-    *(b"RIFF\x40\x00\x00\x00WEBPVP8 ", b"GIF89a", b"P6 9 9 255 ", b"P5\n", b"MM\x00+"),
+    *(b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"BM", b"II*\x00"),
+    *(b"MM\x00*", b"RIFF\x40\x00\x00\x00WEBPVP8 ", b"GIF89a", b"P6 9 9 255 ", b"P5\n", b"MM\x00+"),
     *(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", b"\xc5\xd0\xd3\xc6", b"PK\x03\x04"),
 )
 
@@ -260,9 +250,7 @@ ODD = (garbled_png, garbled_jpeg, closed_short_jpeg, floating, too_deep, bomb, r
 def cases(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     size = draw(LENGTHS), draw(LENGTHS)
-    kind = draw(
-        st.sampled_from([*WHOLE, *ODD, garbled_jpeg, "cut", "cut", "cut", "cut", "cut", "cut"])
-    )
+    kind = draw(st.sampled_from([*WHOLE, *ODD, garbled_jpeg, *6 * ["cut"]]))
     if kind == "cut":
         kind = draw(st.sampled_from(WHOLE))
         return f"cut {kind.__name__}", cut(rng, kind(rng, size)), draw(st.sampled_from(SUFFIXES))
@@ -292,7 +280,7 @@ def judge(case, path):
     return "read"
 
 
-def test_a_thousand_odd_files(tmp_path, record_property):
+def test_a_thousand_odd_files(tmp_path):
     seen = Counter()
 
     @settings(
@@ -311,10 +299,8 @@ def test_a_thousand_odd_files(tmp_path, record_property):
 
     check()
     outcomes = Counter()
-    for (kind, outcome), count in sorted(seen.items()):
+    for (_, outcome), count in seen.items():
         outcomes[outcome] += count
-        record_property(f"{kind}: {outcome}", count)
-    sys.stdout.write(f"{dict(outcomes)}\n{dict(seen)}\n")
     assert outcomes.total() >= NUM_CASES
     assert outcomes["read"] > NUM_CASES / 3
     assert outcomes["refused"] > NUM_CASES / 4
@@ -328,16 +314,6 @@ def test_a_thousand_odd_files(tmp_path, record_property):
 def test_extreme_shapes(tmp_path, size, kind):
     for seed in range(3):
         assert judge(kind(np.random.default_rng(seed), size), tmp_path / "a.png") == "read"
-
-
-def test_extreme_shapes_go_through_the_transforms(tmp_path):
-    rng = np.random.default_rng(0)
-    for size in ((3, 2000), (2000, 3), (1, 1)):
-        path = save(tmp_path / "a.png", noise(rng, size, 3))
-        for resize in ("opencv_square", "lanczos_shorter"):
-            transform = PairTransform(64, 56, resize)
-            assert transform.image(read_image(path)).shape == (56, 56, 3)
-            assert transform.mask(read_mask(path)).shape == (56, 56)
 
 
 def test_a_strip_that_resizing_would_blow_up_is_refused_by_name(tmp_path):
@@ -425,25 +401,24 @@ def test_mask_stays_on_its_defect_however_exif_turns(tmp_path, orientation, mask
 def masks_that_are_read(drawn):
     """name -> content of masks with the defect `drawn` and nothing else."""
     seven, rng = drawn.astype(np.uint8) * 7, np.random.default_rng(0)
-    see_through = np.dstack([seven, seven, seven, noise(rng, drawn.shape)])
-    wide = texture(rng, drawn.shape[::-1])
+    alpha = noise(rng, drawn.shape)
     indexed = Image.fromarray(drawn.astype(np.uint8))
     indexed.putpalette([200, 200, 200, 0, 0, 0])
     inks = Image.fromarray(rgb(seven)).convert("CMYK")
     lossy = drawn.astype(np.uint8) * 255
-    assert wide.shape[:2] == drawn.shape
     return {
-        "grey": encode(seven, "PNG"),
+        "grey": encode(drawn * (alpha | 1), "PNG"),
         "grey 16": encode(seven.astype(np.uint16), "PNG"),
         "one bit": encode(drawn, "PNG"),
         "palette": encode(indexed, "PNG"),
         "palette, see-through": encode(indexed, "PNG", transparency=0),
-        "RGBA": encode(see_through, "PNG"),
-        "LA": encode(Image.fromarray(see_through).convert("LA"), "PNG"),
+        "RGBA": encode(np.dstack([0 * seven, 0 * seven, seven, alpha]), "PNG"),
+        "LA": encode(np.dstack([seven, alpha]), "PNG"),
         "CMYK": encode(inks, "TIFF"),
         "float": encode(drawn.astype(np.float32), "TIFF"),
         "lossless WebP": encode(rgb(seven), "WEBP", lossless=True),
         "empty": encode(np.zeros_like(seven), "PNG"),
+        "empty JPEG": encode(np.zeros_like(seven), "JPEG"),
         "JPEG": encode(lossy, "JPEG"),
         "lossy WebP": encode(rgb(lossy), "WEBP", quality=60),
         "JPEG in TIFF": encode(rgb(lossy), "TIFF", compression="jpeg"),
@@ -456,7 +431,7 @@ def test_odd_masks_are_read_as_drawn(tmp_path, name):
     drawn = np.hypot(y - 20, x - 18) < 11
     (tmp_path / "mask.png").write_bytes(masks_that_are_read(drawn)[name])
     mask = read_mask(tmp_path / "mask.png")
-    expected = np.zeros_like(drawn) if name == "empty" else drawn
+    expected = drawn & ("empty" not in name)
     is_lossy = name in {"JPEG", "lossy WebP", "JPEG in TIFF"}
     assert (mask ^ expected).sum() <= (12 if is_lossy else 0)
 
@@ -477,59 +452,9 @@ def test_masks_whose_values_would_be_lost_are_refused(tmp_path):
             read_mask(path)
 
 
-@pytest.fixture(scope="module")
-def mixed_folder(tmp_path_factory):
-    """Files in an order, and for each its expected pixels or None."""
-    folder, expected = tmp_path_factory.mktemp("mixed"), []
-    for index in range(60):
-        rng = np.random.default_rng(index)
-        kind = [*WHOLE, closed_short_jpeg, floating, too_deep, bomb, random_bytes][index % 15]
-        case = kind(rng, tuple(rng.integers(4, 40, 2)))
-        (folder / f"{index:03d}.png").write_bytes(case.content)
-        expected.append(case)
-    (folder / "060.png").mkdir()
-    (folder / "061.png").touch()
-    return folder, [*expected, Case(b"", None), Case(b"", None), Case(b"", None)]
-
-
-# In turn, by threads, by processes; pinning memory warns where there is no GPU to pin it for.
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("workers", "for_gpu"), [(0, False), (2, False), (2, True)])
-def test_odd_files_through_the_loader(mixed_folder, workers, for_gpu):
-    folder, expected = mixed_folder
-    transform = PairTransform(32, None, "opencv_square")
-    paths = [folder / f"{index:03d}.png" for index in range(len(expected))]
-    dataset = ImageDataset(paths, transform)
-    options = {"batch_size": 8, "workers": workers, "for_gpu": for_gpu}
-    loader = BatchLoader(dataset, skip_unreadable=True, **options)
-    read = {i: image for b in loader for i, image in zip(b.indices, b.images, strict=True)}
-    assert list(read) == [i for i, case in enumerate(expected) if case.expected is not None]
-    assert len(loader.skipped) == len(expected) - len(read) == 23
-    for path, error in loader.skipped:
-        assert str(path) in error
-    for index, image in read.items():
-        wanted = transform.image(np.ascontiguousarray(expected[index].expected))
-        difference = image.permute(1, 2, 0).numpy().astype(int) - wanted
-        assert np.abs(difference).mean() <= expected[index].tolerance
-
-    first = next(i for i, case in enumerate(expected) if case.expected is None)
-    loader = BatchLoader(dataset, skip_unreadable=False, **options)
-    with pytest.raises(DataError, match=rf"{first:03d}\.png.*pass --skip-unreadable"):
-        list(loader)
-
-
 NAMES = (
-    *(
-        "with spaces",
-        " leading",
-        "trailing ",
-        "it's",
-        'a "quote"',
-        "50% [ab]*?",
-        "-x",
-        "~",
-        "$HOME",
-    ),
+    *("with spaces", " leading", "trailing ", "it's", 'a "quote"', "50% [ab]*?", "-x", "~"),
+    "$HOME",
     *(unicodedata.normalize(form, "é ü 한") for form in ("NFC", "NFD")),
     *("日本語", "🙂", "line\nbreak", "tab\there", os.fsdecode(b"latin-1 \xe9"), "x" * 200, "a.b.c"),
 )
@@ -561,9 +486,3 @@ def test_odd_names_of_folders_and_files(tmp_path, name):
     with pytest.raises(DataError, match="cannot read the image") as refusal:
         list(loader)
     assert name in str(refusal.value)
-
-
-def test_a_name_too_long_for_the_disk_is_refused(tmp_path):
-    for read in (read_image, read_mask, read_size):
-        with pytest.raises(DataError, match="cannot read the image"):
-            read(Path(tmp_path, "x" * 5000 + ".png"))

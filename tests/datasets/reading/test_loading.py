@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
 import datasets
 from datasets.reading.loading import (
@@ -20,10 +20,11 @@ from datasets.reading.loading import (
     Batch,
     BatchLoader,
     ImageDataset,
+    images_of,
     read_masks,
 )
 from datasets.reading.transforms import PairTransform
-from datasets.samples import DataError
+from datasets.samples import DataError, ImageSet
 from datasets.synthetic import SyntheticDataset, cutpaste, rotate
 from tests.datasets.trees import add_defect, save, texture
 
@@ -37,17 +38,18 @@ def paths(tmp_path):
 
 
 def loader(dataset, *, workers=0, for_gpu=False, skip=False, batch_size=3):
-    return BatchLoader(
-        dataset,
-        batch_size=batch_size,
-        workers=workers,
-        skip_unreadable=skip,
-        for_gpu=for_gpu,
-    )
+    options = {"batch_size": batch_size, "workers": workers, "for_gpu": for_gpu}
+    return BatchLoader(dataset, skip_unreadable=skip, **options)
 
 
-# In turn, by threads, by processes; pinning memory warns where there is no GPU to pin it for.
-WAYS = pytest.mark.parametrize(("workers", "for_gpu"), [(0, False), (2, False), (2, True)])
+@pytest.fixture(params=[(0, False), (2, False), (2, True)], ids=["in turn", "threads", "processes"])
+def load(request, paths):
+    """Makes loaders of the files; pinning memory warns where there is no GPU to pin it for."""
+    workers, for_gpu = request.param
+    dataset = ImageDataset(paths, TRANSFORM)
+    return lambda **options: loader(dataset, workers=workers, for_gpu=for_gpu, **options)
+
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
 
@@ -56,9 +58,9 @@ def truncate(path):
     path.write_bytes(content[: len(content) // 2])
 
 
-@WAYS
-def test_batches_come_in_order(paths, workers, for_gpu):
-    batches = loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu)
+def test_batches_come_in_order_and_leave_the_global_generator_alone(paths, load):
+    before = torch.get_rng_state()
+    batches = load()
     assert len(batches) == 3
     assert batches.num_images == 7
     for _ in range(2):
@@ -72,20 +74,13 @@ def test_batches_come_in_order(paths, workers, for_gpu):
     with Image.open(paths[5]) as image:
         expected = TRANSFORM.image(np.asarray(image))
     np.testing.assert_array_equal(images[5].permute(1, 2, 0), expected)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-@WAYS
-def test_truncated_image_is_named(paths, workers, for_gpu):
-    truncate(paths[4])
-    with pytest.raises(DataError, match=r"cannot read the image .*4\.png.*--skip-unreadable"):
-        list(loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu))
-
-
-@WAYS
-def test_unreadable_images_are_left_out_and_listed(paths, workers, for_gpu):
+def test_unreadable_images_are_left_out_and_listed(paths, load):
     truncate(paths[1])
     paths[6].unlink()
-    batches = loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
+    batches = load(skip=True)
     for _ in range(2):
         found = list(batches)
         # The last batch has no image left.
@@ -101,10 +96,9 @@ def test_unreadable_images_are_left_out_and_listed(paths, workers, for_gpu):
     assert batches.skipped == []
 
 
-@WAYS
-def test_some_images_in_any_order(paths, workers, for_gpu):
+def test_some_images_in_any_order(paths, load):
     truncate(paths[1])
-    whole = loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu, skip=True)
+    whole = load(skip=True)
     assert whole.indices == [0, 1, 2, 3, 4, 5, 6]
     some = whole.at([5, 1, 0, 2, 5, 6])
     assert (some.indices, some.num_images, len(some)) == ([5, 1, 0, 2, 5, 6], 6, 2)
@@ -118,41 +112,22 @@ def test_some_images_in_any_order(paths, workers, for_gpu):
     again = some.at([3, 0])
     assert again.indices == [2, 5]
     assert [batch.indices for batch in again] == [[2, 5]]
-    assert list(whole.at([])) == []
+    assert (len(whole.at([])), list(whole.at([]))) == (0, [])
     prints = [json.dumps(part.fingerprint()) for part in (whole, some, again)]
     assert len(set(prints)) == 3
-    strict = loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu).at([1])
+    strict = load().at([1])
     assert whole.skips_unreadable > strict.skips_unreadable
     with pytest.raises(DataError, match=r"cannot read the image .*1\.png.*--skip-unreadable"):
         list(strict)
 
 
-def test_empty_data_set_gives_no_batches():
-    batches = loader(ImageDataset([], TRANSFORM), workers=2)
-    assert len(batches) == 0
-    assert list(batches) == []
-
-
-@WAYS
-def test_loading_leaves_the_global_generator_alone(paths, workers, for_gpu):
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    list(loader(ImageDataset(paths, TRANSFORM), workers=workers, for_gpu=for_gpu))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 class WorkerState:
     """A transform whose image tells the state of the process it runs in."""
-
-    output_size = 1
 
     def image(self, image):
         del image
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         return np.array([[[torch.get_num_threads(), ignored, os.getpid() % 251]]], dtype=np.uint8)
-
-    def mask(self, mask):
-        raise NotImplementedError
 
 
 def test_processes_have_one_thread_and_leave_interrupts_to_the_main_process(paths):
@@ -207,12 +182,9 @@ def test_interrupt_ends_quickly_with_one_traceback(tmp_path, for_gpu):
             from datasets.reading.loading import ArrayDataset, BatchLoader
 
             class Slow:
-                output_size = 8
                 def image(self, image):
                     time.sleep(0.05)
                     return image
-                def mask(self, mask):
-                    return mask
 
             if __name__ == "__main__":
                 # A background job of a shell without a terminal starts with interrupts ignored.
@@ -252,7 +224,7 @@ def test_arrays_of_grey_and_colour():
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, (5, 32, 32), dtype=np.uint8)
     colour = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    (grey_batch,) = loader(ArrayDataset(grey, TRANSFORM), batch_size=8)
+    (grey_batch,) = loader(images_of(ImageSet("test", images=grey), TRANSFORM), batch_size=8)
     (colour_batch,) = loader(ArrayDataset(colour, TRANSFORM), batch_size=8)
     assert grey_batch.indices == [0, 1, 2, 3, 4]
     for channel in range(3):
@@ -298,38 +270,12 @@ def test_mask_of_another_size_is_named(defective):
         read_masks([path], [mask_path], [1], TRANSFORM)
 
 
-def test_mask_of_an_image_turned_by_exif(defective):
-    path, mask_path, mask = defective
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    with Image.open(path) as image:
-        pixels = image.copy()
-    pixels.save(path, exif=exif)
-    with pytest.raises(DataError, match=r"is 40 x 36 pixels, its image .* is 36 x 40"):
-        read_masks([path], [mask_path], [1], TRANSFORM)
-    save(mask_path, np.rot90(mask, 3))
-    np.testing.assert_array_equal(
-        read_masks([path], [mask_path], [1], TRANSFORM)[0], TRANSFORM.mask(np.rot90(mask, 3))
-    )
-
-
 def test_defect_without_mask_is_refused(paths):
     with pytest.raises(DataError, match=r"anomalous image .*0\.png has no mask"):
         read_masks(paths[:1], [None], [1], TRANSFORM)
 
 
-def test_unreadable_mask_is_named(defective):
-    path, mask_path, _ = defective
-    truncate(mask_path)
-    with pytest.raises(DataError, match=r"cannot read the image .*defective_mask\.png"):
-        read_masks([path], [mask_path], [1], TRANSFORM)
-
-
-def test_fingerprint_changes_with_files_transform_and_drawing(tmp_path):
-    paths = [
-        save(tmp_path / f"{index}.png", texture(np.random.default_rng(index), (20, 20)))
-        for index in range(3)
-    ]
+def test_fingerprint_changes_with_files_transform_and_drawing(paths):
     small, large = (PairTransform(size, None, "opencv_square") for size in (16, 24))
 
     def prints():
@@ -347,27 +293,21 @@ def test_fingerprint_changes_with_files_transform_and_drawing(tmp_path):
     first = prints()
     assert len(set(first)) == len(first)
     assert prints() == first
-    os.utime(tmp_path / "1.png", (1, 1))
+    os.utime(paths[0], (1, 1))
     assert not set(prints()) & set(first) - {first[2]}
     changed = prints()
-    (tmp_path / "2.png").unlink()
+    paths[2].unlink()
     assert prints()[0] != changed[0]
     assert prints()[2] == changed[2]
 
 
 def test_fingerprint_of_arrays_and_loaders():
-    transform = PairTransform(8, None, "opencv_square")
     images = np.zeros((4, 8, 8), dtype=np.uint8)
     other = images.copy()
     other[3, 7, 7] = 1
-    sets = [ArrayDataset(array, transform) for array in (images, other, images[:3])]
+    sets = [ArrayDataset(array, TRANSFORM) for array in (images, other, images[:3])]
     assert len({data.fingerprint() for data in sets}) == 3
-    assert ArrayDataset(images.copy(), transform).fingerprint() == sets[0].fingerprint()
-    options = {"batch_size": 2, "workers": 0, "skip_unreadable": False}
-    loaders = [
-        BatchLoader(sets[0], **{**options, **change})
-        for change in ({}, {"batch_size": 3}, {"skip_unreadable": True})
-    ]
-    assert len({json.dumps(loader.fingerprint(), sort_keys=True) for loader in loaders}) == 3
-    again = BatchLoader(sets[0], **{**options, "workers": 2})
-    assert again.fingerprint() == loaders[0].fingerprint()
+    assert ArrayDataset(images.copy(), TRANSFORM).fingerprint() == sets[0].fingerprint()
+    loaders = [loader(sets[0], **change) for change in ({}, {"batch_size": 4}, {"skip": True})]
+    assert len({json.dumps(one.fingerprint(), sort_keys=True) for one in loaders}) == 3
+    assert loader(sets[0], workers=2).fingerprint() == loaders[0].fingerprint()

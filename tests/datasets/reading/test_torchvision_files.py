@@ -92,7 +92,9 @@ def write_cifar(folder, reader, class_names, label_key):
 @pytest.mark.parametrize("inner", ["MNIST/raw", "raw", ".", "mnist", "mnist/MNIST/raw", "MNIST"])
 def test_mnist_layouts(tmp_path, inner, packed, no_network):
     written = write_mnist(tmp_path / inner, packed)
+    before = sorted(tmp_path.rglob("*"))
     mnist = read_set("mnist", tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
     np.testing.assert_array_equal(mnist.train.images, written["train"][0])
     np.testing.assert_array_equal(mnist.test.images, written["t10k"][0])
     np.testing.assert_array_equal(mnist.test.labels, written["t10k"][1])
@@ -100,13 +102,6 @@ def test_mnist_layouts(tmp_path, inner, packed, no_network):
     assert mnist.train.names[7] == "train/7"
     assert mnist.test.names[0] == "test/0"
     assert not no_network
-
-
-def test_mnist_is_read_without_writing_beside_it(tmp_path):
-    write_mnist(tmp_path / "MNIST" / "raw")
-    before = sorted(path for path in tmp_path.rglob("*"))
-    read_set("mnist", tmp_path)
-    assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
 def test_fashion_mnist_is_not_taken_from_the_folder_of_mnist(tmp_path, no_network):

@@ -83,28 +83,20 @@ def test_shorter_side_without_crop_keeps_the_whole_image(resize):
     )
 
 
-@pytest.mark.parametrize("resize", RESIZES)
-def test_no_crop_loses_no_corner(resize):
-    for corner in [(0, 0), (0, 1), (1, 0), (1, 1)]:
-        mask = np.zeros((150, 90), dtype=bool)
-        rows = slice(0, 6) if corner[0] == 0 else slice(144, 150)
-        columns = slice(0, 6) if corner[1] == 0 else slice(84, 90)
-        mask[rows, columns] = True
-        assert PairTransform(64, None, resize).mask(mask).any()
-        assert not PairTransform(64, 40, resize).mask(mask).any()
+LENGTHS = st.one_of(st.integers(1, 40), st.just(2000))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(RESIZES),
-    st.integers(1, 40),
-    st.integers(1, 40),
+    LENGTHS,
+    LENGTHS,
     st.integers(1, 24),
     st.one_of(st.none(), st.integers(1, 24)),
 )
 def test_output_is_square_and_contiguous(resize, width, height, image_size, crop_size):
-    if crop_size is not None and crop_size > image_size:
-        crop_size = image_size
+    if crop_size is not None:
+        crop_size = min(crop_size, image_size)
     transform = PairTransform(image_size, crop_size, resize)
     image = transform.image(random_image(width, height))
     mask = transform.mask(np.ones((height, width), dtype=bool))
@@ -113,12 +105,6 @@ def test_output_is_square_and_contiguous(resize, width, height, image_size, crop
     assert mask.shape == (size, size)
     assert mask.all()
     torch.from_numpy(image)
-
-
-def test_constant_image_stays_constant():
-    grey = np.full((50, 70, 3), 93, dtype=np.uint8)
-    for resize in RESIZES:
-        assert (PairTransform(32, 28, resize).image(grey) == 93).all()
 
 
 def test_bad_sizes():

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 
 from datasets.data_set import SemanticSet, find_data_sets
-from datasets.reading.loading import BatchLoader, images_of
-from datasets.reading.transforms import PairTransform
 from datasets.sets import digits
 from datasets.tasks.labelled import LabelledSplit
 
@@ -31,18 +29,6 @@ def test_digits_are_the_same_each_time_and_use_the_whole_range():
     assert first.train.labels.dtype == np.int64
     assert (first.train.images.min(), first.train.images.max()) == (0, 255)
     assert len(np.unique(first.train.images)) == 17
-
-
-def test_grey_digits_load_as_rgb():
-    split = digits.read(NOWHERE).test
-    transform = PairTransform(image_size=8, crop_size=None, resize="bilinear_shorter")
-    loader = BatchLoader(
-        images_of(split, transform), batch_size=4, workers=0, skip_unreadable=False
-    )
-    batch = next(iter(loader))
-    assert batch.images.shape == (4, 3, 8, 8)
-    for channel in range(3):
-        np.testing.assert_array_equal(batch.images[:, channel].numpy(), split.images[:4])
 
 
 def test_every_set_but_digits_has_a_folder():

@@ -9,11 +9,12 @@ from torch import nn
 
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.rewriting import FullPrecision, OneSidedConv, accelerated, with_narrow_in_full
+from tests.models.banks import seeded
 
 
 def with_statistics(net):
     """A network in eval mode whose normalisations do something."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3, generator=generator)
@@ -28,7 +29,7 @@ def count(net, kind):
 
 
 def draw(size, batch=2):
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(batch, 3, size, size, generator=seeded())
 
 
 def assert_same_maps(net, fast, images):

@@ -1,4 +1,4 @@
-"""The network for export gives what the suite's scoring gives, for every method."""
+"""The network for export gives what the suite's scoring gives; each head is in methods."""
 
 import functools
 import importlib.util
@@ -14,7 +14,7 @@ from models.deployment.memory import BLOCK, Memory
 from models.deployment.network import Deployed
 from models.features.nearest import nearest
 from models.method import find_method
-from tests.models.banks import Bank, Stages, seeded
+from tests.models.banks import Bank, fitted, seeded
 from utils.evaluation.smoothing import image_scores, smoothing_matrix, upsample_and_blur
 
 pytestmark = [
@@ -24,26 +24,7 @@ pytestmark = [
 ]
 SIDE = 48
 SIGMA = 2.0
-ON_FEATURES = {
-    "noco": {"epochs": 1},
-    "noco-squared": {"epochs": 1, "loss": "squared"},
-    "noco_cf": {"prototypes": 1, "time": (100.0,)},
-    "noco_cf-prototypes": {"time": (1e4,), "prototypes": 5, "nearest": 2},
-    "noco_cf-squared": {"time": (1e4,), "prototypes": 3, "loss": "squared"},
-    "simplenet": {"epochs": 1},
-    "simplenet_released": {"epochs": 1},
-    "nc_disc": {"epochs": 1},
-    "padim": {"dims": 20},
-    "mahalanobis": {},
-    "knn": {"max_positions": 300},
-    "knn-euclidean": {"distance": "euclidean"},
-    "patchcore": {"coreset_ratio": 0.1},
-    "patchcore-maximum": {"coreset_ratio": 0.1, "num_neighbors": 1},
-}
-ON_IMAGES = {
-    "panda": {"epochs": 1, "num_neighbors": 2},
-    "mean_shifted": {"epochs": 1},
-}
+PROTOTYPES = {"time": (1e4,), "prototypes": 5, "nearest": 2}
 
 
 @pytest.fixture(scope="module")
@@ -59,100 +40,64 @@ def extractor_of(method, pooled):
     return build_extractor(find_method(method), "resnet10t", (1, 2), **options)
 
 
-def built(name, extractor, options):
-    """A detector of a method, by its name and perhaps what tells cases of it apart."""
-    method = name.split("-")[0]
-    return build_detector(method, extractor, replace(find_method(method).options, **options))
+def deployed_and_scored(method, options, images, sigma=None):
+    """A network, what it makes of images, and what the suite does; pooled without `sigma`."""
+    extractor = extractor_of(method, sigma is None)
+    stored = [m.half() if m.is_floating_point() else m for m in extractor.stage_maps(images)]
+    features = extractor.assemble(stored)
+    detector = build_detector(method, extractor, replace(find_method(method).options, **options))
+    detector.fit(Bank(features[:8]), generator=seeded())
+    smoothing = size = None
+    if sigma is not None:
+        size = SIDE
+        smoothing = functools.partial(smoothing_matrix, size=size, sigma=sigma)
+    network = Deployed(extractor, detector.eval(), image_size=SIDE, smoothing=smoothing)
+    with torch.inference_mode():
+        maps, scores = detector.score(features)
+        smooth = upsample_and_blur(maps, size, sigma or 0.0).float()
+        scores = image_scores(smooth) if scores is None else scores
+        return network, network(images), (scores, smooth)
 
 
-def fitted(name, options, images, pooled=False):
-    extractor = extractor_of(name.split("-")[0], pooled)
-    detector = built(name, extractor, options)
-    detector.fit(Bank(stored(extractor, images)), generator=seeded())
-    return extractor, detector.eval()
+def assert_near(found, wanted):
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5 * scale)
 
 
-def stored(extractor, images):
-    """Features as banks hold them."""
-    maps = extractor.stage_maps(images)
-    return extractor.assemble([m.half() if m.is_floating_point() else m for m in maps])
-
-
-@torch.inference_mode()
-def scored(extractor, detector, images, size, sigma=SIGMA):
-    """Scores and maps as the suite computes them."""
-    maps, own = detector.score(stored(extractor, images))
-    smooth = upsample_and_blur(maps, size, 0.0 if detector.final_maps else sigma).float()
-    return (image_scores(smooth) if own is None else own.float()), smooth
-
-
-def deployed(extractor, detector, smoothing=None):
-    return Deployed(extractor, detector, image_size=SIDE, smoothing=smoothing)
-
-
-def blur(sigma=SIGMA):
-    return functools.partial(smoothing_matrix, size=SIDE, sigma=sigma)
-
-
-@pytest.mark.parametrize("feature_norm", ["none", "l2_per_layer"])
-@pytest.mark.parametrize("name", ON_FEATURES)
-def test_equals_the_suites_scoring(name, feature_norm, images):
-    options = ON_FEATURES[name] | {"feature_norm": feature_norm}
-    extractor, detector = fitted(name, options, images[:8])
-    network = deployed(extractor, detector, blur())
-    scores, maps = scored(extractor, detector, images, SIDE)
-    assert scores.std() > 0
-    with torch.no_grad():
-        found = network(images)
+@pytest.mark.parametrize(
+    ("method", "options", "sigma"),
+    [
+        ("noco", {"epochs": 1}, SIGMA),
+        ("mahalanobis", {}, SIGMA),
+        ("padim", {"dims": 20, "feature_norm": "l2_per_layer"}, SIGMA),
+        ("patchcore", {"coreset_ratio": 0.1, "feature_norm": "l2_per_layer"}, SIGMA),
+        ("stpm", {"epochs": 1, "batch_size": 4}, SIGMA),
+        ("stpm", {"epochs": 1, "batch_size": 4}, 0.0),
+    ],
+)
+def test_scores_and_maps_are_the_suites(method, options, sigma, images):
+    network, (scores, maps), wanted = deployed_and_scored(method, options, images, sigma)
     assert network.outputs == ("scores", "maps")
-    torch.testing.assert_close(found[0], scores, rtol=2e-5, atol=2e-5 * float(scores.abs().max()))
-    torch.testing.assert_close(found[1], maps, rtol=2e-5, atol=2e-5 * float(maps.abs().max()))
-
-
-@pytest.mark.parametrize("name", ["noco", "noco_cf-prototypes", "knn", "patchcore"])
-def test_equals_it_on_pooled_features(name, images):
-    extractor, detector = fitted(name, ON_FEATURES[name], images[:8], pooled=True)
-    network = deployed(extractor, detector)
-    with torch.no_grad():
-        (found,) = network(images)
-    scores, _ = scored(extractor, detector, images, None)
-    torch.testing.assert_close(found, scores, rtol=2e-5, atol=2e-5 * float(scores.abs().max()))
-
-
-@pytest.mark.parametrize("sigma", [0.0, SIGMA])
-def test_equals_it_for_student_and_teacher(sigma, images):
-    extractor = extractor_of("stpm", False)
-    detector = built("stpm", extractor, {"epochs": 1, "batch_size": 4})
-    detector.fit(Bank(images[:8]), generator=seeded())
-    network = deployed(extractor, detector.eval(), blur(sigma))
     assert (network.smoothing is None) == (sigma == 0)
-    with torch.no_grad():
-        found = network(images)
-    scores, maps = scored(extractor, detector, images, SIDE, sigma)
-    torch.testing.assert_close(found[0], scores, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found[1], maps, rtol=1e-4, atol=1e-4 * float(maps.max()))
+    assert wanted[0].std() > 0
+    assert_near(scores, wanted[0])
+    assert_near(maps, wanted[1])
 
 
-@pytest.mark.parametrize("method", ON_IMAGES)
-def test_equals_it_for_fine_tuned_backbones(method, images):
-    extractor = extractor_of(method, True)
-    detector = built(method, extractor, ON_IMAGES[method] | {"trained_stages": 1})
-    detector.fit(Bank(images[:8]), generator=seeded())
-    with torch.no_grad():
-        (found,) = deployed(extractor, detector.eval())(images)
-    scores, _ = scored(extractor, detector, images, None)
-    torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4 * float(scores.max()))
-
-
-def test_equals_it_for_deep_svdd():
-    extractor = build_extractor(find_method("deep_svdd"), "lenet", (0,))
-    images = torch.randint(0, 256, (6, 3, 32, 32), generator=seeded()).byte()
-    detector = built("deep_svdd", extractor, {"epochs": 1, "pretrain_epochs": 1})
-    detector.fit(Bank(images), generator=seeded())
-    network = Deployed(extractor, detector.eval(), image_size=32, smoothing=None)
-    with torch.no_grad():
-        (found,) = network(images)
-    torch.testing.assert_close(found, scored(extractor, detector, images, None)[0])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("noco", {"epochs": 1}),
+        ("noco_cf", PROTOTYPES),
+        ("knn", {"max_positions": 300}),
+        ("patchcore", {"coreset_ratio": 0.1}),
+        ("panda", {"epochs": 1, "trained_stages": 1}),
+    ],
+)
+def test_scores_of_pooled_features_and_of_images_are_the_suites(method, options, images):
+    network, (scores,), wanted = deployed_and_scored(method, options, images)
+    assert network.outputs == ("scores",)
+    assert_near(scores, wanted[0])
 
 
 def test_memories_of_several_blocks_find_the_nearest():
@@ -190,11 +135,15 @@ class AllHeads(nn.Module):
 def heads():
     bank = Bank(torch.randn(6, 7, 4, 4, generator=seeded()))
     exported = []
-    for name in ("noco_cf-prototypes", "padim", "mahalanobis", "knn", "patchcore", "simplenet"):
-        options = ON_FEATURES[name] | {"feature_norm": "std"}
-        detector = built(name, Stages(3, 4), options | ({"dims": 4} if name == "padim" else {}))
-        detector.fit(bank, generator=seeded())
-        exported.append(detector.eval().exported())
+    for name, options in {
+        "noco_cf": PROTOTYPES,
+        "padim": {"dims": 4},
+        "mahalanobis": {},
+        "knn": {},
+        "patchcore": {"coreset_ratio": 0.1},
+        "simplenet": {"epochs": 1},
+    }.items():
+        exported.append(fitted(name, bank, feature_norm="std", **options).exported())
     return AllHeads(exported).eval()
 
 

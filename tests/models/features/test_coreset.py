@@ -14,7 +14,7 @@ from models.features.coreset import (
     read_projected,
 )
 from models.features.nearest import direct_distances
-from tests.models.banks import Bank, draw_bank, seeded
+from tests.models.banks import Bank, as_positions, draw_bank, seeded
 
 
 def plain(points, count, starts):
@@ -97,22 +97,6 @@ def test_one_point_remains_of_equal_points():
     assert greedy_k_centre(torch.ones(50, 4), 10, generator=seeded()).tolist() == [0]
 
 
-def test_a_beginning_is_a_smaller_coreset():
-    points = clustered()
-    long = greedy_k_centre(points, 120, generator=seeded())
-    assert torch.equal(greedy_k_centre(points, 40, generator=seeded()), long[:40])
-
-
-def test_covers_all_points_from_afar():
-    """Farthest first: choices lie apart by at least the radius they cover the points with."""
-    points = clustered()
-    chosen = greedy_k_centre(points, 100, generator=seeded())
-    radius = direct_distances(points, points[chosen]).amin(dim=1).max()
-    assert torch.pdist(points[chosen]).min() >= radius
-    at_random = torch.randperm(len(points), generator=seeded(5))[:100]
-    assert radius < 0.9 * direct_distances(points, points[at_random]).amin(dim=1).max()
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_points_that_are_not_finite_are_refused(bad):
     points = clustered()
@@ -135,12 +119,9 @@ def test_projection_never_adds_dimensions(channels, projected):
     assert (draw_projection(channels, 128, seeded()) is not None) == projected
 
 
-def as_positions(features):
-    return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-
-
 def test_bank_is_read_position_by_position():
-    bank = draw_bank(count=9, channels=6, side=3)  # two full batches and one of a single image
+    # Two full batches and one of a single image.
+    bank = Bank(torch.randn(9, 6, 2, 3, generator=seeded()))
     positions = as_positions(bank.features)
     assert torch.equal(read_projected(bank, None), positions)
     projection = torch.randn(6, 2, generator=seeded(1))
@@ -152,8 +133,3 @@ def test_positions_come_in_the_order_asked_for(rows):
     bank = draw_bank(count=9, channels=6, side=3)
     read = read_positions(bank, torch.tensor(rows))
     assert torch.equal(read, as_positions(bank.features)[rows])
-
-
-def test_grid_need_not_be_square():
-    bank = Bank(torch.randn(5, 4, 2, 3, generator=seeded()))
-    assert torch.equal(read_projected(bank, None), as_positions(bank.features))

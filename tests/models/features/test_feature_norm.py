@@ -1,20 +1,19 @@
-"""Rescaling of features before every detector, and how a detector is built from options."""
+"""Rescaling of features before every detector."""
 
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from configs.options import FeatureOptions, check_types
+from configs.options import FeatureOptions
 from models.building import build_detector
 from models.detector import FeatureShape, HasObjective, KnowsSteps, LearnsOnline
 from models.errors import ModelError
-from models.features.feature_norm import FeatureNorm, NormalisedDetector, normalised
+from models.features.feature_norm import FeatureNorm, normalised
 from models.methods.knn import Knn, KnnOptions
 from models.methods.noco import Noco, NocoOptions
 from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
-from models.methods.simplenet.simplenet import SimpleNet, SimpleNetOptions
-from tests.models.banks import Bank, StagedBank, Stages, draw_bank, seeded
+from tests.models.banks import Bank, Stages, draw_bank, fitted, seeded
 
 STAGES = (2, 4)
 FEATURE_NORMS = get_args(get_type_hints(FeatureOptions)["feature_norm"])
@@ -85,11 +84,6 @@ def test_none_and_unfitted_std_change_nothing():
     assert torch.equal(FeatureNorm("std", STAGES)(features), features)
 
 
-def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="feature_norm is 'l3'"):
-        check_types(KnnOptions(feature_norm="l3"))
-
-
 @pytest.mark.parametrize("kind", FEATURE_NORMS[1:])
 def test_the_head_sees_rescaled_features_in_fit_and_forward(kind):
     bank = lopsided()
@@ -105,61 +99,22 @@ def test_the_head_sees_rescaled_features_in_fit_and_forward(kind):
     assert not torch.allclose(plain(bank.features), detector(bank.features), rtol=0.01)
 
 
-def test_shuffled_training_reaches_the_bank():
+@pytest.mark.filterwarnings("ignore::models.methods.simplenet.simplenet.TrivialSolutionWarning")
+@pytest.mark.parametrize("method", ["noco", "simplenet"])  # which read stages, and features
+def test_shuffled_training_reaches_the_bank(method):
     bank = lopsided()
-    options = NocoOptions(epochs=2, feature_norm="l2")
-    build_detector("noco", Stages(*STAGES), options).fit(bank, generator=seeded())
+    fitted(method, bank, epochs=2, feature_norm="l2")
     assert len(bank.orders) == 2  # one per epoch, drawn by the generator
-
-
-def test_build_detector_chooses_by_method_and_norm():
-    assert type(build_detector("noco", Stages(*STAGES), NocoOptions())) is Noco
-    assert type(build_detector("noco_cf", Stages(*STAGES), closed())) is NocoCf
-    plain = build_detector("simplenet", Stages(*STAGES), SimpleNetOptions(feature_norm="none"))
-    assert type(plain) is SimpleNet
-    wrapped = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm="std"))
-    assert isinstance(wrapped, NormalisedDetector)
-    assert isinstance(wrapped.head, NocoCf)
-    assert wrapped.feature_norm.kind == "std"
-    assert wrapped.feature_norm.stage_channels == STAGES
-
-
-@pytest.mark.parametrize("kind", FEATURE_NORMS)
-def test_state_round_trip(kind):
-    bank = lopsided()
-    detector = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm=kind))
-    detector.fit(bank, generator=seeded())
-    fresh = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm=kind))
-    fresh.load_state_dict(detector.state_dict())
-    assert torch.equal(fresh(bank.features), detector(bank.features))
-
-
-def test_a_wrapped_detector_passes_on_what_is_asked_of_it():
-    bank, steps = lopsided(), []
-    detector = build_detector(
-        "noco_cf", Stages(*STAGES), closed(time=(1.0, 5.0), feature_norm="l2")
-    )
-    detector.fit(bank, generator=seeded(), monitor=lambda *seen: steps.append(seen))
-    assert steps == [(1, {"time": 1.0}), (2, {"time": 5.0})]
-    assert detector.steps() == [{"time": 1.0}, {"time": 5.0}]
-    assert detector.stopped_at(1) == {"time": (1.0,)}
 
 
 @pytest.mark.filterwarnings("ignore::models.methods.simplenet.simplenet.TrivialSolutionWarning")
 def test_remarks_and_diagnostics_of_the_last_fit_are_the_heads():
-    options = KnnOptions(max_positions=9, feature_norm="l2")
-    detector = build_detector("knn", Stages(*STAGES), options)
-    assert detector.remarks == []
-    detector.fit(lopsided(), generator=seeded())
+    detector = fitted("knn", lopsided(), max_positions=9, feature_norm="l2")
     assert "the memory holds 9 of 200" in detector.remarks[0]
     few = Bank(lopsided().features[:1, :, :3, :3])
     detector.fit(few, generator=seeded())
     assert detector.remarks == []
-    trained = build_detector(
-        "simplenet", Stages(*STAGES), SimpleNetOptions(epochs=1, sigma=5.0, feature_norm="l2")
-    )
-    assert trained.diagnostics == {}
-    trained.fit(lopsided(), generator=seeded())
+    trained = fitted("simplenet", lopsided(), epochs=1, sigma=5.0, feature_norm="l2")
     assert set(trained.diagnostics) == {"feature_std", "adapted_std"}
 
 
@@ -199,29 +154,3 @@ def test_std_cannot_be_learnt_online():
     with pytest.raises(ModelError, match="deviations are measured over all images") as caught:
         detector.start(seeded())
     assert caught.value.change == {"feature_norm": "l2 or none"}
-
-
-@pytest.mark.parametrize("kind", FEATURE_NORMS[1:])
-def test_images_that_come_with_the_features_pass_by(kind):
-    """The head sees them as they are, after the features as one stage."""
-    maps = lopsided().features
-    images = torch.randint(256, (8, 3, 20, 20), generator=seeded()).byte()
-    seen = []
-
-    class Both(Knn):
-        def fit(self, bank, **_):
-            seen.extend(next(iter(bank.stage_batches(8))))
-
-        def score_stages(self, stages):
-            seen.extend(stages)
-            return stages[0].sum(dim=1), None
-
-    detector = normalised(Both(FeatureShape(STAGES), KnnOptions()), kind, STAGES)
-    stages = [*maps.split(STAGES, dim=1), images]
-    detector.fit(StagedBank(stages), generator=seeded())
-    detector.score_stages(stages)
-    wanted = detector.feature_norm(maps)
-    assert not torch.equal(wanted, maps)
-    for features, pictures in (seen[:2], seen[2:]):
-        assert torch.equal(features, wanted)
-        assert torch.equal(pictures, images)

@@ -2,25 +2,7 @@ import pytest
 import torch
 
 from models.methods.simplenet.adaptor import Adaptor
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize(
-    ("kind", "bias", "expected"),
-    [
-        ("linear", False, 1536 * 1536),  # the paper's
-        ("linear", True, 1536 * 1536 + 1536),  # the released code's
-        ("none", False, 0),
-        ("none", True, 0),
-        ("mlp", False, 2 * 1536 * 1536),
-        ("mlp", True, 2 * (1536 * 1536 + 1536)),
-    ],
-)
-def test_number_of_parameters(kind, bias, expected):
-    assert sum(p.numel() for p in Adaptor(1536, kind, bias=bias).parameters()) == expected
+from tests.models.banks import seeded
 
 
 def test_none_changes_nothing():
@@ -45,18 +27,6 @@ def test_mlp_has_a_leaky_hidden_layer():
         adaptor.layers[2].weight.copy_(torch.tensor([[10.0, 0.0], [0.0, 100.0]]))
     # (1, 1) -> hidden (1, -1) -> leaky (1, -0.2) -> (10, -20)
     torch.testing.assert_close(adaptor(torch.ones(1, 2)), torch.tensor([[10.0, -20.0]]))
-
-
-@pytest.mark.parametrize("init", ["default", "xavier"])
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_a_seed_draws_the_same_weights(kind, init):
-    first, again, other = (Adaptor(6, kind, bias=True, init=init) for _ in range(3))
-    first.initialise(seeded(1))
-    again.initialise(seeded(1))
-    other.initialise(seeded(2))
-    for name, weight in first.state_dict().items():
-        assert torch.equal(weight, again.state_dict()[name])
-        assert not torch.equal(weight, other.state_dict()[name])
 
 
 def test_inits_have_their_distribution():

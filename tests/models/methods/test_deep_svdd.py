@@ -16,7 +16,7 @@ from models.methods.deep_svdd.lenet import (
     draw_weights,
     global_contrast_normalise,
 )
-from tests.models.banks import Bank, seeded
+from tests.models.banks import Bank, seeded, told
 
 SIZES = {"cifar": 32, "mnist": 28}
 
@@ -102,7 +102,6 @@ def test_soft_boundary_loss_on_hand_worked_numbers():
 
 def test_one_class_loss_is_the_mean_squared_distance():
     bank = bank_of_images()
-    losses = []
     detector = build(batch_size=24, epochs=1)
     start = {}
 
@@ -113,7 +112,7 @@ def test_one_class_loss_is_the_mean_squared_distance():
         return center
 
     detector._mean_code = mean_code
-    detector.fit(bank, generator=seeded(), monitor=lambda _, v: losses.append(v["loss"]))
+    (values,) = told(detector, bank)
     encoder = build_encoder(NETWORKS["mnist"], 0.1)
     encoder.load_state_dict(start["state"])
     inputs = detector.normalise(bank.features)
@@ -123,24 +122,21 @@ def test_one_class_loss_is_the_mean_squared_distance():
     torch.testing.assert_close(detector.center, moved, rtol=1e-4, atol=1e-5)
     assert detector.center.abs().min() >= 0.1 - 1e-6
     expected = (encoder.train()(inputs) - start["center"]).square().sum(dim=1).mean()
-    assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert values["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_radius_is_the_quantile_of_distances_after_the_warm_up():
     bank = bank_of_images()
-    radii = {}
     options = {"objective": "soft_boundary", "warmup_epochs": 2, "batch_size": 24, "nu": 0.25}
     detector = build(epochs=4, **options)
     distances = []
     measure = detector.squared_distances
     detector.squared_distances = lambda images: distances.append(measure(images)) or distances[-1]
-    detector.fit(
-        bank, generator=seeded(), monitor=lambda step, v: radii.update({step: v["radius"]})
-    )
-    assert radii[1] == radii[2] == 0
-    for step in (3, 4):
-        batch = distances[step - 1].detach().numpy()
-        assert radii[step] == pytest.approx(np.quantile(np.sqrt(batch), 0.75), rel=1e-5)
+    radii = [values["radius"] for values in told(detector, bank)]
+    assert radii[:2] == [0, 0]
+    for radius, batch in zip(radii[2:], distances[2:], strict=True):
+        expected = np.quantile(np.sqrt(batch.detach().numpy()), 0.75)
+        assert radius == pytest.approx(expected, rel=1e-5)
     scores = detector(bank.features)
     inside = measure(bank.features) - detector.radius**2
     torch.testing.assert_close(scores[:, 0, 0], inside)
@@ -171,10 +167,8 @@ def test_learning_rate_drops_to_a_tenth_at_the_milestone(monkeypatch):
 
 
 def test_pretraining_reconstructs_and_training_contracts():
-    bank = bank_of_images()
-    losses = []
     detector = build(pretrain_epochs=15, epochs=15, learning_rate=1e-2)
-    detector.fit(bank, generator=seeded(), monitor=lambda _, v: losses.append(v["loss"]))
+    losses = [values["loss"] for values in told(detector, bank_of_images())]
     pretraining = detector.diagnostics["pretrain_loss"]
     assert len(pretraining) == 15
     assert pretraining[-1] < 0.7 * pretraining[0]
@@ -207,46 +201,6 @@ def test_last_batch_of_one_image_is_skipped():
     assert detector.encoder[1].num_batches_tracked == 1 + 2
     cifar = bank_of_images(9, side=32)
     assert fitted(cifar, network="cifar", epochs=1).encoder[1].num_batches_tracked == 1 + 1
-
-
-def test_monitor_sees_eval_mode_and_what_a_shorter_fit_would_give():
-    bank, tests = bank_of_images(), draw_images(5, seed=9)
-    seen = {}
-    detector = build(epochs=3)
-
-    def monitor(step, values):
-        assert not any(module.training for module in detector.modules())
-        with torch.inference_mode():
-            seen[step] = detector(tests)
-
-    detector.fit(bank, generator=seeded(), monitor=monitor)
-    assert list(seen) == [1, 2, 3]
-    for step, maps in seen.items():
-        assert torch.equal(fitted(bank, **detector.stopped_at(step))(tests), maps)
-
-
-@pytest.mark.parametrize("objective", ["one_class", "soft_boundary"])
-def test_a_saved_head_scores_identically(objective):
-    options = {"objective": objective, "warmup_epochs": 1}
-    detector = fitted(bank_of_images(), **options)
-    state = {n: t.clone() for n, t in detector.state_dict().items()}
-    assert not any("decoder" in name for name in state)
-    fresh = build(**options)
-    fresh.load_state_dict(state)
-    tests = draw_images(4, seed=9)
-    assert torch.equal(fresh(tests), detector(tests))
-    assert fresh(tests).shape == (4, 1, 1)
-
-
-def test_same_seed_same_bits_and_every_fit_starts_anew():
-    bank, tests = bank_of_images(), draw_images(4, seed=9)
-    first = fitted(bank)
-    before = first(tests)
-    torch.manual_seed(99)  # the global generator has no say
-    assert torch.equal(fitted(bank)(tests), before)
-    assert not torch.equal(fitted(bank, seed=1)(tests), before)
-    first.fit(bank, generator=seeded())
-    assert torch.equal(first(tests), before)
 
 
 @pytest.mark.parametrize("network", ["cifar", "mnist"])
@@ -283,16 +237,9 @@ def test_errors_name_the_cause():
         fitted(bank_of_images(side=32))
     with pytest.raises(ModelError, match=r"takes 32 x 32 .* 28 x 28: pass --image-size 32"):
         fitted(bank_of_images(), network="cifar")
-    with pytest.raises(FloatingPointError, match=r"nan at epoch 1, step 3"):
-        fitted(bank_of_images(), pretrain_epochs=0, learning_rate=1e36)
     with pytest.raises(ModelError, match="at least two training images"):
         fitted(bank_of_images(1))
     with pytest.raises(ModelError, match="single colour"):
         fitted(Bank(torch.full((4, 3, 28, 28), 7, dtype=torch.uint8)))
-    for options, message in [
-        ({"nu": 0.0}, "nu 0.0 must be between 0 and 1"),
-        ({"nu": 1.0}, "nu 1.0 must be between 0 and 1"),
-        ({"batch_size": 1}, "batch-size 1 must be at least 2"),
-    ]:
-        with pytest.raises(ValueError, match=f"--method.{message}"):
-            DeepSvddOptions(**options)
+    with pytest.raises(ValueError, match=r"--method\.batch-size 1 must be at least 2"):
+        DeepSvddOptions(batch_size=1)

@@ -4,23 +4,7 @@ import pytest
 import torch
 
 from models.methods.simplenet.discriminator import Discriminator, cross_entropy, truncated_l1
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize(
-    ("hidden", "last_bias", "expected"),
-    [
-        # two linear layers, and scale and shift of the normalisation
-        (None, True, 1536 * 1536 + 1536 + 2 * 1536 + 1536 + 1),  # the paper's
-        (1024, False, 1536 * 1024 + 1024 + 2 * 1024 + 1024),  # the released code's
-    ],
-)
-def test_number_of_parameters(hidden, last_bias, expected):
-    discriminator = Discriminator(1536, hidden, last_bias=last_bias)
-    assert sum(p.numel() for p in discriminator.parameters()) == expected
+from tests.models.banks import seeded
 
 
 def test_forward_by_hand():

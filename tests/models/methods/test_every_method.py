@@ -2,25 +2,25 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.options import Bound, FeatureOptions, check_types, marks_of
+from configs.options import Bound, FeatureOptions, MethodOptions, check_types, marks_of
 from datasets.reading.loading import ArrayDataset, BatchLoader
 from datasets.reading.transforms import PairTransform
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.raw_images import RawImages
+from models.backbone.weights import state_digest
 from models.building import build_detector, build_extractor, shape_of
 from models.deployment.network import Deployed
-from models.detector import Detector
+from models.detector import Detector, Extractor
 from models.features.feature_norm import normalised
 from models.features.multiscale import join_stages, split_images
 from models.method import find_methods
-from tests.models.banks import Bank, StagedBank, Stages, seeded
+from tests.models.banks import Bank, StagedBank, Stages, draw_images, monitoring, seeded
 from utils.evaluation.scoring import Scoring, score_all
 from utils.features.bank import FeatureBank
 
@@ -31,23 +31,34 @@ pytestmark = [
 FOUND = find_methods("structured") | find_methods("semantic")
 METHODS = {name: method for name, method in FOUND.items() if name != "anomalib:NAME"}
 BACKBONE = "test_resnet"
-SHORT = {"epochs": 2, "pretrain_epochs": 1, "prototypes": 3, "time": (3.0, 10.0)}
 STAGES = (3, 5)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A whole random model in a file, as if it were trained: panda_ewc needs its classifier."""
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("weights") / "classifier.safetensors"
-    save_file(timm.create_model(BACKBONE, pretrained=False, num_classes=5).state_dict(), path)
-    return path
-
-
-def draw_images(count, seed=1):
-    """Images (N, 3, 32, 32), uint8, channels last as banks give them."""
-    images = torch.randint(256, (count, 3, 32, 32), generator=seeded(seed)).byte()
-    return images.contiguous(memory_format=torch.channels_last)
+SHORT = {
+    **{"epochs": 2, "pretrain_epochs": 1, "batch_size": 4, "report_every": 1},
+    **{"time": (3.0, 10.0, 30.0), "prototypes": 3, "dims": 4, "max_positions": 40},
+    # With images held out the epoch of least loss on them is kept, which no shorter fit is.
+    "validation_share": 0.0,
+}
+FURTHER: dict[str, list[dict[str, Any]]] = {
+    "noco": [{"loss": "squared", "objective": "mean"}],
+    "noco_cf": [
+        {"loss": "squared"},
+        {"prototypes": 1},
+        {"prototypes": 1, "sample_w0": True},
+        {"prototypes": 1, "feature_norm": "std"},
+    ],
+    "knn": [{"distance": "euclidean"}],
+    "patchcore": [{"num_neighbors": 1}],
+    "simplenet": [{"adaptor": "mlp", "report_every": 2, "epochs": 3}],
+    "nc_disc": [{"hidden": 9, "adaptor_bias": True, "feature_norm": "l2"}],
+    # Trained so slowly that the radius of a fit before would count, were it left.
+    "deep_svdd": [{"objective": "soft_boundary", "warmup_epochs": 1, "learning_rate": 1e-6}],
+    "mean_shifted": [{"angular": True}],
+}
+CASES = {
+    " ".join([name, *map(str, changes.values())]): (name, changes)
+    for name in METHODS
+    for changes in ({}, *FURTHER.get(name, []))
+}
 
 
 def draw_stages(count, seed=1):
@@ -59,19 +70,73 @@ def draw_stages(count, seed=1):
     ]
 
 
-def prepared(method, weights):
-    """What a method is built on, a bank of its own, and a batch to be scored."""
+@dataclass(frozen=True)
+class Case:
+    """A method under some options, what it is built and fitted on, and a batch to be scored."""
+
+    name: str
+    options: MethodOptions
+    extractor: Extractor | Stages
+    bank: Bank
+    stages: list[torch.Tensor]
+
+    def made(self, **changes):
+        return build_detector(self.name, self.extractor, replace(self.options, **changes))
+
+    def fitted(self, **changes):
+        detector = self.made(**changes)
+        detector.fit(self.bank, generator=seeded())
+        return detector
+
+    @torch.inference_mode()
+    def scored(self, detector):
+        return [part for part in detector.score_stages(self.stages) if part is not None]
+
+    @property
+    def steps(self):
+        """Numbers of the steps that a monitor is told of."""
+        times = getattr(self.options, "time", (0,))
+        last = getattr(self.options, "epochs", len(times))
+        every = getattr(self.options, "report_every", 1)
+        return [step for step in range(1, last + 1) if step % every == 0 or step == last]
+
+    @property
+    def is_random(self):
+        plain = getattr(self.options, "prototypes", 0) == 1 and not self.options.sample_w0
+        return not plain and self.name != "mahalanobis"
+
+
+def prepared(name, changes, weights):
+    method = METHODS[name]
+    known = {entry.name for entry in fields(method.options)}
+    short = {option: value for option, value in SHORT.items() if option in known}
+    options = replace(method.options, **short | changes)
     if "images" not in method.takes:
-        return Stages(*STAGES), StagedBank(draw_stages(7)), draw_stages(4, seed=2)
+        return Case(name, options, Stages(*STAGES), StagedBank(draw_stages(7)), draw_stages(4, 2))
     backbone = method.experiment.get("semantic", {}).get("backbone", BACKBONE)
     is_pooled = "structured" not in method.tasks
     extractor = build_extractor(method, backbone, (2, 4), weights=str(weights), pooled=is_pooled)
-    return extractor, Bank(draw_images(7)), [draw_images(4, seed=2)]
+    return Case(name, options, extractor, Bank(draw_images(7)), [draw_images(4, seed=2)])
 
 
-@torch.inference_mode()
-def scored(detector, stages):
-    return [part for part in detector.score_stages(stages) if part is not None]
+@pytest.fixture(scope="module", params=CASES)
+def case(request, classifier_file):
+    return prepared(*CASES[request.param], classifier_file)
+
+
+@pytest.fixture(scope="module")
+def watched(case):
+    """A detector after a fit, and what a monitor of it saw: steps, and scores at each."""
+    torch.manual_seed(1)
+    detector, seen = case.made(), []
+
+    def monitor(step, values):
+        assert all(isinstance(value, int | float) for value in values.values())
+        torch.rand(step)  # the global generator is anyone's
+        seen.append((step, case.scored(detector)))
+
+    detector.fit(case.bank, generator=seeded(), monitor=monitoring(monitor, scores_steps=True))
+    return detector, seen
 
 
 def assert_same_bits(found, wanted):
@@ -79,38 +144,67 @@ def assert_same_bits(found, wanted):
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_fits_scores_reloads_refits_and_exports(name, weights, tmp_path):
-    method = METHODS[name]
-    known = {entry.name for entry in fields(method.options)}
-    options = replace(method.options, **{n: v for n, v in SHORT.items() if n in known})
-    extractor, bank, stages = prepared(method, weights)
+def test_a_monitor_sees_every_step_and_the_last_is_what_scores(case, watched):
+    detector, seen = watched
+    assert [step for step, _ in seen] == case.steps
+    final = case.scored(detector)
+    assert_same_bits(seen[-1][1], final)
+    assert (len(final[0]), final[0].ndim) == (4, 3)
+    assert all(len(part) == 4 and part.isfinite().all() and part.std() > 0 for part in final)
+    if len(seen) > 1:
+        assert not torch.equal(seen[0][1][0], final[0])
 
-    detector = build_detector(name, extractor, options)
-    detector.fit(bank, generator=seeded())
-    wanted = scored(detector.eval(), stages)
-    assert (len(wanted[0]), wanted[0].ndim) == (4, 3)
-    assert all(len(part) == 4 and part.isfinite().all() and part.std() > 0 for part in wanted)
 
-    state = {key: tensor.contiguous() for key, tensor in detector.state_dict().items()}
+def test_a_step_is_where_the_fit_ends_that_it_names(case, watched):
+    detector, seen = watched
+    for step, scores in seen:
+        alone = case.fitted(**detector.stopped_at(step))
+        assert_same_bits(case.scored(alone), scores)
+
+
+def test_a_fit_depends_on_its_bank_and_seed_alone(case, watched):
+    """Not on who watches, on the global generator, or on what was fitted or loaded before."""
+    wanted = watched[0].state_dict()
+    torch.manual_seed(99)
+    detector = case.made()
+    detector.fit(case.bank.subset(torch.arange(6)), generator=seeded())
+    detector.load_state_dict(wanted)
+    assert_same_bits(case.scored(detector), watched[1][-1][1])
+    detector.fit(case.bank, generator=seeded())
+    assert detector.state_dict().keys() == wanted.keys()
+    assert_same_bits(list(detector.state_dict().values()), list(wanted.values()))
+    detector.fit(case.bank, generator=seeded(1))
+    same = [part.equal(wanted[name]) for name, part in detector.state_dict().items()]
+    assert all(same) != case.is_random
+    network = getattr(case.extractor, "network", None)
+    assert network is None or state_digest(network.net) == network.weights_digest
+
+
+def test_a_saved_head_scores_identically(case, watched, tmp_path):
+    state = {name: tensor.contiguous() for name, tensor in watched[0].state_dict().items()}
     save_file(state, tmp_path / "head.safetensors")
-    loaded = build_detector(name, extractor, options)
+    loaded = case.made()
     loaded.load_state_dict(load_file(tmp_path / "head.safetensors"))
-    assert_same_bits(scored(loaded.eval(), stages), wanted)
+    assert_same_bits(case.scored(loaded), watched[1][-1][1])
 
-    torch.manual_seed(99)  # the global generator has no say, nor has what was loaded
-    loaded.fit(bank, generator=seeded())
-    again = loaded.state_dict()
-    assert again.keys() == state.keys()
-    assert_same_bits(list(again.values()), list(state.values()))
-    assert_same_bits(scored(loaded.eval(), stages), wanted)
 
+def test_an_exported_head_scores_the_same(case, watched):
     with torch.no_grad():
-        found = detector.exported().eval()(join_stages(stages))
+        found = watched[0].exported()(join_stages(case.stages))
+    wanted = watched[1][-1][1]
     for ours, theirs in zip(found if isinstance(found, tuple) else [found], wanted, strict=True):
-        torch.testing.assert_close(
-            ours, theirs, rtol=0, atol=1e-4 * float(theirs.max() - theirs.min())
-        )
+        tolerance = 2e-5 * float(theirs.max() - theirs.min())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+TRAINED = [name for name, method in METHODS.items() if hasattr(method.options, "learning_rate")]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_loss_that_is_not_finite_ends_the_fit_and_is_named(name, classifier_file):
+    case = prepared(name, {"learning_rate": 1e36}, classifier_file)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at epoch 1, step 2"):
+        case.fitted()
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -165,7 +259,7 @@ class Both(Detector):
         return self(join_stages(maps), images)
 
 
-@pytest.mark.parametrize("feature_norm", ["none", "l2"])
+@pytest.mark.parametrize("feature_norm", ["none", "l2", "l2_per_layer", "std"])
 def test_a_method_may_take_features_and_images(feature_norm):
     torch.manual_seed(0)
     backbone = FrozenExtractor(BACKBONE, (2, 3), weights="random")
@@ -190,7 +284,7 @@ def test_a_method_may_take_features_and_images(feature_norm):
     torch.testing.assert_close(scores.images, expected, rtol=1e-4, atol=1e-4)
     features = next(bank.batches(7))
     assert features.shape == (7, bank.channels, side, side)
-    features = features / features.norm(dim=1, keepdim=True) if feature_norm == "l2" else features
+    features = features if feature_norm == "none" else detector.feature_norm(features)
     maps = (features - features[:5].mean(dim=(0, 2, 3))[:, None, None]).norm(dim=1)
     plain = score_all(detector, bank, Scoring(map_size=side)).maps
     torch.testing.assert_close(plain, maps, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from models.features import matmul as products
 from models.features.feature_norm import normalised
 from models.methods.noco_cf import noco_cf as module
 from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
-from tests.models.banks import Bank, draw_bank, seeded
+from tests.models.banks import Bank, as_positions, draw_bank, seeded
 
 D = 6
 
@@ -104,27 +104,6 @@ def test_equals_gradient_descent_at_the_matching_time(norm):
         torch.testing.assert_close(score, trained.square().sum(dim=1), rtol=5e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("norm", [0.5, 4.0])
-@pytest.mark.parametrize("time", [1.0, 30.0, 1e3])
-def test_expectation_is_the_mean_over_initial_projectors(norm, time):
-    positions, probes = correlated(20), 2 * correlated(8, seed=3)
-    moment = second_moment(positions)
-    rows, s = extended(probes).numpy(), time / moment.trace()
-    rng = np.random.default_rng(0)
-    decay = exponential(moment, s)
-    objective = rng.normal(size=D)
-    objective *= norm / np.linalg.norm(objective)
-    beta = np.linalg.solve(moment, (np.eye(D + 1) - decay) @ moment[:, -1])
-    bound = D**-0.5  # variance 1 / (3 D), of the bias too
-    draws = rng.uniform(-bound, bound, size=(4000, D, D + 1))
-    residual = rows @ (draws @ decay + np.outer(objective, beta)).transpose(0, 2, 1) - objective
-    squared = np.square(residual).sum(axis=2)  # (draws, N)
-    expected = fitted(positions, norm=norm, time=(time,), loss="squared")(as_maps(probes))
-    error = squared.std(axis=0) / len(draws) ** 0.5
-    deviation = np.abs(squared.mean(axis=0) - expected.flatten().numpy())
-    assert (deviation < 4.5 * error + 1e-12).all()
-
-
 def test_expectation_is_the_mean_over_sampled_detectors():
     positions, probes = correlated(20), 2 * correlated(4, seed=3)
     options = {"time": (30.0,), "loss": "squared", "norm": 2.0}
@@ -175,9 +154,6 @@ def test_one_image_at_a_time_equals_one_pass():
         assert torch.isfinite(online(bank.features)).all()
     torch.testing.assert_close(online._sums, whole._sums, rtol=1e-10, atol=1e-10)
     assert torch.equal(online._counts, whole._counts)
-    # Eigenvectors have no sign, so that filters compare by what they do.
-    gram = [d.filters[0].T @ d.filters[0] for d in (online, whole)]
-    torch.testing.assert_close(*gram, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(online(bank.features), whole(bank.features), rtol=1e-5, atol=1e-6)
 
 
@@ -186,33 +162,11 @@ def test_the_second_moment_is_whole_for_many_channels(channels):
     bank = draw_bank(count=3, channels=channels, side=3)
     detector = closed_form(channels)
     detector.fit(bank, generator=seeded())
-    rows = extended(bank.features.movedim(1, -1).flatten(0, 2).double())
+    rows = extended(as_positions(bank.features).double())
     moment = rows.T @ rows / len(rows)
     values, vectors = detector.decompose()
     rebuilt = vectors[0] @ torch.diag(values[0]) @ vectors[0].T * moment.trace()
     torch.testing.assert_close(rebuilt, moment, rtol=1e-9, atol=1e-9)
-
-
-def test_start_forgets_and_fitting_again_gives_the_same_bits():
-    bank = draw_bank()
-    for options in ({}, {"prototypes": 4}, {"sample_w0": True}):
-        detector, fresh = made(**options), made(**options)
-        detector.fit(draw_bank(seed=3), generator=seeded(5))
-        detector.fit(bank, generator=seeded(2))
-        fresh.fit(bank, generator=seeded(2))
-        assert torch.equal(detector(bank.features), fresh(bank.features)), options
-
-
-def test_the_expectation_needs_no_seed_and_a_sample_does():
-    bank = draw_bank()
-
-    def maps(seed, **options):
-        detector = made(**options)
-        detector.fit(bank, generator=seeded(seed))
-        return detector(bank.features)
-
-    assert torch.equal(maps(0), maps(1))
-    assert not torch.allclose(maps(0, sample_w0=True), maps(1, sample_w0=True))
 
 
 AWKWARD = {
@@ -227,6 +181,7 @@ AWKWARD = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*distinct clusters")
 @pytest.mark.parametrize("bank", AWKWARD.values(), ids=AWKWARD)
 @pytest.mark.parametrize("sample_w0", [False, True])
 @pytest.mark.parametrize("prototypes", [1, 3])
@@ -234,32 +189,15 @@ def test_awkward_data_give_finite_maps(bank, sample_w0, prototypes):
     N, _, H, W = bank.features.shape
     detector = closed_form(bank.channels, time=(1e8,), prototypes=prototypes, sample_w0=sample_w0)
     if prototypes > N * H * W:
-        with pytest.raises(ModelError, match="3 prototypes need as many normal features"):
+        message = f"3 prototypes need as many normal features; there are {N * H * W}"
+        with pytest.raises(ModelError, match=message) as caught:
             detector.fit(bank, generator=seeded())
+        assert caught.value.change == {"prototypes": "lower"}
         return
-    if bank is AWKWARD["zero features"] and prototypes > 1:
-        with pytest.warns(UserWarning, match="distinct clusters"):
-            detector.fit(bank, generator=seeded())
-    else:
-        detector.fit(bank, generator=seeded())
+    detector.fit(bank, generator=seeded())
     assert torch.isfinite(detector(bank.features)).all()
     anomaly = detector(bank.features + torch.linspace(1, 3, bank.channels)[:, None, None])
     assert torch.isfinite(anomaly).all()
-
-
-def test_unseen_directions_score_higher_than_normal_ones():
-    bank = AWKWARD["fewer positions than channels"]
-    detector = closed_form(20, time=(1e6,))
-    detector.fit(bank, generator=seeded())
-    probes = torch.randn(4, 20, 2, 2, generator=seeded(8))
-    assert detector(bank.features).max() < 0.1 * detector(probes).min()
-
-
-def test_more_prototypes_than_normal_features_are_refused():
-    message = "5 prototypes need as many normal features; there are 4"
-    with pytest.raises(ModelError, match=message) as caught:
-        made(prototypes=5).fit(draw_bank(count=1, side=2), generator=seeded())
-    assert caught.value.change == {"prototypes": "lower"}
 
 
 @pytest.mark.parametrize("nearest", [1, 3, 5])
@@ -277,7 +215,7 @@ def test_prototypes_score_by_the_smallest_over_the_nearest(nearest):
         assert score == pytest.approx(energies[near].min().item(), rel=1e-3)
     # Every centre is the mean of the features nearest to it, and all features are counted once.
     assert detector._counts.sum() == 8 * 25
-    owner = torch.cdist(bank.features.movedim(1, -1).flatten(0, 2), detector.centres).argmin(dim=1)
+    owner = torch.cdist(as_positions(bank.features), detector.centres).argmin(dim=1)
     assert torch.bincount(owner, minlength=5).tolist() == detector._counts.tolist()
 
 
@@ -334,50 +272,12 @@ def test_prototypes_find_what_lies_between_the_groups():
     assert contrast(2) > 2 > contrast(1)
 
 
-class Stream:
-    """A source that is read in order and never holds more than a batch."""
-
-    def __init__(self, features):
-        self.channels = features.shape[1]
-        self._features = features
-        self.passes = 0
-
-    def __len__(self):
-        return len(self._features)
-
-    def batches(self, batch_size, *, generator=None):
-        assert generator is None, "a stream cannot be shuffled"
-        self.passes += 1
-        yield from self._features.split(batch_size)
-
-    def stage_batches(self, batch_size, *, generator=None):
-        for features in self.batches(batch_size, generator=generator):
-            yield [features]
-
-
 @pytest.mark.parametrize(("prototypes", "passes"), [(1, 1), (4, 2)])
 def test_a_stream_is_enough(prototypes, passes):
     bank = draw_bank()
-    stream = Stream(bank.features)
-    maps = []
-    for source in (stream, bank):
-        detector = made(prototypes=prototypes)
-        detector.fit(source, generator=seeded())
-        maps.append(detector(bank.features))
-    assert torch.equal(*maps)
-    assert stream.passes == passes
-
-
-@pytest.mark.parametrize("options", [{}, {"prototypes": 4}, {"sample_w0": True}])
-def test_a_reloaded_head_gives_the_same_maps(options):
-    bank = draw_bank()
-    detector = made(**options)
-    detector.fit(bank, generator=seeded())
-    reloaded = made(**options)
-    reloaded.load_state_dict(detector.state_dict())
-    assert set(detector.state_dict()) == {"centres", "filters"}
-    assert torch.equal(reloaded(bank.features), detector(bank.features))
-    assert detector.num_trainable == 0
+    made(prototypes=prototypes).fit(bank, generator=seeded())
+    assert bank.passes == passes
+    assert bank.orders == []
 
 
 @pytest.mark.parametrize("time", [(), (10.0, 1.0), (10.0, 10.0), (0.0,), (-1.0, 2.0)])
@@ -386,36 +286,12 @@ def test_times_must_ascend(time):
         NocoCfOptions(time=time)
 
 
-@pytest.mark.parametrize("option", ["prototypes", "nearest"])
-def test_at_least_one_centre(option):
-    with pytest.raises(ValueError, match=f"--method.{option} 0 must be above 0"):
-        NocoCfOptions(**{option: 0})
-
-
-def test_every_time_is_visited_and_the_last_counts():
-    bank, seen = draw_bank(), []
-    detector = made(time=(1.0, 10.0, 100.0))
-
-    def monitor(step, values):
-        seen.append((step, values["time"], detector(bank.features)))
-
-    detector.fit(bank, generator=seeded(), monitor=monitor)
-    assert [(step, time) for step, time, _ in seen] == [(1, 1.0), (2, 10.0), (3, 100.0)]
-    assert torch.equal(seen[-1][2], detector(bank.features))
-    for step, time, maps in seen:
-        assert detector.stopped_at(step) == {"time": (time,)}
-        alone = made(**detector.stopped_at(step))
-        alone.fit(bank, generator=seeded())
-        assert torch.equal(alone(bank.features), maps)
-
-
 def test_solving_before_any_image_is_refused():
     detector = made()
-    with pytest.raises(ModelError, match="fit first"):
-        detector.solve()
-    detector.start(seeded())
-    with pytest.raises(ModelError, match="fit first"):
-        detector.solve()
+    for start in (lambda: None, lambda: detector.start(seeded())):
+        start()
+        with pytest.raises(ModelError, match="fit first"):
+            detector.solve()
 
 
 def test_prototypes_do_not_learn_online():
@@ -457,11 +333,4 @@ def test_all_times_at_once_score_as_one_after_the_other(prototypes, loss, featur
     assert at_once.shape == (4, 40, 1, 1)
     torch.testing.assert_close(at_once, torch.stack(one_by_one), rtol=2e-4, atol=1e-6)
     assert not torch.allclose(at_once[0], at_once[1], rtol=1e-2)
-    # Without anyone watching, the fit ends at the last time all the same.
-    detector.fit(Bank(as_maps(correlated(300).float())), generator=seeded(0))
-    torch.testing.assert_close(detector(features), one_by_one[-1], rtol=0, atol=0)
-
-
-def test_sampled_projectors_are_scored_one_time_after_the_other():
-    detector = made(sample_w0=True, time=(1.0, 10.0))
-    assert detector.steps() == []
+    assert made(sample_w0=True, time=times).steps() == []  # those have no common projection

@@ -2,10 +2,7 @@ import pytest
 import torch
 
 from models.methods.simplenet.noise import GaussianNoise
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.models.banks import seeded
 
 
 @pytest.mark.parametrize("sigma", [0.005, 0.015, 1.0, 50.0])

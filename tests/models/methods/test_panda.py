@@ -14,7 +14,7 @@ from models.methods.fine_tuned.fine_tuning import trained_parameters
 from models.methods.fine_tuned.fisher import _draw_gradient, label_free_fisher, read_fisher
 from models.methods.fine_tuned.panda import Panda, PandaOptions, compactness_loss
 from models.methods.fine_tuned.panda_ewc import PandaEwc, PandaEwcOptions, elastic_penalty
-from tests.models.banks import Bank, monitoring, seeded
+from tests.models.banks import Bank, draw_images, monitoring, seeded, told
 
 SMALL = "test_resnet"
 
@@ -27,20 +27,6 @@ def extractor(backbone=SMALL, layers=(4,), weights="random", **options):
 @pytest.fixture(scope="module")
 def backbone():
     return extractor()
-
-
-@pytest.fixture(scope="module")
-def classifier_file(tmp_path_factory):
-    """A whole random model, as if it were trained."""
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("weights") / "classifier.safetensors"
-    save_file(timm.create_model(SMALL, pretrained=False, num_classes=5).state_dict(), path)
-    return path
-
-
-def draw_images(count, *, low=0, high=256, seed=1, side=32):
-    shape = (count, 3, side, side)
-    return torch.randint(low, high, shape, dtype=torch.uint8, generator=seeded(seed))
 
 
 def bank_of_images(count=10, **options):
@@ -117,8 +103,6 @@ def test_any_number_of_stages_can_train(backbone):
     assert stages_of(trained_parameters(backbone, 1)) == {"layer4"}
     assert trained_parameters(backbone, 5) == every
     assert trained_parameters(backbone, 99) == every
-    with pytest.raises(ValueError, match=r"--method\.trained-stages 0 must be above 0"):
-        PandaOptions(trained_stages=0)
 
 
 def test_expansion_features_are_refused():
@@ -136,16 +120,14 @@ def test_number_of_trainable_parameters_is_the_papers():
 
 
 def test_fit_moves_what_trains_and_nothing_else(backbone):
-    before = {name: t.clone() for name, t in backbone.net.state_dict().items()}
     detector = fitted(backbone, bank_of_images())
     trained = set(trained_parameters(backbone, 2))
     after = detector.net.state_dict()
-    for name, tensor in before.items():
-        assert torch.equal(tensor, backbone.net.state_dict()[name]), f"teacher's {name}"
+    for name, tensor in backbone.net.state_dict().items():
         # Statistics of batch normalisation are among those that stay.
         assert torch.equal(tensor, after[name]) == (name not in trained), name
-    assert not any(p.requires_grad for p in backbone.parameters())
     assert all(p.requires_grad == (n in trained) for n, p in detector.net.named_parameters())
+    assert set(detector.state_dict()) == {f"net.{name}" for name in after} | {"embeddings"}
 
 
 def test_batch_statistics_are_never_used(backbone):
@@ -173,13 +155,10 @@ def test_elastic_penalty_on_hand_worked_numbers():
 
 def test_first_loss_is_the_spread_of_the_pretrained_features(backbone):
     bank = bank_of_images()
-    losses = []
-    detector = panda(backbone, epochs=1, batch_size=len(bank))
-    monitor = monitoring(lambda _, values: losses.append(values["loss"]))
-    detector.fit(bank, generator=seeded(), monitor=monitor)
+    (values,) = told(panda(backbone, epochs=1, batch_size=len(bank)), bank)
     features = backbone(bank.features)[:, :, 0, 0]  # (N, D)
     expected = (features - features.mean(dim=0)).square().mean()
-    assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert values["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_gradients_are_clipped_together(backbone):
@@ -192,12 +171,9 @@ def test_gradients_are_clipped_together(backbone):
 
 
 def test_training_makes_normal_images_compact(backbone):
-    bank = bank_of_images()
-    losses = []
     detector = panda(backbone, epochs=15, batch_size=5, learning_rate=1.0)
-    monitor = monitoring(lambda _, values: losses.append(values["loss"]))
-    detector.fit(bank, generator=seeded(), monitor=monitor)
-    assert losses[-1] < 0.9 * losses[0]
+    values = told(detector, bank_of_images())
+    assert values[-1]["loss"] < 0.9 * values[0]["loss"]
 
 
 # EWC
@@ -269,11 +245,8 @@ def test_fisher_of_a_network_matches_a_slow_loop(classifier_file):
 
 def test_ewc_without_a_file_says_where_its_fisher_comes_from(classifier_file):
     net = extractor(weights=classifier_file)
-    options = {"made": panda_ewc, "epochs": 1, "fisher_images": 3}
-    detector = fitted(net, bank_of_images(), **options)
+    detector = fitted(net, bank_of_images(), made=panda_ewc, epochs=1, fisher_images=3)
     assert "from 3 normal training images" in detector.remarks[0]
-    again = fitted(net, bank_of_images(), **options)
-    assert torch.equal(detector.embeddings, again.embeddings)
 
 
 def test_the_packaged_weights_bring_their_classifier():
@@ -347,24 +320,6 @@ def test_stages_are_concatenated():
     torch.testing.assert_close(embeddings, net(draw_images(3))[:, :, 0, 0])
 
 
-def test_monitor_sees_what_a_shorter_fit_would_give(backbone):
-    bank, tests = bank_of_images(), draw_images(5, seed=9)
-    detector = panda(backbone, epochs=3, batch_size=4)
-    seen = {}
-
-    def monitor(step, values):
-        assert isinstance(values["loss"], float)
-        with torch.inference_mode():
-            seen[step] = detector(tests)
-
-    detector.fit(bank, generator=seeded(), monitor=monitoring(monitor, scores_steps=True))
-    assert list(seen) == [1, 2, 3]
-    for step, maps in seen.items():
-        alone = fitted(backbone, bank, **detector.stopped_at(step))
-        assert torch.equal(alone(tests), maps)
-    assert not torch.equal(seen[1], seen[3])
-
-
 @pytest.mark.parametrize(("scores_steps", "passes"), [(True, [1, 2, 3]), (False, [0, 0, 1])])
 def test_images_are_embedded_after_an_epoch_only_where_it_is_scored(
     backbone, monkeypatch, scores_steps, passes
@@ -377,30 +332,6 @@ def test_images_are_embedded_after_an_epoch_only_where_it_is_scored(
     assert seen == passes  # beside the one before training, for the center
 
 
-def test_a_saved_head_scores_identically(backbone, tmp_path):
-    detector = fitted(backbone, bank_of_images())
-    save_tensors(detector.state_dict(), tmp_path / "head.safetensors")
-    state = load_file(tmp_path / "head.safetensors")
-    assert set(state) == {f"net.{n}" for n in backbone.net.state_dict()} | {"embeddings"}
-    fresh = panda(backbone)
-    fresh.load_state_dict(state)
-    tests = draw_images(4, seed=9)
-    assert torch.equal(fresh(tests), detector(tests))
-    smaller = fitted(backbone, bank_of_images(6))  # and over another fit
-    smaller.load_state_dict(state)
-    assert torch.equal(smaller(tests), detector(tests))
-
-
-def test_same_seed_same_bits_and_every_fit_starts_anew(backbone):
-    bank, tests = bank_of_images(), draw_images(4, seed=9)
-    first = fitted(backbone, bank)
-    assert torch.equal(fitted(backbone, bank)(tests), first(tests))
-    assert not torch.equal(fitted(backbone, bank, seed=1)(tests), first(tests))
-    before = first(tests)
-    first.fit(bank, generator=seeded())
-    assert torch.equal(first(tests), before)
-
-
 def test_visible_anomalies_are_found(backbone):
     bank = bank_of_images(20, low=0, high=160)
     normal = draw_images(15, low=0, high=160, seed=2)
@@ -411,8 +342,6 @@ def test_visible_anomalies_are_found(backbone):
 
 
 def test_errors_name_the_cause(backbone):
-    with pytest.raises(FloatingPointError, match=r"epoch 1, step 2"):
-        fitted(backbone, bank_of_images(), learning_rate=1e38, clip_norm=None)
     message = "2 nearest images exceed the 1 training images"
     with pytest.raises(ModelError, match=message) as caught:
         fitted(backbone, bank_of_images(1))

@@ -14,7 +14,7 @@ from models.methods.simplenet.simplenet import (
     SimpleNetOptions,
     TrivialSolutionWarning,
 )
-from tests.models.banks import Bank, draw_bank, seeded
+from tests.models.banks import Bank, as_positions, draw_bank, seeded, told
 
 # Most heads here are trained for three epochs on noise, about which they remark.
 pytestmark = pytest.mark.filterwarnings(
@@ -56,91 +56,44 @@ def test_learning_rates_go_to_their_parts():
     assert not torch.equal(still.adaptor.layers[0].weight, start.adaptor.layers[0].weight)
 
 
-def test_monitor_sees_eval_mode_and_training_goes_on_as_without_it():
-    bank = draw_bank()
-    detector = made(6, epochs=4, sigma=1.0)
-    calls = []
-
-    def monitor(step, values):
-        assert not detector.training
-        assert not detector.discriminator.normalisation.training
-        with torch.inference_mode():
-            detector(bank.features)
-        calls.append((step, values))
-
-    detector.fit(bank, generator=seeded(), monitor=monitor)
-    assert [step for step, _ in calls] == [1, 2, 3, 4]
-    assert all(set(v) == {"loss", "normal_logit", "noisy_logit"} for _, v in calls)
-    assert all(isinstance(value, float) for _, v in calls for value in v.values())
-    alone = fitted(bank, epochs=4, learning_rate=2e-4)
-    assert torch.equal(alone(bank.features), detector(bank.features))
-    assert detector.discriminator.normalisation.num_batches_tracked == 4 * 2  # it did train
-
-
 def test_monitor_reports_the_steps_means():
     bank = draw_bank(count=8)
     detector = made(6, epochs=2, batch_size=4, sigma=1.0)
-    steps, reports = [], []
-    take = detector._step
+    steps, take = [], detector._step
     detector._step = lambda *args: steps.append(take(*args)) or steps[-1]
-    detector.fit(bank, generator=seeded(), monitor=lambda _step, values: reports.append(values))
-    for epoch, report in enumerate(reports):
+    for epoch, report in enumerate(told(detector, bank)):
+        assert list(report) == ["loss", "normal_logit", "noisy_logit"]
         mean = torch.stack(steps[2 * epoch : 2 * epoch + 2]).mean(dim=0)
         torch.testing.assert_close(torch.tensor(list(report.values())), mean)
         hand = max(0.5 - report["normal_logit"], 0) + max(0.5 + report["noisy_logit"], 0)
         assert report["loss"] >= hand - 1e-6  # Jensen: equal where nothing is truncated
+    assert detector.discriminator.normalisation.num_batches_tracked == 2 * 2  # it did train
 
 
 def test_report_every_few_epochs_averages_over_them():
     bank = draw_bank()
-    each, every = [], []
-    for calls, option in ((each, 1), (every, 3)):
-        detector = made(6, epochs=7, report_every=option, sigma=1.0)
-        detector.fit(
-            bank, generator=seeded(), monitor=lambda *call, calls=calls: calls.append(call)
-        )
-    assert [step for step, _ in every] == [3, 6, 7]
-    losses = [values["loss"] for _, values in each]
-    assert every[0][1]["loss"] == pytest.approx(sum(losses[:3]) / 3)
-    assert every[2][1]["loss"] == pytest.approx(losses[6])
+    each, every = (told(made(6, epochs=7, report_every=n, sigma=1.0), bank) for n in (1, 3))
+    losses = [values["loss"] for values in each]
+    expected = [sum(losses[:3]) / 3, sum(losses[3:6]) / 3, losses[6]]
+    assert [values["loss"] for values in every] == pytest.approx(expected)
 
 
 def test_the_first_loss_by_hand():
     bank = draw_bank(count=2)
     detector = made(6, epochs=1, batch_size=2, sigma=0.7, threshold=0.3)
     twin = copy.deepcopy(detector)
-    reports = []
-    detector.fit(bank, generator=seeded(), monitor=lambda _step, values: reports.append(values))
+    (report,) = told(detector, bank)
     generator = seeded()
     twin.initialise(generator)
     noise = GaussianNoise(0.7, generator)
     (features,) = bank.batches(2, generator=generator)
-    adapted = twin.adaptor(features.permute(0, 2, 3, 1).reshape(-1, 6))
+    adapted = twin.adaptor(as_positions(features))
     logits = twin.train().discriminator(torch.cat([adapted, noise(adapted)]))
     normal, noisy = logits[:50], logits[50:]
     loss = (0.3 - normal).clamp(min=0).mean() + (0.3 + noisy).clamp(min=0).mean()
-    assert reports[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    assert reports[0]["normal_logit"] == pytest.approx(normal.mean().item(), rel=1e-5)
-    assert reports[0]["noisy_logit"] == pytest.approx(noisy.mean().item(), rel=1e-5)
-
-
-def test_same_seed_same_bits_whatever_the_global_state():
-    bank = draw_bank()
-    torch.manual_seed(1)
-    first = fitted(bank)
-    torch.manual_seed(2)
-    again = fitted(bank)
-    assert torch.equal(first(bank.features), again(bank.features))
-    assert not torch.equal(first(bank.features), fitted(bank, seed=1)(bank.features))
-    first.fit(bank, generator=seeded())  # a fit owes nothing to the one before
-    assert torch.equal(first(bank.features), again(bank.features))
-
-
-def test_images_come_in_the_same_order_for_every_sigma():
-    bank = draw_bank()
-    fitted(bank, epochs=2, sigma=0.1)
-    fitted(bank, epochs=2, sigma=10.0)
-    assert torch.equal(torch.stack(bank.orders[:2]), torch.stack(bank.orders[2:]))
+    assert report["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert report["normal_logit"] == pytest.approx(normal.mean().item(), rel=1e-5)
+    assert report["noisy_logit"] == pytest.approx(noisy.mean().item(), rel=1e-5)
 
 
 def test_a_last_batch_of_one_position_is_skipped():
@@ -165,17 +118,15 @@ def test_a_single_image_of_many_positions_is_enough():
 def test_the_trivial_solution_is_said_in_words(loss):
     bank = Bank(1000 * draw_bank(channels=16).features)
     detector = made(16, epochs=2, loss=loss)
-    reports = []
     with pytest.warns(TrivialSolutionWarning) as caught:
-        detector.fit(bank, generator=seeded(), monitor=lambda _step, values: reports.append(values))
+        reports = told(detector, bank)
     (remark,) = detector.remarks
     assert str(caught[0].message) == remark
     trivial = 1.0 if loss == "truncated_l1" else 2 * math.log(2)
     assert f"the loss is {reports[-1]['loss']:.4f}, and a discriminator" in remark
     assert f"always answers 0 has {trivial:.4f}" in remark
     assert "(sigma 0.015) has norm 0.06" in remark  # 0.015 * sqrt(16)
-    positions = bank.features.permute(0, 2, 3, 1).reshape(-1, 16)
-    norm = detector.adapt(positions).norm(dim=1).square().mean().sqrt().item()
+    norm = detector.adapt(as_positions(bank.features)).norm(dim=1).square().mean().sqrt().item()
     assert f"the adapted features have {norm:.3g}: try --method.norm 1" in remark
 
 
@@ -208,16 +159,11 @@ def test_diagnostics_are_the_channels_deviations():
     bank.features = bank.features * torch.arange(1.0, 7.0)[:, None, None] + 1e4
     detector = fitted(bank, norm=None)
     assert made(6).diagnostics == {}
-    spread = detector.diagnostics
-    positions = bank.features.permute(0, 2, 3, 1).reshape(-1, 6)
-    expected = positions.double().std(dim=0, correction=0)
-    torch.testing.assert_close(
-        torch.tensor(spread["feature_std"]), expected.float(), rtol=1e-3, atol=0
-    )
-    adapted = detector.adapt(positions).detach().double().std(dim=0, correction=0)
-    torch.testing.assert_close(
-        torch.tensor(spread["adapted_std"]), adapted.float(), rtol=1e-3, atol=0
-    )
+    positions = as_positions(bank.features)
+    adapted = detector.adapt(positions).detach()
+    for name, channels in (("feature_std", positions), ("adapted_std", adapted)):
+        expected = channels.double().std(dim=0, correction=0).tolist()
+        assert detector.diagnostics[name] == pytest.approx(expected, rel=1e-3)
 
 
 def test_mixed_precision_changes_nothing_without_a_cuda_device():
@@ -260,28 +206,3 @@ def test_training_on_a_gpu_agrees_with_itself():
     for head in heads:
         head.fit(bank, generator=seeded())
     torch.testing.assert_close(heads[0](bank.features), heads[1](bank.features))
-
-
-def test_a_loss_that_is_not_finite_names_epoch_and_step():
-    bank = draw_bank()
-    bank.features[:] = math.nan
-    with pytest.raises(FloatingPointError, match="epoch 1, step 1"):
-        fitted(bank)
-
-
-@pytest.mark.parametrize("report_every", [1, 2])
-def test_stopped_at_names_the_options_that_end_there(report_every):
-    bank = draw_bank()
-    states = {}
-    detector = made(6, epochs=5, sigma=1.0, report_every=report_every)
-    detector.fit(
-        bank,
-        generator=seeded(),
-        monitor=lambda step, _: states.update({step: copy.deepcopy(detector.state_dict())}),
-    )
-    for step, state in states.items():
-        options = {"epochs": 5, "report_every": report_every, **detector.stopped_at(step)}
-        again = made(6, sigma=1.0, **options)
-        again.fit(bank, generator=seeded())
-        for name, value in again.state_dict().items():
-            assert torch.equal(value, state[name]), name

@@ -86,11 +86,8 @@ def test_false_alarms_keep_the_rate_asked_for(n, rate):
 
 def test_rule_of_a_threshold_and_of_nothing(capsys):
     rule = decision_rule(None, rate=None, default=0.05, threshold=2.0, ways="w")
-    assert (rule.p_value(3.0), rule.decision(3.0), rule.decision(2.0)) == (
-        None,
-        "anomalous",
-        "normal",
-    )
+    assert rule.p_value(3.0) is None
+    assert [rule.decision(score) for score in (3.0, 2.0)] == ["anomalous", "normal"]
     assert capsys.readouterr().err == ""
     rule = decision_rule(None, rate=None, default=0.05, threshold=None, ways="the ways out")
     assert (rule.p_value(3.0), rule.decision(3.0)) == (None, None)
@@ -179,14 +176,10 @@ def test_columns_and_note():
     (note,) = false_alarm_notes([{"select": "last", **usual}])
     assert "asked 2 %, seen 2.0 % (2 of 100" in note
     assert "chance" not in note
-    notes = false_alarm_notes(
-        [
-            {"select": "last", **usual},
-            {"select": "best_test", **usual, "false_alarm_rate_seen": 0.3},
-        ]
-    )
-    assert "chance" not in notes[0]
-    assert "chance gives so many less often than once in 1,000" in notes[1]
+    often = {"select": "best_test", **usual, "false_alarm_rate_seen": 0.3}
+    first, second = false_alarm_notes([{"select": "last", **usual}, often])
+    assert "chance" not in first
+    assert "chance gives so many less often than once in 1,000" in second
 
 
 def test_chance_of_alarms_by_simulation():

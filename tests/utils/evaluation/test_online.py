@@ -12,10 +12,9 @@ from models.detector import FeatureShape, LearnsOnline
 from models.errors import ModelError
 from models.methods.noco import Noco, NocoOptions
 from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
+from tests.models.banks import seeded
+from tests.utils.banks import bank_of, set_of
 from utils.evaluation.online import COLUMNS, checkpoints, online_curve, save_online_curve
-from utils.evaluation.scoring import Scoring
-from utils.evaluation.test_set import TestSet
-from utils.features.bank import FeatureBank
 
 
 @pytest.mark.parametrize(
@@ -34,35 +33,17 @@ def test_checkpoints(count, steps):
     assert checkpoints(count) == steps
 
 
-def bank_of(features):
-    """A bank of features (N, C, H, W)."""
-    return FeatureBank(
-        [features.permute(0, 2, 3, 1)],
-        range(len(features)),
-        assemble=lambda stages: stages[0].float(),
-        device=torch.device("cpu"),
-    )
-
-
 @pytest.fixture(scope="module")
 def data():
     """12 normal images to learn from, and a test set whose anomalies leave their subspace."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     flat = torch.randn(24, 6, 4, 4, generator=generator)
     flat[:, 4:] *= 0.05
     test = flat[12:]
     masks = torch.zeros(12, 4, 4, dtype=torch.bool)
     masks[6:, :2, :2] = True
     test[6:, 4:, :2, :2] += 0.15 * torch.randn(6, 2, 2, 2, generator=generator)
-    labels = torch.tensor([0] * 6 + [1] * 6)
-    kinds = ["good"] * 6 + ["hole"] * 6
-    names = [str(i) for i in range(12)]
-    about = {"names": names, "kinds": kinds, "masks": masks, "scoring": Scoring()}
-    return bank_of(flat[:12]), TestSet(bank_of(test), labels, **about)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return bank_of(flat[:12]), set_of(bank_of(test), [0] * 6 + [1] * 6, masks=masks)
 
 
 def noco_cf(kind=NocoCf, prototypes=1, **options):
@@ -99,7 +80,7 @@ def test_the_first_point_knows_one_image_of_a_random_order(data):
 
 
 class Counting(NocoCf):
-    """Notes how many images it is given at a time, and when it is started."""
+    """Notes how many images it is given at a time."""
 
     def start(self, generator):
         self.given = []
@@ -127,10 +108,8 @@ def test_what_cannot_learn_online_says_so(data):
 
 
 def test_curve_is_written_as_csv_and_picture(tmp_path):
-    rows = [
-        dict(zip(COLUMNS, (n, 0.5 + n / 20, 0.6, math.nan, math.nan), strict=True))
-        for n in (1, 2, 5)
-    ]
+    values = [(n, 0.5 + n / 20, 0.6, math.nan, math.nan) for n in (1, 2, 5)]
+    rows = [dict(zip(COLUMNS, value, strict=True)) for value in values]
     path = tmp_path / "online/tile.csv"
     save_online_curve(path, rows, title="tile, seed 0")
     with path.open(newline="") as file:

@@ -1,7 +1,7 @@
 """Choosing on synthetic anomalies: what is held out, what wins, and what is never looked at."""
 
-import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,25 +9,17 @@ import torch
 from configs.experiment import parse_grid
 from models.detector import Detector
 from models.method import find_method
+from tests.utils.banks import constant_bank
 from utils.errors import UsageError
 from utils.evaluation.scoring import Scoring
 from utils.evaluation.selection import choose, hold_out, num_copies, validation_set
 from utils.evaluation.test_set import TestSet
-from utils.features.bank import FeatureBank
 
 SIDE = 4
 NOCO_CF = find_method("noco_cf").options
 
 
-def bank_of(values):
-    """N images of one channel that is the image's value everywhere on a 4 x 4 grid."""
-    maps = torch.tensor(values)[:, None, None, None].expand(-1, SIDE, SIDE, 1)
-    return FeatureBank(
-        [maps],
-        range(len(values)),
-        assemble=lambda stages: stages[0].float(),
-        device=torch.device("cpu"),
-    )
+bank_of = partial(constant_bank, side=SIDE)
 
 
 class Stepper(Detector):
@@ -53,20 +45,11 @@ class Stepper(Detector):
         return self.current(features[:, 0])  # (B, H, W)
 
 
-def left_half(values):
-    mask = torch.zeros_like(values)
-    mask[..., : SIDE // 2] = 1
-    return values * mask
-
-
-def right_half(values):
-    return left_half(values.flip(-1)).flip(-1)
-
-
+LEFT = torch.arange(SIDE) < SIDE // 2
 FUNCTIONS = {
     # Finds the image at the wrong place; its image AUROC is 1, its pixel AUROC low.
-    "wrong": right_half,
-    "right": left_half,
+    "wrong": lambda values: values * ~LEFT,
+    "right": lambda values: values * LEFT,
     "opposite": lambda values: -values,
 }
 
@@ -75,28 +58,21 @@ def make_validation(masks=True):
     """Ten normals of value 0 to 0.9 (8 kept), and four anomalies of 5 whose left half is drawn."""
     normals = bank_of([i / 10 for i in range(10)])
     kept, held = hold_out(10)
-    drawn = torch.zeros(4, SIDE, SIDE, dtype=torch.bool)
-    drawn[..., : SIDE // 2] = True
-    return validation_set(
-        normals, kept, held, bank_of([5.0] * 4), Scoring(), drawn if masks else None
-    )
+    drawn = LEFT.expand(4, SIDE, SIDE) if masks else None
+    return validation_set(normals, kept, held, bank_of([5.0] * 4), Scoring(), drawn)
 
 
-def choose_step(functions, lines, *, validation=None, watched=None):
+def choose_step(functions, lines, *, masks=True, watched=None, kind=Stepper):
     """Choose among the steps of one fit; what is logged goes to `lines`."""
 
     def build(options):
         assert options == {}
-        return Stepper(functions)
+        return kind(functions)
 
-    return choose(
-        build,
-        [{}],
-        make_validation() if validation is None else validation,
-        seed=0,
-        log=lambda **values: lines.append(values),
-        watched=watched,
-    )
+    def log(**values):
+        lines.append(values)
+
+    return choose(build, [{}], make_validation(masks), seed=0, log=log, watched=watched)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10, 57, 300])
@@ -138,8 +114,7 @@ def test_validation_joins_held_out_normals_and_anomalies():
     values = torch.cat(list(test.bank.batches(3)))[:, 0, 0, 0]
     torch.testing.assert_close(values, torch.tensor([*(held / 10).tolist(), 5, 5, 5, 5]))
     assert not test.masks[:2].any()
-    assert test.masks[2:, :, : SIDE // 2].all()
-    assert not test.masks[2:, :, SIDE // 2 :].any()
+    assert torch.equal(test.masks[2:], LEFT.expand(4, SIDE, SIDE))
     assert test.names[:2] == [f"normal/{i}" for i in held.tolist()]
 
 
@@ -163,8 +138,7 @@ def test_with_masks_the_pixel_auroc_chooses(order, step):
 
 def test_without_masks_the_image_auroc_chooses():
     functions = [FUNCTIONS["opposite"], FUNCTIONS["wrong"], FUNCTIONS["right"]]
-    validation = make_validation(masks=False)
-    choice = choose_step(functions, [], validation=validation)
+    choice = choose_step(functions, [], masks=False)
     assert choice.options == {"epochs": 2}  # of equals the first
     assert choice.auroc == 1.0
 
@@ -248,15 +222,8 @@ def test_steps_scored_at_once_choose_and_log_the_same(watch):
     found = []
     for kind in (Stepper, AllAtOnce):
         lines = []
-        choice = choose(
-            lambda _, kind=kind: kind(functions),
-            [{}],
-            make_validation(),
-            seed=0,
-            log=lambda lines=lines, **values: lines.append(repr(values)),
-            watched=watched,
-        )
-        found.append((choice, lines))
+        choice = choose_step(functions, lines, kind=kind, watched=watched)
+        found.append((choice, list(map(repr, lines))))
     assert found[0] == found[1]
     assert found[0][0].options == {"epochs": 3}
 
@@ -308,8 +275,3 @@ def test_a_bad_grid_is_refused(item, message):
 def test_an_option_or_value_stands_once(items):
     with pytest.raises(ValueError, match="twice"):
         parse_grid(items, NOCO_CF)
-
-
-def test_grid_values_pass_the_checks_of_the_method():
-    for point in parse_grid(["prototypes=1,4", "loss=distance,squared"], NOCO_CF):
-        dataclasses.replace(NOCO_CF, **point)

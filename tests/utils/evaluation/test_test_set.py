@@ -5,15 +5,13 @@ import pytest
 import torch
 
 from models.detector import Detector
+from tests.utils.banks import bank_of, set_of
 from utils.errors import UsageError
 from utils.evaluation.monitor import FitMonitor
-from utils.evaluation.scoring import Scoring
+from utils.evaluation.smoothing import upsample_and_blur
 from utils.evaluation.test_set import TestSet
-from utils.features.bank import FeatureBank
 from utils.metrics.evaluate import ranking_metrics
 from utils.metrics.metrics import metric_names
-
-CPU = torch.device("cpu")
 
 
 class FirstChannel(Detector):
@@ -23,21 +21,9 @@ class FirstChannel(Detector):
         return features[:, 0]
 
 
-def stored(maps):
-    """A bank whose features (N, 1, H, W) are the maps (N, H, W), in float32."""
-    return FeatureBank(
-        [maps.float()[..., None]],
-        range(len(maps)),
-        assemble=lambda stages: stages[0].float(),
-        device=CPU,
-    )
-
-
 def scored_images(maps, labels, *, masks=None, **options):
-    names = [f"{index}.png" for index in range(len(maps))]
-    kinds = ["hole" if label else "good" for label in labels]
-    about = {"names": names, "kinds": kinds, "masks": masks, "scoring": Scoring(**options)}
-    return TestSet(stored(maps), torch.tensor(labels), **about)
+    """A test set whose features (N, 1, H, W) are the maps (N, H, W)."""
+    return set_of(bank_of(maps[:, None]), labels, masks=masks, **options)
 
 
 LABELS = [0, 1, 0, 1, 1, 0, 0]
@@ -78,43 +64,6 @@ def test_scores_are_never_squashed(scale, batch_size):
     measured = test.measure(scores)
     assert measured.values == dict.fromkeys(metric_names(), 1.0)
     assert measured.undefined == {}
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-@pytest.mark.parametrize("scale", SCALES)
-def test_upsampling_and_blur_keep_the_order_of_images(scale, batch_size):
-    levels = torch.tensor([0.10, 0.95, 0.12, 0.93, 0.97, 0.14, 0.16])
-    maps = SCALES[scale](levels)[:, None, None].expand(7, 6, 6)
-    test = scored_images(maps, LABELS, map_size=24, blur_sigma=2.0, batch_size=batch_size)
-    scores = test.score(FirstChannel())
-    assert scores.maps.shape == (7, 24, 24)
-    torch.testing.assert_close(scores.images, maps[:, 0, 0].float(), rtol=1e-5, atol=0)
-    values = test.measure(scores).values
-    assert values["image_auroc"] == values["image_ap"] == values["image_f1_max"] == 1.0
-
-
-def test_scores_do_not_depend_on_the_batch_size():
-    maps, masks = perfectly_ranked(SCALES["near 1e6"])
-    found = [
-        scored_images(
-            maps, LABELS, masks=masks, map_size=30, blur_sigma=1.5, batch_size=batch_size
-        ).score(FirstChannel())
-        for batch_size in (1, 3, 32)
-    ]
-    for other in found[1:]:
-        torch.testing.assert_close(other.maps, found[0].maps, rtol=1e-7, atol=0)
-
-
-def test_semantic_scores_are_the_maps():
-    maps = torch.tensor([1e6, 3e6, 2e6, 4e6])[:, None, None]
-    test = scored_images(maps, [0, 1, 0, 1])
-    scores = test.score(FirstChannel())
-    assert scores.maps.shape == (4, 1, 1)
-    assert scores.images.tolist() == [1e6, 3e6, 2e6, 4e6]
-    measured = test.measure(scores)
-    assert measured.values["image_auroc"] == 1.0
-    assert math.isnan(measured.values["pixel_auroc"])
-    assert measured.undefined["pixel_auroc"] == "no masks"
 
 
 def test_empty_masks_are_anomalies_that_no_map_can_find():
@@ -182,6 +131,7 @@ SCRIPT = torch.tensor(
 )[:, :, None, :]  # (5, 4, 1, 2)
 IMAGE_AUROC = [2 / 4, 4 / 4, 0, 3 / 4, 2 / 4]
 PIXEL_AUROC = [7.5 / 12, 2 / 12, 8 / 12, 7.5 / 12, 2 / 12]
+NUMBERS = torch.arange(4.0)[:, None, None].expand(4, 1, 2)
 MASKS = torch.tensor([[[0, 0]], [[0, 0]], [[1, 0]], [[1, 0]]], dtype=torch.bool)
 
 
@@ -189,17 +139,10 @@ def follow(select, *, script=SCRIPT, masks=MASKS, labels=(0, 0, 1, 1)):
     """Fit the scripted detector; returns (outcomes, detector, logged lines)."""
     lines = []
     detector = Scripted(script)
-    numbers = torch.arange(4.0)[:, None, None].expand(4, 1, 2)
-    test = scored_images(numbers, list(labels), masks=masks)
+    test = scored_images(NUMBERS, list(labels), masks=masks)
     monitor = FitMonitor(detector, test, select, lambda **values: lines.append(values))
     detector.fit(monitor)
     return monitor.outcomes(), detector, lines
-
-
-def test_script_has_the_aurocs_worked_by_hand():
-    _, _, lines = follow("best_test")
-    assert [line["image_auroc"] for line in lines] == pytest.approx(IMAGE_AUROC)
-    assert [line["pixel_auroc"] for line in lines] == pytest.approx(PIXEL_AUROC)
 
 
 def test_last_is_the_last_epoch_and_looks_at_the_test_set_once():
@@ -230,11 +173,12 @@ def test_best_on_test_keeps_the_image_and_the_pixel_maximum_apart():
     for outcome in (last, best):  # each has the contour of the maps that it gives
         threshold = ranking_metrics(outcome.scores.maps, MASKS).f1_threshold
         assert outcome.measured.pixel_f1_threshold == threshold
-    states = {
-        suffix: state["epoch"].item() for suffix, state in (last.states | best.states).items()
-    }
-    assert states == {"-last": 5, "": 2, "-pixel": 3}
+    states = last.states | best.states
+    epochs = {suffix: state["epoch"].item() for suffix, state in states.items()}
+    assert epochs == {"-last": 5, "": 2, "-pixel": 3}
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["image_auroc"] for line in lines] == pytest.approx(IMAGE_AUROC)
+    assert [line["pixel_auroc"] for line in lines] == pytest.approx(PIXEL_AUROC)
     assert all(line["event"] == "step" for line in lines)
 
 
@@ -244,7 +188,7 @@ def test_best_on_test_keeps_the_image_and_the_pixel_maximum_apart():
 )
 def test_a_monitor_says_whether_it_scores_the_steps(select, monitor_test, scores):
     detector, lines = Scripted(SCRIPT), []
-    test = scored_images(torch.arange(4.0)[:, None, None].expand(4, 1, 2), [0, 0, 1, 1])
+    test = scored_images(NUMBERS, [0, 0, 1, 1])
     monitor = FitMonitor(
         detector, test, select, lambda **line: lines.append(line), monitor_test=monitor_test
     )
@@ -291,14 +235,10 @@ def test_time_of_the_fit_leaves_the_evaluations_out(monkeypatch):
 
     monkeypatch.setattr(TestSet, "score", slow_score)
     detector = Scripted(SCRIPT)
-    test = scored_images(
-        torch.arange(4.0)[:, None, None].expand(4, 1, 2), [0, 0, 1, 1], masks=MASKS
-    )
+    test = scored_images(NUMBERS, [0, 0, 1, 1], masks=MASKS)
     monitor = FitMonitor(detector, test, "best_test", lambda **_: None)
     for step in range(1, 6):
         clock[0] += 2
-        with torch.no_grad():
-            detector.epoch.fill_(step)
         monitor(step, {})
     assert monitor.fit_seconds == pytest.approx(10)
 
@@ -313,12 +253,12 @@ class OwnScore(FirstChannel):
 
 def test_a_method_may_have_its_own_image_score():
     maps, _ = perfectly_ranked(lambda unit: unit)
-    scores = scored_images(maps, LABELS, map_size=12, blur_sigma=1.0, batch_size=3).score(
-        OwnScore()
-    )
-    assert torch.equal(scores.images, maps.amin(dim=(1, 2)))
-    smooth = scored_images(maps, LABELS, map_size=12, blur_sigma=1.0).score(FirstChannel())
-    assert torch.equal(scores.maps, smooth.maps)
+    test = scored_images(maps, LABELS, map_size=12, blur_sigma=1.0, batch_size=3)
+    own, smooth = test.score(OwnScore()), test.score(FirstChannel())
+    assert torch.equal(own.images, maps.amin(dim=(1, 2)))
+    assert torch.equal(own.maps, smooth.maps)
+    assert torch.equal(smooth.maps, upsample_and_blur(maps, 12, 1.0))
+    assert torch.equal(smooth.images, smooth.maps.amax(dim=(1, 2)))
 
 
 def test_an_own_score_must_be_finite_too():

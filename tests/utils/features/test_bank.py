@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from models.backbone.extractor import FrozenExtractor
-from utils.errors import UsageError
 from utils.features.bank import FeatureBank
 
 CPU = torch.device("cpu")
@@ -110,28 +109,11 @@ def test_float32_features_are_stored_to_the_bit():
     assert torch.equal(stored, extractor(images))
 
 
-def test_features_can_be_trained_on(bank):
-    weight = torch.ones(6, requires_grad=True)
-    extractor = FrozenExtractor("tf_efficientnet_lite0", (1,))
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    for features in FeatureBank.extract(extractor, Loader(images)).batches(2):
-        (features[:, :6] * weight[:, None, None]).sum().backward()
-    assert weight.grad is not None
-
-
 def test_order_and_batch_sizes(bank):
     assert len(bank) == 10
     assert bank.indices == list(range(10))
     assert [len(features) for features in bank.batches(4)] == [4, 4, 2]
     assert numbers(bank.batches(4)) == numbers(bank.batches(100)) == list(range(10))
-
-
-def test_backbone_sees_each_image_once():
-    extractor = Scaled()
-    bank = FeatureBank.extract(extractor, Loader(numbered(10)))
-    for _ in range(3):
-        list(bank.batches(4))
-    assert extractor.num_seen == 10
 
 
 def test_shuffling_is_complete_and_follows_the_generator(bank):
@@ -159,46 +141,10 @@ def test_subset_is_a_view_in_the_order_asked_for(bank):
     assert numbers(bank.batches(4)) == list(range(10))
 
 
-def test_skipped_images_are_missing_by_index():
-    bank = FeatureBank.extract(Scaled(), Loader(numbered(10), missing=(0, 4, 5, 6, 7, 9)))
-    assert len(bank) == 4
-    assert bank.indices == [1, 2, 3, 8]
-    assert numbers(bank.batches(3)) == [1, 2, 3, 8]
-    # Rows of a bank are not positions in the data set.
-    assert bank.subset([3]).indices == numbers(bank.subset([3]).batches(1)) == [8]
-
-
-@pytest.mark.parametrize(("num_images", "missing"), [(0, ()), (3, (0, 1, 2))])
-def test_nothing_readable_is_named(num_images, missing):
-    loader = Loader(numbered(num_images), missing=missing)
-    with pytest.raises(UsageError, match="wood: train features: not one image could be read"):
-        FeatureBank.extract(Scaled(), loader, description="wood: train features")
-
-
-@pytest.mark.parametrize("factor", [1e5, float("nan")])
-def test_feature_beyond_the_range_is_named(factor):
-    with pytest.raises(
-        FloatingPointError, match=r"wood: a feature is not finite in torch\.float16"
-    ):
-        FeatureBank.extract(Scaled(factor), Loader(numbered(4)), description="wood")
-
-
 def test_other_dtypes_have_other_ranges():
     bank = FeatureBank.extract(Scaled(1e5), Loader(numbered(4)), dtype=torch.float32)
     (features,) = bank.batches(4)
     assert features.max().item() == 3e5
-
-
-@pytest.mark.parametrize("store", ["auto", "device", "host"])
-def test_stores_hold_the_same(bank, store):
-    stored = FeatureBank.extract(Scaled(), Loader(numbered(10)), store=store)
-    assert numbers(stored.batches(4)) == numbers(bank.batches(4))
-    assert all(stage.device == CPU for stage in stored.stages)
-
-
-def test_unknown_store_is_refused():
-    with pytest.raises(ValueError, match="store 'ram' is not one of auto, device, host"):
-        FeatureBank.extract(Scaled(), Loader(numbered(2)), store="ram")
 
 
 @pytest.mark.gpu

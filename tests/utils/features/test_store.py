@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import signal
@@ -55,11 +54,6 @@ def test_features_on_disk_are_those_in_memory(tmp_path):
         assert bank.nbytes == in_memory.nbytes
         rows = torch.tensor([7, 2, 2])
         assert torch.equal(contents(bank.subset(rows)), contents(in_memory.subset(rows)))
-    shuffled = [
-        torch.cat(list(bank.batches(4, generator=torch.Generator().manual_seed(5))))
-        for bank in (again, in_memory)
-    ]
-    assert torch.equal(*shuffled)
     assert torch.equal(
         contents(FeatureBank.join(again, in_memory)), contents(FeatureBank.join(*2 * [in_memory]))
     )
@@ -100,34 +94,28 @@ def extract_files(images, folder):
 
 
 @pytest.fixture
-def images(tmp_path):
-    return draw_mvtec_category(tmp_path / "data", "nuts") / "train/good"
+def images(tmp_path_factory):
+    return draw_mvtec_category(tmp_path_factory.mktemp("data"), "nuts") / "train/good"
 
 
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        *((cv2, "__version__"), (PIL, "__version__"), (feature_store, "FORMAT")),
-        *((fingerprints, "VERSION"), (backbones, "VERSION")),
-    ],
-)
-def test_another_version_of_what_makes_features_makes_another_entry(
-    tmp_path, images, monkeypatch, module, name
-):
-    extract_files(images, tmp_path / "store")
-    first = stored_keys(tmp_path / "store")
-    monkeypatch.setattr(module, name, "0.0")
-    extract_files(images, tmp_path / "store")
-    both = stored_keys(tmp_path / "store")
-    assert len(both) == 2
-    monkeypatch.undo()
-    extract_files(images, tmp_path / "store")
-    assert first < both == stored_keys(tmp_path / "store")
+def test_another_version_of_what_makes_features_makes_another_entry(tmp_path, images, monkeypatch):
+    extract_files(images, tmp_path)
+    first = stored_keys(tmp_path)
+    versions = [(cv2, "__version__"), (PIL, "__version__"), (feature_store, "FORMAT")]
+    for module, name in [*versions, (fingerprints, "VERSION"), (backbones, "VERSION")]:
+        before = stored_keys(tmp_path)
+        monkeypatch.setattr(module, name, "0.0")
+        extract_files(images, tmp_path)
+        assert len(stored_keys(tmp_path) - before) == 1, name
+        monkeypatch.undo()
+    every = stored_keys(tmp_path)
+    extract_files(images, tmp_path)
+    assert first < every == stored_keys(tmp_path)
 
 
-def test_the_text_of_the_sources_has_no_say(tmp_path, images):
-    extract_files(images, tmp_path / "store")
-    elsewhere = tmp_path / "elsewhere"
+def test_the_text_of_the_sources_has_no_say(tmp_path, tmp_path_factory, images):
+    extract_files(images, tmp_path)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
     for package in ("configs", "datasets", "models", "utils", "tests"):
         shutil.copytree(ROOT / package, elsewhere / package)
     for path in elsewhere.rglob("*.py"):
@@ -137,10 +125,10 @@ def test_the_text_of_the_sources_has_no_say(tmp_path, images):
         "import sys, pathlib, datasets; from tests.utils.features.test_store import extract_files; "
         "extract_files(*map(pathlib.Path, sys.argv[1:])); print(datasets.__file__)"
     )
-    command = [sys.executable, "-c", script, str(images), str(tmp_path / "store")]
+    command = [sys.executable, "-c", script, str(images), str(tmp_path)]
     done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(elsewhere / "datasets/__init__.py")
-    assert len(stored_keys(tmp_path / "store")) == 1
+    assert len(stored_keys(tmp_path)) == 1
 
 
 def test_unreadable_images_are_remembered(tmp_path):
@@ -157,15 +145,14 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path):
             yield from list(super().__iter__())[:2]
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        extract(tmp_path, loader=Breaking(numbered(10)))
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(FloatingPointError, match=r"not finite in torch\.float16"):
-        extract(tmp_path, extractor=Scaled(1e6))
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UsageError, match="not one image"):
-        extract(tmp_path, loader=Loader(numbered(2), missing=(0, 1)))
-    assert list(tmp_path.iterdir()) == []
+    for error, broken in (
+        (KeyboardInterrupt, {"loader": Breaking(numbered(10))}),
+        (FloatingPointError, {"extractor": Scaled(1e6)}),
+        (UsageError, {"loader": Loader(numbered(2), missing=(0, 1))}),
+    ):
+        with pytest.raises(error):
+            extract(tmp_path, **broken)
+        assert list(tmp_path.iterdir()) == []
 
 
 PROGRAM = """
@@ -212,7 +199,7 @@ def test_a_killed_extraction_leaves_no_entry_and_its_leftovers_go(tmp_path):
 
 
 def test_processes_that_write_the_same_entry_agree(tmp_path):
-    processes = [start(tmp_path, pause=0.02) for _ in range(3)]
+    processes = [start(tmp_path, pause=0.02) for _ in range(2)]
     printed = {process.communicate(timeout=120)[0].splitlines()[-1] for process in processes}
     assert all(process.returncode == 0 for process in processes)
     assert len(printed) == 1
@@ -242,14 +229,11 @@ def test_a_damaged_entry_is_named_with_the_way_out(tmp_path, damage):
         os.truncate(stage, 100)
     elif damage == "missing":
         stage.unlink()
-    elif damage == "json":
-        description.write_text("{")
-    elif damage == "fields":
-        description.write_text("{}")
     else:
-        text = json.loads(description.read_text())
-        text["files"][0]["name"] = "../secret"
-        description.write_text(json.dumps(text))
+        text = description.read_text()
+        elsewhere = text.replace("stage0.bin", "../secret")
+        assert elsewhere != text
+        description.write_text({"json": "{", "fields": "{}", "elsewhere": elsewhere}[damage])
     way_out = f"is damaged; delete it with .*--clear {entry.folder.name}"
     with pytest.raises(UsageError, match=way_out):
         extract(tmp_path)
@@ -292,11 +276,6 @@ def test_auto_takes_memory_while_there_is_room_and_what_is_on_disk_first(tmp_pat
     assert extract(tmp_path, store="host")[1] == 10
 
 
-def test_disk_needs_a_folder():
-    with pytest.raises(ValueError, match="has no folder"):
-        extract(None, store="disk")
-
-
 def test_list_and_clear(tmp_path, capsys):
     assert feature_bank.main(["--list", "--folder", str(tmp_path / "none")]) is None
     assert "0 entries, 0.0 MB" in capsys.readouterr().out
@@ -307,10 +286,9 @@ def test_list_and_clear(tmp_path, capsys):
     assert "brick: train" in out
     assert "10 images" in out
     assert "2 entries" in out
-    first = FeatureStore(tmp_path).entries()[0].folder.name
+    first, other = (entry.folder.name for entry in FeatureStore(tmp_path).entries())
     feature_bank.main(["--clear", first, "--folder", str(tmp_path)])
-    assert [e.folder.name for e in FeatureStore(tmp_path).entries()] != [first]
-    assert len(FeatureStore(tmp_path).entries()) == 1
+    assert stored_keys(tmp_path) == {other}
     with pytest.raises(SystemExit) as exit_:
         feature_bank.main(["--clear", "nothing", "--folder", str(tmp_path)])
     assert exit_.value.code == 2

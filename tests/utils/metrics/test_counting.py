@@ -95,14 +95,6 @@ def test_more_scores_than_a_part_and_more_thresholds_than_a_portion(levels):
     assert np.array_equal(curve.normal_above, len(normal) - not_above)
 
 
-@pytest.mark.usefixtures("many_parts")
-@pytest.mark.parametrize("first", [True, False])
-def test_a_part_of_one_class_alone(first):
-    labels = torch.arange(24) < 13
-    scores = torch.arange(24.0) % 5
-    assert_counts(scores, labels if first else ~labels)
-
-
 def test_little_work_starts_no_thread(monkeypatch):
     def refuse(*_):
         raise AssertionError("a thread pool for small inputs")
@@ -117,8 +109,7 @@ def test_regions_far_apart_in_a_mask_and_in_masks_that_are_views():
     generator = np.random.default_rng(1)
     whole = torch.from_numpy(generator.random((9, 16, 16)) < 0.05)
     maps = torch.from_numpy(generator.normal(size=(9, 16, 16)))
-    whole[:3], whole[4] = False, False
-    whole[5] = False
+    whole[[0, 1, 2, 4, 5]] = False
     whole[5, 14] = True
     for masks, scores in ((whole, maps), (whole[:, ::2, ::2], maps[:, ::2, ::2])):
         result = evaluate_pixels(scores, masks)

@@ -42,42 +42,41 @@ def save_overlays(folder, *, num_worst=8, per_type=2, title="", **shown):
     )
 
 
-def panel(sheet, line, column, size=S):
-    top = HEADER + TITLE + line * (size + TITLE + GAP)
-    left = GAP + column * (size + GAP)
-    return sheet[top : top + size, left : left + size, :3].astype(int)
+def lowest_defects(folder, **shown):
+    return imread(save_overlays(folder, num_worst=2, per_type=1, **shown)[1])
+
+
+def panel(sheet, line, column):
+    top = HEADER + TITLE + line * (S + TITLE + GAP)
+    left = GAP + column * (S + GAP)
+    return sheet[top : top + S, left : left + S, :3].astype(int)
 
 
 def test_sheets_have_the_right_sizes(tmp_path):
     paths = save_overlays(tmp_path / "bottle-seed0", num_worst=4, per_type=2, **subject())
-    assert [path.name for path in paths] == [
-        "highest_normals.png",
-        "lowest_defects.png",
-        "samples.png",
-    ]
+    assert [path.stem for path in paths] == ["highest_normals", "lowest_defects", "samples"]
     assert sorted(tmp_path.rglob("*.*")) == sorted(paths)
     for path, lines in zip(paths, (4, 4, 6), strict=True):
         height, width = HEADER + lines * (TITLE + S + GAP), GAP + 4 * (S + GAP)
         assert imread(path).shape[:2] == (height, width)
 
 
-@pytest.mark.parametrize(("size", "shown"), [(28, 252), (64, 256), (224, 224), (700, 256)])
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        *(((28, 28), (252, 252)), ((64, 64), (256, 256)), ((224, 224), (224, 224))),
+        *(((700, 700), (256, 256)), ((100, 200), (100, 200))),
+    ],
+)
 def test_panels_are_of_a_size_to_look_at(tmp_path, size, shown):
-    values = subject(size=max(size, 1), masks=None)
-    path = save_overlays(tmp_path, num_worst=1, **values)[0]
-    assert imread(path).shape[:2] == (HEADER + TITLE + shown + GAP, GAP + 4 * (shown + GAP))
-
-
-def test_oblong_images(tmp_path):
-    maps = torch.rand(4, 100, 200)
-    values = subject(2, 2, anomaly_maps=maps, masks=None)
-    values["images"] = lambda _: np.zeros((100, 200, 3), dtype=np.uint8)
-    path = save_overlays(tmp_path, num_worst=1, **values)[0]
-    assert imread(path).shape[:2] == (HEADER + TITLE + 100 + GAP, GAP + 4 * (200 + GAP))
+    values = subject(1, 0, anomaly_maps=torch.rand(1, *size), masks=None, threshold=None)
+    values["images"] = lambda _: np.zeros((*size, 3), dtype=np.uint8)
+    height, width = HEADER + TITLE + shown[0] + GAP, GAP + 4 * (shown[1] + GAP)
+    assert imread(save_overlays(tmp_path, **values)[0]).shape[:2] == (height, width)
 
 
 def test_the_planted_spot_is_hot_and_the_rest_is_cold(tmp_path):
-    sheet = imread(save_overlays(tmp_path, **subject())[1])
+    sheet = lowest_defects(tmp_path, **subject())
     image, truth, heat, overlay = (panel(sheet, 0, column) for column in range(4))
     assert (image == 90).all()
     top, bottom = (255 * np.array(mpl.colormaps["inferno"](end)[:3]) for end in (1.0, 0.0))
@@ -94,7 +93,7 @@ def test_the_planted_spot_is_hot_and_the_rest_is_cold(tmp_path):
 
 @pytest.mark.parametrize("grey", [0, 255])
 def test_contours_run_along_the_spot_on_dark_and_bright_images(tmp_path, grey):
-    sheet = imread(save_overlays(tmp_path, **subject(grey=grey))[1])
+    sheet = lowest_defects(tmp_path, **subject(grey=grey))
     rim = np.zeros((S, S), dtype=bool)
     rim[36:64, 96:134] = True
     rim[44:56, 104:126] = False
@@ -102,11 +101,10 @@ def test_contours_run_along_the_spot_on_dark_and_bright_images(tmp_path, grey):
         drawn = panel(sheet, 0, column)
         line = np.abs(drawn - colour).max(-1) < 40
         dark = drawn.max(-1) < 60
-        sides = [(slice(36, 44), slice(110, 120)), (slice(56, 64), slice(110, 120))]
-        sides += [(slice(46, 54), slice(96, 104)), (slice(46, 54), slice(126, 134))]
-        for y, x in sides:
-            assert line[y, x].any()
-            assert dark[y, x].any()
+        for drawing in (line, dark):
+            across, along = drawing[46:54], drawing[:, 110:120]
+            for side in (along[36:44], along[56:64], across[:, 96:104], across[:, 126:134]):
+                assert side.any()
         if column == 1:
             assert (drawn[~rim] == grey).all()
 
@@ -115,16 +113,14 @@ def test_contour_is_closed_where_the_mask_touches_the_border(tmp_path):
     values = subject(1, 2)
     values["masks"][:] = False
     values["masks"][1:, :, :50] = True
-    truth = panel(imread(save_overlays(tmp_path, **values)[1]), 0, 1)
+    truth = panel(lowest_defects(tmp_path, **values), 0, 1)
     cyan = np.abs(truth - (0, 229, 255)).max(-1) < 60
-    sides = [(slice(90, 100), slice(0, 4)), (slice(90, 100), slice(47, 53))]
-    sides += [(slice(0, 4), slice(20, 30)), (slice(S - 4, S), slice(20, 30))]
-    for y, x in sides:
-        assert cyan[y, x].any()
+    for side in (cyan[90:100, :4], cyan[90:100, 47:53], cyan[:4, 20:30], cyan[S - 4 :, 20:30]):
+        assert side.any()
 
 
 def test_without_a_threshold_or_a_mask_no_contour_is_drawn(tmp_path):
-    sheet = imread(save_overlays(tmp_path, **subject(threshold=None, masks=None))[1])
+    sheet = lowest_defects(tmp_path, **subject(threshold=None, masks=None))
     overlay, truth = panel(sheet, 0, 3), panel(sheet, 0, 1)
     assert overlay[30:35].max() < 110
     assert np.abs(overlay[38:40, 95:135] - 90).max() < 60  # no white, no black line around the spot
@@ -135,7 +131,7 @@ def test_without_a_threshold_or_a_mask_no_contour_is_drawn(tmp_path):
 def test_an_empty_mask_of_a_defect_is_pointed_out(tmp_path):
     values = subject(1, 2)
     values["masks"][1] = False
-    sheet = imread(save_overlays(tmp_path, **values)[1])
+    sheet = lowest_defects(tmp_path, **values)
     assert (panel(sheet, 0, 1)[:24] == 255).any()
     assert (panel(sheet, 1, 1)[:24] == 90).all()
 
@@ -176,15 +172,12 @@ def test_sample_takes_every_type_and_does_not_depend_on_scores(tmp_path):
 
 
 def test_sample_of_many_types_stays_a_picture(tmp_path):
-    size, types = 8, MAX_LINES + 5
-    drawn = []
-    maps = torch.rand(2 * types, size, size)
-    save_overlays(
-        tmp_path, images=lambda i: drawn.append(i) or np.zeros((size, size, 3), dtype=np.uint8),
-        masks=None, anomaly_maps=maps, scores=maps.amax((1, 2)), labels=[1] * (2 * types),
-        defects=[f"{place % types:03d}" for place in range(2 * types)],
-        names=[""] * (2 * types), num_worst=0,
-    )  # fmt: skip
+    types, drawn = MAX_LINES + 5, []
+    defects = [f"{place % types:03d}" for place in range(2 * types)]
+    values = subject(0, 2 * types, size=64, masks=None, defects=defects)
+    values["images"] = lambda i: drawn.append(i) or np.zeros((2, 256, 3), dtype=np.uint8)
+    values["anomaly_maps"] = torch.rand(2 * types, 2, 256)
+    save_overlays(tmp_path, num_worst=0, **values)
     assert drawn == list(range(MAX_LINES))
 
 
@@ -221,7 +214,7 @@ def test_colour_limits_are_robust():
 
 
 def test_constant_maps_can_be_drawn(tmp_path):
-    values = subject(anomaly_maps=torch.full((12, S, S), 3.0), threshold=3.0)
+    values = subject(1, 2, anomaly_maps=torch.full((3, S, S), 3.0), threshold=3.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(save_overlays(tmp_path, **values)) == 3
@@ -244,7 +237,6 @@ def test_what_does_not_fit_is_refused(tmp_path, change, message):
 
 def test_a_sheet_is_quick(tmp_path):
     values = subject(8, 8, size=224)
-    save_overlays(tmp_path, **values)  # the first loads the fonts
     start = time.process_time()
     paths = save_overlays(tmp_path, **values)
     assert (time.process_time() - start) / len(paths) < 2.0

@@ -1,6 +1,7 @@
 """Merging run folders of single pairs into one."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from utils.runs.run import Run
 from utils.runs.scores import TestScores
 
 CONFIG = {"dataset": "demo", "method": {"norm": 1.0}, "categories": [], "seeds": [0, 1]}
-COMMAND = ["train.py", "demo"]
 
 
 def make_part(folder, category, seed, *, finished=True, **changes):
@@ -48,16 +48,9 @@ def parts(tmp_path):
     }
 
 
-def merge_into(folder, parts, config=CONFIG):
-    return merge(
-        folder,
-        config,
-        categories=["a/b", "wood"],
-        seeds=[0, 1],
-        parts=parts,
-        command=COMMAND,
-        may_differ={"categories", "seeds", "overlays"},
-    )
+def merge_into(folder, parts, may_differ=("categories", "seeds", "overlays")):
+    options = {"categories": ["a/b", "wood"], "seeds": [0, 1], "command": ["train.py", "demo"]}
+    return merge(folder, CONFIG, **options, parts=parts, may_differ=may_differ)
 
 
 def test_the_whole_has_everything_in_the_order_of_its_table(parts, tmp_path):
@@ -77,9 +70,8 @@ def test_the_whole_has_everything_in_the_order_of_its_table(parts, tmp_path):
 
 
 def test_the_environment_names_the_whole_and_every_part(parts, tmp_path):
-    record = json.loads(
-        (merge_into(tmp_path / "whole", parts).folder / "environment.json").read_text()
-    )
+    folder = merge_into(tmp_path / "whole", parts).folder
+    record = json.loads((folder / "environment.json").read_text())
     assert record["command"] == "train.py demo"
     commands = [start["command"] for start in record["continued"]]
     assert commands == [f"train.py {c} {s}" for c in ("a/b", "wood") for s in (0, 1)]
@@ -87,8 +79,8 @@ def test_the_environment_names_the_whole_and_every_part(parts, tmp_path):
 
 def test_pairs_that_are_there_already_stay(parts, tmp_path):
     folder = make_part(tmp_path / "whole", "wood", 1, categories=[], seeds=[0, 1])
-    before = (folder / "heads").glob("*")
-    inode = next(before).stat().st_ino
+    (head,) = (folder / "heads").glob("*")
+    inode = head.stat().st_ino
     del parts["wood", 1]
     run = merge_into(folder, parts)
     assert run.head_path("wood", 1).stat().st_ino == inode
@@ -120,9 +112,7 @@ def test_merging_again_after_a_kill_gives_the_same(parts, tmp_path, monkeypatch)
 def test_deleting_the_parts_leaves_the_whole(parts, tmp_path):
     run = merge_into(tmp_path / "whole", parts)
     for part in parts.values():
-        for path in part.rglob("*"):
-            if path.is_file():
-                path.unlink()
+        shutil.rmtree(part)
     assert run.load_scores("wood", 1)["label"].tolist() == [0, 1]
 
 
@@ -145,15 +135,7 @@ def test_a_part_may_differ_in_what_is_named_alone(parts, tmp_path):
     parts["wood", 0] = make_part(tmp_path / "undrawn", "wood", 0, overlays=0)
     assert len(merge_into(tmp_path / "whole", parts).rows()) == 4
     with pytest.raises(RunError, match=r"differ in categories, seeds$"):
-        merge(
-            tmp_path / "other",
-            CONFIG,
-            categories=["wood"],
-            seeds=[1],
-            parts=parts,
-            command=COMMAND,
-            may_differ=(),
-        )
+        merge_into(tmp_path / "other", {("a/b", 0): parts["a/b", 0]}, may_differ=())
 
 
 def test_an_unfinished_or_missing_part_is_refused(parts, tmp_path):

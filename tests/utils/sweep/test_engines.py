@@ -70,9 +70,8 @@ def script(tmp_path, monkeypatch):
 def job(tmp_path):
     def make(*words):
         name = " ".join(words)
-        return Job(
-            name, "sweep_script", words, str(tmp_path / f"logs/{name.replace('/', '_')}.log")
-        )
+        log = tmp_path / f"logs/{name.replace('/', '_')}.log"
+        return Job(name, "sweep_script", words, str(log))
 
     return make
 
@@ -125,7 +124,7 @@ def test_output_goes_to_the_log_and_back(tmp_path, capfd):
 
 def test_a_log_that_cannot_be_written_is_the_reason(tmp_path):
     (tmp_path / "file").touch()
-    (_, end) = InProcess().run([Job("a", "sweep_script", ("ok",), str(tmp_path / "file/log"))])
+    _, end = InProcess().run([Job("a", "sweep_script", ("ok",), str(tmp_path / "file/log"))])
     assert isinstance(end, Ended)
     assert end.reason.startswith("its log cannot be written")
 

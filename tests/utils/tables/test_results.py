@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from datasets.data_set import num_categories
+from datasets.data_set import StructuredSet, find_data_sets, num_categories
 from models.method import find_methods, published_name
 from utils.errors import RunError
 from utils.tables import published
@@ -16,10 +16,8 @@ from utils.tables.published import published_by_paper, published_values
 from utils.tables.results import Benchmark, build_table, row_notes, undefined_reasons
 from utils.tables.table import Table
 
-TEXTURES = ["carpet", "grid", "leather", "tile", "wood"]
-OBJECTS = ["bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush"]
-OBJECTS += ["transistor", "zipper"]
-GROUPS = {"mean_textures": TEXTURES, "mean_objects": OBJECTS}
+MVTEC = find_data_sets(StructuredSet)["mvtec"]
+BOTH = ["image_auroc", "pixel_auroc"]
 
 
 def make_rows(values, select="last", metric="image_auroc", **extra):
@@ -36,6 +34,11 @@ def make_table(rows, categories, *, notes=(), nan_reasons=(), **options):
     count = num_categories(about["dataset"] or "")
     benchmark = Benchmark(title="Results", categories=categories, num_categories=count, **about)
     return build_table(rows, benchmark, notes=notes, nan_reasons=nan_reasons)
+
+
+def make_mvtec_table(categories=MVTEC.categories, **options):
+    rows = make_rows({category: [0.9] for category in categories}, pixel_auroc=0.8)
+    return make_table(rows, categories, dataset="mvtec", groups=MVTEC.groups, **options)
 
 
 def cells(table, label):
@@ -62,13 +65,6 @@ def test_mean_and_deviation_by_hand():
     assert "within each seed first" in table.caption
 
 
-def test_seeds_that_move_against_each_other_cancel_in_the_mean():
-    rows = make_rows({"bottle": [0.8, 0.9], "cable": [0.9, 0.8]})
-    table = make_table(rows, ["bottle", "cable"], seeds=(0, 1))
-    assert cells(table, "bottle") == ["85.0 ± 7.1"]
-    assert cells(table, "mean") == ["85.0 ± 0.0"]
-
-
 def test_one_seed_has_no_deviation():
     table = make_table(make_rows({"bottle": [0.987]}), ["bottle"])
     assert [row.label for row in table.rows] == ["bottle"]
@@ -79,22 +75,10 @@ def test_one_seed_has_no_deviation():
 
 def test_group_means_and_their_order():
     rows = make_rows({"a": [0.1], "b": [0.2], "c": [0.6]})
-    table = make_table(
-        rows,
-        ["a", "b", "c"],
-        groups={"mean_textures": ["a", "b"], "mean_x": ["c", "d"], "mean_y": ["z"]},
-    )
-    assert [row.label for row in table.rows] == [
-        "a",
-        "b",
-        "c",
-        "mean textures",
-        "mean x (1 of 2)",
-        "mean",
-    ]
-    assert cells(table, "mean textures") == ["15.0"]
-    assert cells(table, "mean x (1 of 2)") == ["60.0"]
-    assert cells(table, "mean") == ["30.0"]
+    groups = {"mean_textures": ["a", "b"], "mean_x": ["c", "d"], "mean_y": ["z"]}
+    table = make_table(rows, ["a", "b", "c"], groups=groups)
+    lines = [(row.label, *cells(table, row.label)) for row in table.rows[3:]]
+    assert lines == [("mean textures", "15.0"), ("mean x (1 of 2)", "60.0"), ("mean", "30.0")]
 
 
 def test_a_category_called_mean_stays_itself():
@@ -105,7 +89,7 @@ def test_a_category_called_mean_stays_itself():
 def test_each_select_has_its_own_heading():
     rows = [row for select, value in (("best_test", 0.9), ("synthetic", 0.7), ("last", 0.8))
             for row in make_rows({"a": [value]}, select, pixel_auroc=value / 2)]  # fmt: skip
-    table = make_table(rows, ["a"], metrics=["image_auroc", "pixel_auroc"])
+    table = make_table(rows, ["a"], metrics=BOTH)
     best = "best on test (optimistic)"
     assert headings(table) == [
         ("last", "image AUROC"), ("last", "pixel AUROC"),
@@ -130,9 +114,8 @@ def test_a_hole_is_refused_by_name():
 
 
 def test_rows_not_asked_for_are_left_out():
-    rows = make_rows({"bottle": [0.9, 0.1], "cable": [0.1]}) + make_rows(
-        {"cable": [0.5]}, "best_test"
-    )
+    rows = make_rows({"bottle": [0.9, 0.1], "cable": [0.1]})
+    rows += make_rows({"cable": [0.5]}, "best_test")
     table = make_table(rows, ["bottle"])
     assert headings(table) == [("last", "image AUROC")]
     assert cells(table, "bottle") == ["90.0"]
@@ -152,13 +135,8 @@ def test_metrics_must_exist():
 
 def test_undefined_values_are_dashes_with_their_reason():
     rows = make_rows({"a": [math.nan, 0.5], "b": [0.5, 0.5]}, "last", "aupro")
-    table = make_table(
-        rows,
-        ["a", "b"],
-        seeds=(0, 1),
-        metrics=["aupro"],
-        nan_reasons=["a has no masks", "a has no masks"],
-    )
+    options = {"seeds": (0, 1), "metrics": ["aupro"], "nan_reasons": 2 * ["a has no masks"]}
+    table = make_table(rows, ["a", "b"], **options)
     assert cells(table, "a") == ["–"]
     assert cells(table, "b") == ["50.0 ± 0.0"]
     assert cells(table, "mean") == ["–"]
@@ -169,19 +147,8 @@ def test_undefined_values_are_dashes_with_their_reason():
     assert make_table(make_rows({"b": [0.5]}), ["b"], nan_reasons=["x"]).notes == ()
 
 
-def mvtec_rows(categories):
-    return make_rows({category: [0.9] for category in categories}, pixel_auroc=0.8)
-
-
 def test_published_values_stand_beside_ours():
-    categories = TEXTURES + OBJECTS
-    table = make_table(
-        mvtec_rows(categories),
-        categories,
-        metrics=["image_auroc", "pixel_auroc"],
-        dataset="mvtec",
-        groups=GROUPS,
-    )
+    table = make_mvtec_table(metrics=BOTH)
     assert headings(table)[2:] == [
         ("NoCo (paper)", "image AUROC"),
         ("SimpleNet (paper)", "image AUROC"),
@@ -196,8 +163,7 @@ def test_published_values_stand_beside_ours():
 
 
 def test_published_means_are_left_out_beside_the_mean_of_fewer_categories():
-    categories = [*TEXTURES, "bottle"]
-    table = make_table(mvtec_rows(categories), categories, dataset="mvtec", groups=GROUPS)
+    table = make_mvtec_table([*MVTEC.groups["mean_textures"], "bottle"])
     assert cells(table, "bottle") == ["90.0", "100.0", "100.0"]
     assert cells(table, "mean textures") == ["90.0", "99.8", "99.8"]
     assert cells(table, "mean objects (1 of 10)") == ["90.0", "", ""]
@@ -258,13 +224,9 @@ def test_missing_or_broken_published_file_is_named(tmp_path, monkeypatch, conten
 
 
 def odd_table():
-    rows = make_rows({"a_b": [0.5, 0.6], "x|y": [0.5, 0.5], "[50%] *裂": [1.0, 1.0]})
-    return make_table(
-        rows,
-        ["a_b", "x|y", "[50%] *裂"],
-        seeds=(0, 1),
-        notes=["--skip-unreadable: 1 of a_b/{1}~$&#^\\<x>_.png\nleft"],
-    )
+    values = {"a_b": [0.5, 0.6], "x|y": [0.5, 0.5], "[50%] *裂": [1.0, 1.0]}
+    notes = ["--skip-unreadable: 1 of a_b/{1}~$&#^\\<x>_.png\nleft"]
+    return make_table(make_rows(values), list(values), seeds=(0, 1), notes=notes)
 
 
 def test_markdown_has_one_row_per_line_and_escapes():
@@ -299,10 +261,9 @@ def test_latex_is_escaped_and_balanced():
 
 
 def test_latex_groups_span_their_columns():
-    rows = make_rows({"a": [0.5]}, pixel_auroc=0.5) + make_rows(
-        {"a": [0.5]}, "best_test", pixel_auroc=0.5
-    )
-    text = to_latex(make_table(rows, ["a"], metrics=["image_auroc", "pixel_auroc"]))
+    rows = make_rows({"a": [0.5]}, pixel_auroc=0.5)
+    rows += make_rows({"a": [0.5]}, "best_test", pixel_auroc=0.5)
+    text = to_latex(make_table(rows, ["a"], metrics=BOTH))
     assert r" & \multicolumn{2}{c}{last} & \multicolumn{2}{c}{best on test (optimistic)} \\" in text
     assert r"\cmidrule(lr){2-3} \cmidrule(lr){4-5}" in text
 
@@ -315,11 +276,10 @@ def test_csv_is_exact():
     assert float(rows[1][2]) == pytest.approx(statistics.stdev([50, 60]), rel=1e-12)
     assert rows[3][0] == "[50%] *裂"
     assert rows[4][0] == "mean"
-    table = make_table(mvtec_rows(["bottle"]), ["bottle"], dataset="mvtec")
-    assert to_csv(table) == (
-        "category,last_image_auroc,noco_paper_image_auroc,simplenet_paper_image_auroc\n"
-        "bottle,90.0,100.0,100.0\n"
-    )
+    assert to_csv(make_mvtec_table(["bottle"])).split("\n")[:2] == [
+        "category,last_image_auroc,noco_paper_image_auroc,simplenet_paper_image_auroc",
+        "bottle,90.0,100.0,100.0",
+    ]
 
 
 def test_text_is_aligned_also_with_wide_letters():
@@ -342,43 +302,23 @@ def test_write(tmp_path):
     *texts, values = [path.read_text(encoding="utf-8") for path in paths]
     assert texts == [to_markdown(table), to_latex(table), to_csv(table)]
     assert Table.from_json(values) == table
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "table.csv",
-        "table.json",
-        "table.md",
-        "table.tex",
-    ]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_a_compared_methods_published_values_stand_beside_it_for_each_paper():
     """NoCo's paper and SimpleNet's print different numbers for PaDiM: 90.8 and 95.8."""
-    categories = TEXTURES + OBJECTS
-    table = make_table(
-        mvtec_rows(categories),
-        categories,
-        metrics=["image_auroc", "pixel_auroc"],
-        dataset="mvtec",
-        groups=GROUPS,
-        published_as=published_name("padim"),
-    )
+    table = make_mvtec_table(metrics=BOTH, published_as=published_name("padim"))
     assert headings(table)[2:5] == [
         ("PaDiM (NoCo paper)", "image AUROC"),
         ("PaDiM (SimpleNet paper)", "image AUROC"),
         ("PaDiM (SimpleNet paper)", "pixel AUROC"),
     ]
     assert cells(table, "mean")[2:5] == ["90.8", "95.8", "97.5"]
-    library = make_table(
-        mvtec_rows(categories),
-        categories,
-        dataset="mvtec",
-        published_as=published_name("anomalib:padim"),
-    )
+    library = make_mvtec_table(published_as=published_name("anomalib:padim"))
     assert ("PaDiM (NoCo paper)", "image AUROC") in headings(library)
     for method in ("knn", "noco", "anomalib:dfm"):
-        table = make_table(
-            mvtec_rows(categories), categories, dataset="mvtec", published_as=published_name(method)
-        )
-        assert {group for group, _ in headings(table)} == {
+        table = make_mvtec_table(published_as=published_name(method))
+        assert {group for group, *_ in table.groups()} == {
             "last",
             "NoCo (paper)",
             "SimpleNet (paper)",
@@ -396,43 +336,24 @@ def test_every_compared_name_is_in_the_file():
     assert published_by_paper("demo", "brick", "image_auroc", "PaDiM") == {}
 
 
-def row(category, seed=0, select="last", skipped=0, empty_masks=0, undefined=""):
-    return {
-        "category": category,
-        "seed": seed,
-        "select": select,
-        "skipped": skipped,
-        "empty_masks": empty_masks,
-        "undefined": undefined,
-    }
-
-
 def test_notes_count_an_image_once_over_seeds_and_selections():
-    rows = [
-        row(category, seed, select, skipped, empty)
-        for category, skipped, empty in (("tile", 2, 0), ("wood", 1, 5))
-        for seed in (0, 1)
-        for select in ("last", "best_test")
-    ]
+    rows = []
+    for select in ("last", "best_test"):
+        rows += make_rows({"tile": [0.9, 0.9]}, select, skipped=2, empty_masks=0)
+        rows += make_rows({"wood": [0.9, 0.9]}, select, skipped=1, empty_masks=5)
     unreadable, empty = row_notes(rows)
     assert unreadable.startswith("3 unreadable images were left out (--skip-unreadable)")
     assert empty.startswith("5 anomalous test images have an empty mask")
     shared, _ = row_notes(rows, shared_images=True)
     assert shared.startswith("2 unreadable images")
-    assert row_notes([row("tile")]) == []
+    assert row_notes(make_rows({"tile": [0.9]}, skipped=0, empty_masks=0)) == []
 
 
 def test_undefined_reasons_come_from_the_rows():
-    rows = [
-        row("tile", undefined="pixel_auroc: no masks; aupro: no masks"),
-        row("wood", undefined="image_auroc: no normal images"),
-        row("grid"),
-    ]
-    assert undefined_reasons(rows) == {
-        "pixel_auroc": "no masks",
-        "aupro": "no masks",
-        "image_auroc": "no normal images",
-    }
+    first, second = "pixel_auroc: no masks; aupro: no masks", "image_auroc: no normal images"
+    reasons = undefined_reasons([{"undefined": text} for text in (first, second, "")])
+    no_masks = dict.fromkeys(("pixel_auroc", "aupro"), "no masks")
+    assert reasons == {**no_masks, "image_auroc": "no normal images"}
 
 
 def test_a_table_comes_back_from_json_or_is_refused():
