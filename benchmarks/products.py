@@ -2,8 +2,8 @@
 
     python -m benchmarks.products --repeats 9
 
-Times of `models/products.py` and of `F.linear` side by side, for positions of features and the
-matrices of heads: the product, and the products of its gradient with respect to weight and rows.
+Times of `models/features/matmul.py` and of `F.linear` side by side, for positions of features and
+the matrices of heads: the product, and those of its gradient with respect to weight and rows.
 """
 
 import argparse

@@ -4,9 +4,10 @@
 
 Features are the stages' maps resized to the largest and concatenated. A projector can be applied
 after that, as written in the papers, or to each stage at its own size before it is resized
-(`models/stages.py`): the same numbers up to rounding. Timed side by side, on random features of the
-shapes of EfficientNet-Lite0 and WideResNet50-2 at 224 pixels: a training step (joining, loss and
-gradient), the scoring of a batch, and the second moment of the closed form with one centre.
+(`models/features/multiscale.py`): the same numbers up to rounding. Timed side by side, on random
+features of the shapes of EfficientNet-Lite0 and WideResNet50-2 at 224 pixels: a training step
+(joining, loss and gradient), the scoring of a batch, and the second moment of the closed form with
+one centre.
 "Joined" does all of it with PyTorch's own operations and autograd.
 """
 

@@ -115,6 +115,17 @@ def test_modules_have_docstrings_and_telling_names(path):
     assert path.stem not in {"utils", "common", "misc", "helpers", "tools"}
 
 
+PATH = re.compile(rf"\b(?:{'|'.join(PACKAGES)}|tests)/[\w/]+\.py\b")
+
+
+@pytest.mark.parametrize(
+    "path", [*SOURCES, *ROOT.glob("*.md"), ROOT / "benchmarks/README.md"], ids=name_of
+)
+def test_files_that_texts_name_are_there(path):
+    named = set(PATH.findall(path.read_text(encoding="utf-8")))
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
 # Calls that may stand in an assignment of a module: they build a constant and touch nothing.
 BUILDERS = {
     *("Annotated", "ParamSpec", "TypeVar", "tyro.constructors.PrimitiveConstructorSpec"),
