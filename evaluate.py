@@ -24,8 +24,11 @@ from utils.errors import RunError
 from utils.metrics.metrics import metric_names, table_metrics
 from utils.runs.files import write_rows
 from utils.runs.finished import finished_pairs
+from utils.runs.made_of import check_made_of
 from utils.tables.formats import to_text
 from utils.tables.results import Benchmark, build_table
+
+OTHER_DATA = "Point --data-root to the run's data, or train again (--restart)."
 
 if TYPE_CHECKING:
     from pipeline.finished import FinishedRun
@@ -39,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pipeline.features import Extraction  # only now: they import torch
     from pipeline.finished import load_run
+    from pipeline.made_of import made_of
 
     changes = {} if options.data_root is None else {"data_root": options.data_root}
     finished = load_run(
@@ -53,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     recorded = finished.run.rows()
     names = list(dict.fromkeys(row["category"] for row in recorded))
     rows: list[dict[str, Any]] = []
-    for task in read_tasks(finished.experiment, names):
+    tasks = read_tasks(finished.experiment, names)
+    there = made_of(finished.experiment, tasks, finished.extractor.weights_digest)
+    pairs = finished_pairs(finished.run)
+    check_made_of(options.run, pairs, there, way_out=OTHER_DATA, test_only=True)
+    for task in tasks:
         own = [row for row in recorded if row["category"] == task.category]
         rows += evaluate_task(finished, extraction.test_set_of(task), own)
 

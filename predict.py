@@ -10,7 +10,7 @@
 RUN is a run folder, results/<dataset>-<method>/<run>. Its files are data: a changed configuration
 or head gives an error and is never executed. Exit code: 0; 1 with --fail-on-anomaly where an image
 is anomalous; 2 where something went wrong, unreadable images (named in scores.csv) among it unless
---skip-unreadable. utils/prediction_files.py says what is written.
+--skip-unreadable. utils/runs/predictions.py says what is written.
 """
 
 import functools
@@ -26,6 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from configs.prediction import PredictOptions
+from datasets.contents import file_digest
 from datasets.reading.finding import find_copies, find_images
 from datasets.reading.images import read_image
 from datasets.reading.restoring import restore_map
@@ -34,6 +35,7 @@ from pipeline.experiments import read_tasks
 from utils.cli import exits_cleanly
 from utils.errors import UsageError
 from utils.runs.finished import choose_pair
+from utils.runs.made_of import load_made_of, made_of_file
 from utils.runs.predictions import Pictures, Prediction, PredictionFiles
 
 if TYPE_CHECKING:
@@ -181,7 +183,11 @@ def calibrate(
     """Store the scores of normal images that the run has not seen."""
     from utils.evaluation.calibration import calibration_file, save_calibration
 
-    copies = find_copies(paths, training_images(finished, category))
+    before = load_made_of(made_of_file(finished.run.folder, category, seed))
+    if before is not None and (digests := before.training_digests):
+        copies = [path for path in paths if file_digest(path) in digests]
+    else:  # the run is of an earlier version, or its classes share their images
+        copies = find_copies(paths, training_images(finished, category))
     if copies:
         raise UsageError(
             f"{len(copies)} of {len(paths)} images are training images of {category!r} (first: "

@@ -22,9 +22,12 @@ from pathlib import Path
 from configs.experiment import Experiment
 from configs.options import Role, fields_marked
 from configs.sweep import SweepOptions, sweep_options
+from pipeline.experiments import read_tasks
+from pipeline.made_of import made_of
 from pipeline.planning import PlanError, PlannedRun, log_beside, plan, sweep_folder
 from utils.cli import exits_cleanly
 from utils.errors import RunError, UsageError
+from utils.runs.made_of import check_made_of
 from utils.runs.merging import Pair, merge
 from utils.runs.run import Run
 from utils.sweep.engines import Engine, InProcess, RayTasks, Workers, cuda_devices
@@ -32,6 +35,7 @@ from utils.sweep.jobs import Job, Started, run_job
 from utils.sweep.manifest import DONE, PENDING, RUNNING, JobRecord, Manifest
 from utils.sweep.report import Progress, report, show
 
+OTHER_DATA = "Delete that folder, give the sweep another --output, or put the data back."
 MAY_DIFFER = fields_marked(Experiment, Role.PART) | {"overlays"}
 """Options in which a job may differ from its run: which pairs, and whether they are drawn."""
 
@@ -82,7 +86,13 @@ def engine_of(options: SweepOptions) -> Engine:
 
 
 def records(runs: Sequence[PlannedRun]) -> list[JobRecord]:
-    """Return the jobs of all runs for the manifest, those that are finished as done."""
+    """Return the jobs of all runs for the manifest, those that are finished as done.
+
+    Raises:
+        RunError: one is finished that was made of other data or weights than are there.
+    """
+    for run in runs:
+        check_data(run)
     return [
         JobRecord(
             planned.job.name,
@@ -105,6 +115,21 @@ def finished_pairs(folder: Path) -> set[Pair]:
         return {(row["category"], row["seed"]) for row in Run.read(folder).rows()}
     except RunError:  # absent, or corrupt: then the job itself says what is wrong
         return set()
+
+
+def check_data(run: PlannedRun) -> None:
+    """Compare what a run and its jobs were made of with what is there, as far as finished.
+
+    Raises:
+        RunError: it is something else.
+    """
+    folders = [run.experiment.run_folder, *(planned.folder for planned in run.jobs)]
+    finished = {folder: pairs for folder in folders if (pairs := finished_pairs(folder))}
+    if not finished:
+        return
+    there = made_of(run.experiment, read_tasks(run.experiment))
+    for folder, pairs in finished.items():
+        check_made_of(folder, pairs, there, way_out=OTHER_DATA)
 
 
 def execute(engine: Engine, runs: Sequence[PlannedRun], manifest: Manifest) -> None:

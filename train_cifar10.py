@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from pipeline.training import open_run, train_task
 
     extractor = extractor_of(experiment)
-    run = open_run(experiment, tasks, ["train_cifar10.py", *words])
+    run = open_run(experiment, tasks, extractor, ["train_cifar10.py", *words])
     extraction = Extraction(experiment, extractor)
     for task in tasks:
         if run.pending(task.category):

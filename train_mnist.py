@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from pipeline.training import open_run, train_task
 
     extractor = extractor_of(experiment)
-    run = open_run(experiment, tasks, ["train_mnist.py", *words])
+    run = open_run(experiment, tasks, extractor, ["train_mnist.py", *words])
     extraction = Extraction(experiment, extractor)
     for task in tasks:
         if run.pending(task.category):

@@ -15,6 +15,7 @@ from models.building import build_detector
 from models.detector import Detector, Extractor
 from pipeline.experiments import AnyExperiment
 from pipeline.features import Extraction, TaskData, calibration_split
+from pipeline.made_of import made_of
 from pipeline.recording import Fitted, record
 from utils.device import pick_device
 from utils.errors import UsageError
@@ -24,11 +25,14 @@ from utils.runs.run import Run
 from utils.seeding import seed_everything
 
 
-def open_run(experiment: AnyExperiment, tasks: Sequence[Task], command: Sequence[str]) -> Run:
+def open_run(
+    experiment: AnyExperiment, tasks: Sequence[Task], extractor: Extractor, command: Sequence[str]
+) -> Run:
     """Start the run folder of an experiment, or continue it after its last finished head.
 
     Raises:
-        RunError: the folder holds another run, or a file of it is corrupt.
+        RunError: the folder holds another run, one of other data or weights, or a file of it is
+            corrupt.
         UsageError: a task has too few images for the calibration that is asked for.
     """
     if experiment.calibration_share:
@@ -42,6 +46,7 @@ def open_run(experiment: AnyExperiment, tasks: Sequence[Task], command: Sequence
         command=command,
         device=str(pick_device(experiment.device)),
         restart=experiment.restart,
+        made_of=made_of(experiment, tasks, extractor.weights_digest),
     )
 
 

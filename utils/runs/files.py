@@ -103,7 +103,7 @@ def file_stem(category: str, seed: int, suffix: str = "") -> str:
 
 def delete_leftovers(folder: Path) -> None:
     """Delete the temporary files a killed run left behind."""
-    below = (folder / name for name in ("scores", "heads", "calibration", "online"))
+    below = (folder / name for name in ("scores", "heads", "calibration", "online", "data"))
     for place in (folder, *below, *(folder / "overlays").glob("*")):
         for path in place.glob(".*.tmp"):
             if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
@@ -117,6 +117,7 @@ def delete_run(folder: Path) -> None:
         *(p for p in folder.glob("scores/*.npz") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
         *(p for p in folder.glob("heads/*.safetensors") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
         *(p for p in folder.glob("calibration/*.json") if re.fullmatch(_STEM + _SUFFIX, p.stem)),
+        *(p for p in folder.glob("data/*.json") if re.fullmatch(_STEM, p.stem)),
         *(p for p in folder.glob("overlays/*/*.png") if re.fullmatch(_STEM, p.parent.name)),
         *(p for p in folder.glob("online/*") if re.fullmatch(_STEM, p.stem)),
         folder / _TOP_FILES[-1],
@@ -126,7 +127,7 @@ def delete_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
     for place in (
         *folder.glob("overlays/*"),
-        *map(folder.joinpath, ("overlays", "scores", "heads", "calibration", "online")),
+        *map(folder.joinpath, ("overlays", "scores", "heads", "calibration", "online", "data")),
     ):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()

@@ -7,6 +7,7 @@ scores/           <category>-seed<k>.npz: path, label, score, defect of each tes
                   what else there is (`utils.runs.scores`)
 heads/            <category>-seed<k>.safetensors: the trained head
 calibration/      scores of normal images that a head has not seen (`utils.evaluation.calibration`)
+data/             <category>-seed<k>.json: what images and weights a pair was made of
 results.csv       one row per (category, seed, select); a pair is finished when its rows are here
 table.{md,tex,csv}, overlays/<category>-seed<k>/*.png
 """
@@ -38,10 +39,15 @@ from utils.runs.files import (
     write_rows,
     write_text,
 )
+from utils.runs.made_of import MadeOf, check_made_of, made_of_file, save_made_of
 from utils.runs.scores import TestScores, read_scores, write_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OTHER_DATA = (
+    "--restart computes all of it again, another --run name keeps both, or put the data back."
+)
 
 
 class Run:
@@ -54,6 +60,7 @@ class Run:
         self.config = config
         self.categories = tuple(categories)
         self.seeds = tuple(seeds)
+        self._made_of: dict[str, MadeOf] = {}
 
     @classmethod
     def open(
@@ -66,6 +73,7 @@ class Run:
         command: Sequence[str],
         device: str,
         restart: bool = False,
+        made_of: Mapping[str, MadeOf] | None = None,
     ) -> "Run":
         """Start a run, or continue it after its last finished (category, seed).
 
@@ -80,9 +88,12 @@ class Run:
             command: The command line, recorded in environment.json.
             device: The resolved device, as "cpu" or "cuda:0".
             restart: Delete the files of an earlier run (only those a run writes), then start.
+            made_of: The images and weights that are there, by category: finished pairs must have
+                been made of the same, and those to come are recorded with it.
 
         Raises:
-            RunError: The folder holds a run of another config, or a file of it is corrupt.
+            RunError: The folder holds a run of another config, data or weights, or a file of it is
+                corrupt.
         """
         if len(set(categories)) != len(categories) or len(set(seeds)) != len(seeds):
             raise ValueError(f"a category or seed is given twice: {categories}, {seeds}")
@@ -98,6 +109,13 @@ class Run:
             delete_run(folder)
         run._check_config()
         finished = run._finished()
+        run._made_of = dict(made_of or {})
+        unknown = check_made_of(folder, finished, run._made_of, way_out=OTHER_DATA)
+        if unknown:
+            sys.stderr.write(
+                f"warning: {folder}: an earlier version made {len(unknown)} of its results and did "
+                "not keep of which data; --restart computes all of it again\n"
+            )
         delete_leftovers(folder)
         keep_metrics(folder / "metrics.jsonl", finished)
         run._record_environment(environment_record(command, device), len(finished))
@@ -230,6 +248,9 @@ class Run:
             [*existing, *rows],
             key=lambda row: order.get((row["category"], row["seed"]), len(order)),
         )
+        if category in self._made_of:
+            path = made_of_file(self.folder, category, seed)
+            save_made_of(path, self._made_of[category])
         write_rows(self.folder / "results.csv", columns, rows)
 
     def rows(self) -> list[dict[str, Any]]:
