@@ -22,6 +22,7 @@ def build_extractor(
     pooled: bool = False,
     precision: str = "fp32",
     compile_backbone: bool = False,
+    image_size: int | None = None,
 ) -> Extractor:
     """Build what turns images into what a method takes.
 
@@ -35,9 +36,10 @@ def build_extractor(
         pooled: global averages, for semantic tasks.
         precision: autocast of the backbone.
         compile_backbone: run it through torch.compile.
+        image_size: side in pixels of the images to come, which the backbone must take.
 
     Raises:
-        ModelError: see `FrozenExtractor`.
+        ModelError: see `FrozenExtractor`; or the backbone takes no images of that size.
     """
     if backbone == WITHOUT_BACKBONE:
         return RawImages(None)
@@ -51,6 +53,8 @@ def build_extractor(
         precision=precision,
         compile_backbone=compile_backbone,
     )
+    if image_size is not None:
+        frozen.require_size(image_size)
     if "images" not in method.takes:
         return frozen
     return RawImages(frozen, frozen if "features" in method.takes else None)

@@ -12,7 +12,7 @@ from timm.layers.format import Format
 from torch import Tensor, nn
 
 from models.backbone.rewriting import accelerated, with_narrow_in_full
-from models.backbone.weights import LoadedWeights, load_backbone
+from models.backbone.weights import LoadedWeights, load_backbone, options_for_any_size
 from models.detector import Extractor
 from models.errors import ModelError
 from models.features.matmul import fp32_settings
@@ -121,6 +121,35 @@ class FrozenExtractor(Extractor):
         """Stay in eval mode: batch statistics of a frozen network must not move."""
         del mode
         return super().train(False)
+
+    def require_size(self, size: int) -> None:
+        """Check that the backbone takes images of size x size pixels; most take any.
+
+        Raises:
+            ModelError: it does not; the nearest sizes that it takes are named.
+        """
+        config = timm.get_pretrained_cfg(self.backbone)
+        if config is None or not config.fixed_input_size:
+            return
+        options: dict[str, Any] = {"features_only": True, "out_indices": self.layers}
+        with torch.device("meta"):
+            net = timm.create_model(self.backbone, **options, **options_for_any_size(self.backbone))
+
+        def refusal(side: int) -> str:
+            try:
+                net(torch.empty(1, 3, side, side, device="meta"))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                return " ".join(str(error).split())[:200] or type(error).__name__
+            return ""
+
+        if reason := refusal(size):
+            below = next((s for s in range(size - 1, 0, -1) if not refusal(s)), None)
+            above = next((s for s in range(size + 1, 2 * size) if not refusal(s)), None)
+            fitting = [str(side) for side in (below, above) if side is not None]
+            raise ModelError(
+                f"{self.backbone} takes no images of {size} pixels ({reason}); the nearest that it "
+                f"takes are {' and '.join(fitting) or 'none'}: set --image-size or --crop-size"
+            )
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return uint8 images (B, 3, S, S) as the backbone takes them: float32, normalised."""

