@@ -23,6 +23,7 @@ from tyro.conf import Suppress
 from configs.options import (
     Beside,
     Between0And1,
+    BitDepth,
     DataOptions,
     Fraction,
     How,
@@ -79,6 +80,11 @@ class Experiment:
     """Centre crop in pixels; none keeps the whole image, squeezed to a square."""
     resize: Literal["opencv_square", "lanczos_shorter", "bilinear_shorter"]
     """Resize to a square by OpenCV, or the shorter side by Pillow (Lanczos, bilinear)."""
+
+    bit_depth: Annotated[BitDepth, Since.LATER] = 16
+    """Bits of 16-bit files that are used (of a 12-bit camera: 12); the highest 8 of them count."""
+    max_pixels: Annotated[PositiveInt, Since.LATER] = 178_956_970
+    """Larger images are refused: a damaged header may claim terabytes."""
 
     select: Literal["last", "synthetic", "best_test"] = "last"
     """Which epoch or time counts: the last, the best on synthetic anomalies, or on the test set."""
@@ -146,7 +152,7 @@ class Experiment:
                 "a time; noco_cf does, with --method.prototypes 1 and a --method.feature-norm that "
                 "is not std"
             )
-        if Path(self.run).name != self.run:
+        if Path(self.run).name != self.run or self.run == "..":
             raise ValueError(f"--run {self.run!r} must be a plain folder name; see also --output")
 
     @property

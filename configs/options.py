@@ -73,6 +73,7 @@ Share = Annotated[float, _SHARE]
 Fraction = Annotated[float, Bound("at least 0 and below 1", lambda value: 0 <= value < 1)]
 """A part of something, nothing allowed."""
 Between0And1 = Annotated[float, Bound("between 0 and 1", lambda value: 0 < value < 1)]
+BitDepth = Annotated[int, Bound("9 to 16", lambda value: 9 <= value <= 16)]
 Odd = Annotated[int, Bound("odd and above 0", lambda value: value > 0 and value % 2 == 1)]
 
 

@@ -11,8 +11,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from datasets.reading.mvtec_layout import mask_files
 from datasets.samples import ImageSet, Task
 
 Contents = dict[str, dict[str, str]]
@@ -21,6 +20,7 @@ Contents = dict[str, dict[str, str]]
 Where tasks share their images, as the classes of a labelled set do, a group has one entry without a
 name for all of its images: how many, and a digest of them in order."""
 NORMAL = "good"
+MISSING = "missing"
 _TABLE = "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, stamp TEXT, digest TEXT)"
 
 
@@ -32,6 +32,7 @@ class Digests:
     """
 
     def __init__(self, file: Path | None = None) -> None:
+        self._told: dict[tuple[Path, ...], list[str]] = {}  # of sets that several tasks share
         self._memory: sqlite3.Connection | None = None
         if file is not None:
             with contextlib.suppress(OSError, sqlite3.Error):
@@ -40,17 +41,22 @@ class Digests:
                 self._memory.execute(_TABLE)
 
     def of(self, paths: Sequence[Path]) -> list[str]:
-        """Return the digest of each file, 32 hex digits; "missing" of one that is not there."""
+        """Return the digest of each file, 32 hex digits; `MISSING` of one that is not there."""
+        key = tuple(paths)
+        if key not in self._told:
+            self._told[key] = self._of(key)
+        return self._told[key]
+
+    def _of(self, paths: Sequence[Path]) -> list[str]:
         stamps = [_stamp(path) for path in paths]
         names = [_name(path) for path in paths]
         known = self._known(names)
         found, new = [], []
         for path, name, stamp in zip(paths, names, stamps, strict=True):
-            before, digest = known.get(name, ("", ""))
+            before, digest = known.get(name, ("", MISSING))
             if before != stamp:
-                digest = file_digest(path) if stamp else "missing"
-                if stamp:
-                    new.append((name, stamp, digest))
+                digest = file_digest(path)
+                new.append((name, stamp, digest))
             found.append(digest)
         if new and self._memory is not None:
             with contextlib.suppress(sqlite3.Error), self._memory:
@@ -71,11 +77,11 @@ class Digests:
 
 
 def file_digest(path: Path) -> str:
-    """Return 32 hex digits of a file's content; "missing" where it cannot be read."""
+    """Return 32 hex digits of a file's content; `MISSING` where it cannot be read."""
     try:
         return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     except OSError:
-        return "missing"
+        return MISSING
 
 
 def contents_of(task: Task, root: Path, digests: Digests) -> Contents:
@@ -96,7 +102,8 @@ def contents_of(task: Task, root: Path, digests: Digests) -> Contents:
         files = [images.paths[i] for _, i in places]
         for (group, _), path, digest in zip(places, files, digests.of(files), strict=True):
             found.setdefault(group, {})[name_below(root, path)] = digest
-    pairs = [(k, m) for k, m in zip(task.kinds, task.masks or (), strict=False) if m is not None]
+    masks = zip(task.kinds, task.masks or (None,) * len(task.kinds), strict=True)
+    pairs = [(kind, file) for kind, m in masks if m is not None for file in mask_files(m)]
     for (kind, path), digest in zip(pairs, digests.of([m for _, m in pairs]), strict=True):
         found.setdefault(f"masks/{kind}", {})[name_below(root, path)] = digest
     return found
@@ -114,12 +121,11 @@ def _of_all(
     found: Contents = {}
     for group, indices in groups.items():
         digest = hashlib.blake2b(digest_size=16)
-        for i in indices:
-            if images.images is None:
-                name = name_below(root, paths[i])
-                digest.update(os.fsencode(f"{name} {of_files[i]}\n"))
-            else:
-                digest.update(np.ascontiguousarray(images.images[i]).data)
+        if images.images is not None:
+            digest.update(images.images[indices].data)
+        else:
+            lines = [f"{name_below(root, paths[i])} {of_files[i]}\n" for i in indices]
+            digest.update(os.fsencode("".join(lines)))
         found[group] = {"": f"{len(indices)} images {digest.hexdigest()}"}
     return found
 

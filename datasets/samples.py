@@ -24,7 +24,8 @@ class Sample:
         path: The image file.
         label: 0 for a normal image, 1 for an anomalous one.
         defect: Name of the kind of defect, "good" for a normal image.
-        mask_path: The image of the defect's pixels, None where there is none.
+        mask_path: The image of the defect's pixels, or a folder of several; None where there is
+            none.
     """
 
     path: Path
@@ -41,8 +42,8 @@ class Category:
         name: The category as the data set calls it.
         train: Normal images only.
         test: Normal images first, then each kind of defect in alphabetical order.
-        has_masks: Whether every anomalous test image has a mask; without masks pixel metrics
-            are undefined.
+        has_masks: Whether anomalous test images have masks; without them pixel metrics are
+            undefined, and of a single one that has none they leave the pixels out.
     """
 
     name: str
@@ -98,7 +99,8 @@ class Task:
         test: Images it is tested on.
         test_labels: (N,) int64, 1 = anomalous.
         kinds: (N,) kind of defect or class of each test image.
-        masks: (N,) mask files, None for a normal image; None where there are no masks.
+        masks: (N,) mask files, or folders of masks to join, None for a normal image or an anomalous
+            one that has none; None where there are no masks.
         peers: `train_indices` of every task of the data set, asked for or not, where all share the
             two sets of images; empty where the images are this task's own.
     """
@@ -112,6 +114,8 @@ class Task:
     kinds: tuple[str, ...]
     masks: tuple[Path | None, ...] | None = None
     peers: tuple[np.ndarray, ...] = ()
+    folder: Path | None = None
+    unused: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from typing import Literal
 import numpy as np
 
 from datasets.reading.images import IMAGE_SUFFIXES, is_image_file
+from datasets.reading.unused import is_hidden, unused_images
 from datasets.samples import DataError
 from datasets.tasks.labelled import LabelledSet, LabelledSplit
 
 _SUFFIXES = " ".join(sorted(IMAGE_SUFFIXES))
 _CATS_AND_DOGS = ("cat", "dog")
 Split = Literal["train", "test"]
+_SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 def read_class_folders(root: Path, *, name: str) -> LabelledSet:
@@ -35,12 +37,8 @@ def read_class_folders(root: Path, *, name: str) -> LabelledSet:
                 "remove the folder if its class shall only occur as an anomaly"
             )
     class_names = (*train_names, *(other for other in test_names if other not in train_names))
-    return LabelledSet(
-        name=name,
-        class_names=class_names,
-        train=_list_split(root, "train", class_names),
-        test=_list_split(root, "test", class_names),
-    )
+    train, test = (_list_split(root, split, class_names) for split in _SPLITS)
+    return _labelled_set(root, name, class_names, train, test)
 
 
 def read_cats_and_dogs(root: Path, *, name: str) -> LabelledSet:
@@ -52,7 +50,14 @@ def read_cats_and_dogs(root: Path, *, name: str) -> LabelledSet:
     """
     root = _root_of_splits(root)
     train, test = _cats_and_dogs_of(root, "train"), _cats_and_dogs_of(root, "test")
-    return LabelledSet(name, _CATS_AND_DOGS, train=train, test=test)
+    return _labelled_set(root, name, _CATS_AND_DOGS, train, test)
+
+
+def _labelled_set(
+    root: Path, name: str, class_names: tuple[str, ...], train: LabelledSplit, test: LabelledSplit
+) -> LabelledSet:
+    unused = unused_images(root, [*(train.paths or ()), *(test.paths or ())])
+    return LabelledSet(name, class_names, train, test, folder=root, unused=unused)
 
 
 def _cats_and_dogs_of(root: Path, split: Split) -> LabelledSplit:
@@ -88,10 +93,7 @@ def _root_of_splits(root: Path) -> Path:
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(
-        path.name
-        for path in folder.iterdir()
-        # Unpacking a macOS archive elsewhere leaves a second tree of resource forks.
-        if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"
+        path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)
     )
 
 

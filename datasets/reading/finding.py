@@ -7,15 +7,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from datasets.reading.images import is_image_file
+from datasets.reading.unused import walk
 from datasets.samples import DataError
+
+PREDICTIONS = "maps.json"
+"""A file by which a folder of predictions with pictures is known."""
 
 
 def find_images(words: Sequence[str]) -> list[Path]:
     """Find the images that words name, each once, in the order of the words.
 
-    A folder stands for all images below it, a pattern (`*`, `?`, `[]`, `**`) for the files and
-    folders it matches, each sorted. What is no folder and no pattern is taken as a file, whatever
-    its suffix, so that reading it can say what is wrong with it.
+    A folder stands for all images below it, through links too, without what is hidden or the
+    system's and without what predict.py wrote. A pattern (`*`, `?`, `[]`, `**`) stands for the
+    files and folders it matches, sorted. What is no folder and no pattern is taken as a file,
+    whatever its suffix, so that reading it can say what is wrong with it.
 
     Raises:
         DataError: A folder or a pattern has no image, or there are no words.
@@ -69,10 +74,16 @@ def _is_pattern(path: Path) -> bool:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    images = sorted(path for path in folder.rglob("*") if is_image_file(path))
+    images: list[Path] = []
+    written: list[Path] = []  # folders of predictions
+    for place, names in walk(folder):
+        if PREDICTIONS in names and place != folder:
+            written.append(place)
+        if not any(place.is_relative_to(other) for other in written):
+            images += [place / name for name in names if is_image_file(place / name)]
     if not images:
         raise DataError(f"{folder}: no image in this folder or below it")
-    return images
+    return sorted(images)
 
 
 def _images_at(path: Path) -> list[Path]:

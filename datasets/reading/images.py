@@ -5,10 +5,12 @@ which Pillow leaves unchecked for the pixels; JPEG has none, but its markers mus
 its data must reach the last pixel. BMP, PNM, TIFF and WebP show damage only where decoding fails.
 """
 
+import contextlib
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,10 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 from datasets.samples import DataError
 
 IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    {
+        *(".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png"),
+        *(".ppm", ".tif", ".tiff", ".webp"),
+    }
 )
 MAX_PIXELS = 178_956_970
 """Larger images are refused before any memory is taken: a damaged or hostile header of a few bytes
@@ -34,6 +39,22 @@ _DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 _QUARTER_TURNS = frozenset({5, 6, 7, 8})
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How files are read.
+
+    Attributes:
+        bit_depth: Bits of 16-bit files that are used, 9 to 16; the highest eight of them are kept.
+        max_pixels: Larger images are refused.
+    """
+
+    bit_depth: int = 16
+    max_pixels: int = field(default=MAX_PIXELS, repr=False)
+
+
+PLAIN = Reading()
+
+
 def is_image_file(path: Path) -> bool:
     """Whether `path` is a visible file with an image's suffix (in any case)."""
     return (
@@ -41,34 +62,36 @@ def is_image_file(path: Path) -> bool:
     )
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, reading: Reading = PLAIN) -> np.ndarray:
     """Reads an image as RGB, turned upright as its EXIF orientation says.
 
     Grey is repeated, palette and CMYK are converted, alpha is dropped, and of 16-bit values the
-    high byte is kept: a fixed scale, so that brightness stays comparable between images. Of several
-    frames or pages the first is read.
+    highest eight of the bits in use are kept: a fixed scale, so that brightness stays comparable
+    between images. Of several frames or pages the first is read.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        DataError: The file is missing, no image, truncated, damaged (see above), too large or of a
-            floating-point type.
+        DataError: The file is missing, no image, truncated, damaged (see above), too large, of a
+            floating-point type, or has values of more bits than are in use.
     """
-    with _opened(path) as image:
+    with _opened(path, reading.max_pixels) as image:
         _refuse_damage(image, path)
         upright = ImageOps.exif_transpose(image)
         if upright.mode == "F":
             raise ValueError("it holds floating-point values, save it with 8 or 16 bits")
         if upright.mode in _DEEP_MODES:
-            return np.repeat(_high_byte(upright)[:, :, None], 3, axis=2)  # (H, W, 3)
+            grey = _highest_bits(upright, reading.bit_depth)
+            return np.repeat(grey[:, :, None], 3, axis=2)  # (H, W, 3)
         return np.array(upright.convert("RGB"))  # (H, W, 3)
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, reading: Reading = PLAIN) -> np.ndarray:
     """Reads a mask; a pixel belongs to the defect where any of its colour values is above 0.
 
-    Of a palette image the index counts. Lossy compression surrounds each defect by small
+    Of a palette image the index counts, and alpha only where all colours are equal and it alone
+    varies: then the mask was drawn in it. Lossy compression surrounds each defect by small
     values that nobody drew, so there a value counts from half of the file's largest.
 
     Returns:
@@ -78,12 +101,15 @@ def read_mask(path: Path) -> np.ndarray:
         DataError: As for `read_image`, but floating-point values are read if they are numbers, and
             16-bit colours are refused: small values would be lost.
     """
-    with _opened(path) as image:
+    with _opened(path, reading.max_pixels) as image:
         # Pillow keeps the high byte of 16-bit colours; before loading, the tile still tells.
         if image.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in image.tile):
             raise ValueError("a mask in 16-bit colours, save it in grey or with 8 bits")
         _refuse_damage(image, path)
         upright = ImageOps.exif_transpose(image)
+        alpha = None
+        if upright.mode in {"LA", "La", "PA", "RGBA", "RGBa"}:
+            alpha = np.array(upright.getchannel("A"))  # (H, W)
         if upright.mode not in {"1", "L", "P", "F", *_DEEP_MODES}:
             upright = upright.convert("RGB")
         values = np.array(upright)
@@ -91,17 +117,19 @@ def read_mask(path: Path) -> np.ndarray:
             raise ValueError("it holds values that are not numbers (nan)")
         if values.ndim == 3:
             values = values.max(axis=2)  # (H, W)
+        if alpha is not None and np.ptp(values) == 0 and np.ptp(alpha) > 0:
+            values = alpha
         threshold = values.max() // 2 if _is_lossy(image, path) else 0
         return values > threshold
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Path, reading: Reading = PLAIN) -> tuple[int, int]:
     """Reads (H, W) of the upright image, from the header alone unless EXIF turns the image.
 
     Raises:
         DataError: The file is missing, no image or too large.
     """
-    with _opened(path) as image:
+    with _opened(path, reading.max_pixels) as image:
         if image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS:
             # Whether the header's size is the turned one depends on format and Pillow's version.
             upright = ImageOps.exif_transpose(image)
@@ -109,13 +137,29 @@ def read_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
+def largest_of_16_bits(paths: Sequence[Path]) -> int | None:
+    """Return the largest value in those files that have 16 bits; None where none has.
+
+    Files that cannot be read are left to who reads them.
+    """
+    largest = None
+    for path in paths:
+        with contextlib.suppress(DataError), _opened(path, MAX_PIXELS) as image:
+            if image.mode in _DEEP_MODES:
+                largest = max(largest or 0, int(np.asarray(image).max()))
+    return largest
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    if max_pixels > MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = None  # the user has set another limit, which is looked at below
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(
-                    f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS}"
+                    f"{image.width} x {image.height} pixels, the limit is {max_pixels}: "
+                    "--max-pixels raises it"
                 )
             yield image
     except FileNotFoundError as error:
@@ -129,11 +173,13 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
         raise DataError(f"cannot read the image {path}: {error}") from error
 
 
-def _high_byte(image: Image.Image) -> np.ndarray:
+def _highest_bits(image: Image.Image, bit_depth: int) -> np.ndarray:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError("it holds values outside of 16 bits, save it with 8 or 16 bits")
-    return (values >> 8).astype(np.uint8)
+    if values.max() >= 1 << bit_depth:
+        raise ValueError(f"it holds {values.max()}, more than the {bit_depth} bits of --bit-depth")
+    return (values >> (bit_depth - 8)).astype(np.uint8)
 
 
 def _is_lossy(image: ImageFile.ImageFile, path: Path) -> bool:

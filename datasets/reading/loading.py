@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.reading.fingerprints import digest, stamp
-from datasets.reading.images import read_image, read_mask, read_size
+from datasets.reading.images import Reading, read_image, read_mask, read_size
+from datasets.reading.mvtec_layout import mask_files
 from datasets.reading.transforms import PairTransform
 from datasets.samples import Batch, DataError, ImageLoader, ImageSet
 
@@ -64,7 +65,7 @@ class ImageDataset(Images):
     def __getitem__(self, index: int) -> Item:
         path = self.paths[index]
         try:
-            image = read_image(path)  # (H, W, 3)
+            image = read_image(path, self.transform.reading)  # (H, W, 3)
         except DataError as error:
             return index, str(error)
         try:
@@ -269,37 +270,39 @@ class BatchLoader(ImageLoader):
 def read_masks(
     images: Sequence[Path],
     masks: Sequence[Path | None],
-    labels: Sequence[int] | np.ndarray,
     transform: PairTransform,
 ) -> Tensor:
-    """Reads and transforms the masks of images; a normal image without one gets zeros.
+    """Reads and transforms the masks of images; an image without one gets zeros.
 
     Args:
         images: (N,) image files.
-        masks: (N,) mask files, None for an image without one.
-        labels: (N,), 1 = anomalous.
+        masks: (N,) mask files, or folders of masks that are joined; None for an image without one.
         transform: Of the images.
 
     Returns:
         (N, S, S) bool.
 
     Raises:
-        DataError: A mask cannot be read, its size differs from that of its upright image, or an
-            anomalous image has none.
+        DataError: A mask cannot be read, or its size differs from that of its upright image.
     """
     size = transform.output_size
     read = torch.zeros(len(images), size, size, dtype=torch.bool)  # (N, S, S)
-    for index, (image, mask, label) in enumerate(zip(images, masks, labels, strict=True)):
+    for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
         if mask is not None:
-            read[index] = torch.from_numpy(transform.mask(_read_checked_mask(image, mask)))
-        elif label == 1:
-            raise DataError(f"the anomalous image {image} has no mask")
+            read[index] = torch.from_numpy(
+                transform.mask(_read_checked_mask(image, mask, transform.reading))
+            )
     return read
 
 
-def _read_checked_mask(image: Path, path: Path) -> np.ndarray:
-    mask = read_mask(path)  # (H, W)
-    image_size = read_size(image)
+def _read_checked_mask(image: Path, path: Path, reading: Reading) -> np.ndarray:
+    parts = [_read_checked_part(image, part, reading) for part in mask_files(path)]
+    return parts[0] if len(parts) == 1 else np.any(parts, axis=0)  # (H, W)
+
+
+def _read_checked_part(image: Path, path: Path, reading: Reading) -> np.ndarray:
+    mask = read_mask(path, reading)  # (H, W)
+    image_size = read_size(image, reading)
     if mask.shape != image_size:
         raise DataError(
             f"the mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image "

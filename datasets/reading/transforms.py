@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from datasets.reading.images import MAX_PIXELS
+from datasets.reading.images import PLAIN, Reading
 from datasets.samples import DataError
 
 Resize = Literal["opencv_square", "lanczos_shorter", "bilinear_shorter"]
@@ -26,15 +26,17 @@ class PairTransform:
             MVTec pipeline); "lanczos_shorter" and "bilinear_shorter" bring
             the shorter side to image_size with Pillow's antialiased filter, as torchvision's
             Resize does.
+        reading: How the files of images and masks are read.
 
     Raises:
         ValueError: A size is below 1, crop_size exceeds image_size, or resize is unknown.
-        DataError: In use, where resizing would blow a narrow image up beyond `MAX_PIXELS`.
+        DataError: In use, where resizing would blow a narrow image up beyond `reading.max_pixels`.
     """
 
     image_size: int
     crop_size: int | None
     resize: Resize
+    reading: Reading = PLAIN
 
     def __post_init__(self) -> None:
         if self.resize not in get_args(Resize):
@@ -85,10 +87,10 @@ class PairTransform:
             resized = size, int(size * height / width)
         else:
             resized = int(size * width / height), size
-        if resized[0] * resized[1] > MAX_PIXELS:
+        if resized[0] * resized[1] > self.reading.max_pixels:
             raise DataError(
-                f"{width} x {height} pixels would become {resized[0]} x {resized[1]} pixels, too "
-                "large to be handled safely: use --crop-size none or images nearer to a square"
+                f"{width} x {height} pixels would become {resized[0]} x {resized[1]} pixels, more "
+                "than --max-pixels: use --crop-size none or images nearer to a square"
             )
         return resized
 

@@ -1,6 +1,7 @@
 """Labelled image sets: the images of both splits, with the class of each."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -28,9 +29,16 @@ class LabelledSplit(ImageSet):
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """A labelled data set; a label is a position in class_names."""
+    """A labelled data set; a label is a position in class_names.
+
+    Attributes:
+        folder: Where its images lie; None where they are no files.
+        unused: What lies there, looks like an image, and is not used.
+    """
 
     name: str
     class_names: tuple[str, ...]
     train: LabelledSplit
     test: LabelledSplit
+    folder: Path | None = None
+    unused: tuple[Path, ...] = ()

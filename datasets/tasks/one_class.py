@@ -65,6 +65,8 @@ def _task(
         test_labels=1 - is_normal[labelled.test.labels].astype(np.int64),  # (N,)
         kinds=tuple(labelled.class_names[label] for label in labelled.test.labels),
         peers=peers,
+        folder=labelled.folder,
+        unused=labelled.unused,
     )
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from configs.options import DataOptions
 from datasets.data_set import StructuredSet
-from datasets.reading.mvtec_layout import NORMAL, subfolders
+from datasets.reading.mvtec_layout import NORMAL, composed, mask_files, subfolders
+from datasets.reading.unused import unused_images
 from datasets.samples import Category, DataError, ImageSet, Task
 
 
@@ -29,11 +30,15 @@ def structured_tasks(
     """
     root = data_set.prepare(root)
     categories = list_categories(data_set, root, wanted)
-    return [task_of(read_category(data_set, root, name, options)) for name in categories]
+    read = (read_category(data_set, root, name, options) for name in categories)
+    return [task_of(category, root / category.name) for category in read]
 
 
-def task_of(category: Category) -> Task:
-    """Returns the task of a category."""
+def task_of(category: Category, folder: Path | None = None) -> Task:
+    """Returns the task of a category; what lies in its folder and is not used is looked for."""
+    used = [sample.path for sample in (*category.train, *category.test)]
+    masks = [sample.mask_path for sample in category.test if sample.mask_path is not None]
+    used += [file for mask in masks for file in mask_files(mask)]
     train = tuple(sample.path for sample in category.train)
     test = tuple(sample.path for sample in category.test)
     return Task(
@@ -45,6 +50,8 @@ def task_of(category: Category) -> Task:
         test_labels=np.array([sample.label for sample in category.test], dtype=np.int64),
         kinds=tuple(sample.defect for sample in category.test),
         masks=tuple(s.mask_path for s in category.test) if category.has_masks else None,
+        folder=folder,
+        unused=() if folder is None else unused_images(folder, used),
     )
 
 
@@ -63,8 +70,9 @@ def list_categories(
         DataError: The root or a category's folder is missing, or a wanted category is unknown.
     """
     _check_root(data_set, root)
-    known = data_set.categories or _find_categories(root)
-    chosen = tuple(dict.fromkeys(wanted)) or known
+    known = data_set.categories or _find_categories(root, is_asked_for_all=not wanted)
+    written = {composed(name): name for name in known}
+    chosen = tuple(dict.fromkeys(written.get(composed(name), name) for name in wanted)) or known
     for category in chosen:
         if category not in known:
             raise DataError(_unknown_category(category, known, data_set))
@@ -101,16 +109,23 @@ def _check_root(data_set: StructuredSet, root: Path) -> None:
         raise DataError(f"data root {root} {problem}: {_way_out(data_set)}")
 
 
-def _find_categories(root: Path) -> tuple[str, ...]:
+def _find_categories(root: Path, *, is_asked_for_all: bool) -> tuple[str, ...]:
     if (root / "train" / NORMAL).is_dir():
         raise DataError(
             f"data root {root} is itself a category (it holds train/{NORMAL}): pass the folder "
             f"above, --data-root {root.resolve().parent}, and --categories {root.resolve().name} "
             "if it holds others"
         )
-    found = tuple(
-        folder.name for folder in subfolders(root) if (folder / "train" / NORMAL).is_dir()
-    )
+    folders = subfolders(root)
+    found = tuple(folder.name for folder in folders if (folder / "train" / NORMAL).is_dir())
+    for folder in folders if is_asked_for_all else ():
+        if folder.name not in found and (folder / "train").is_dir():
+            inside = ", ".join(path.name for path in subfolders(folder / "train")) or "no folder"
+            others = f", or pass --categories {' '.join(found)}" if found else ""
+            raise DataError(
+                f"{folder} has train/ but no train/{NORMAL} (train/ has: {inside}): rename the "
+                f"folder of normal images to {NORMAL}{others}"
+            )
     if not found:
         raise DataError(
             f"data root {root} has no categories: each is a sub-folder that holds train/{NORMAL} "

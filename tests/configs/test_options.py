@@ -34,6 +34,7 @@ BOUNDS = {
     "Share": ("above 0 and at most 1", (1e-9, 1), (0.0, 1.001, NAN)),
     "Fraction": ("at least 0 and below 1", (0, 0.999), (1.0, -0.001, NAN)),
     "Between0And1": ("between 0 and 1", (0.001, 0.999), (0.0, 1.0, NAN)),
+    "BitDepth": ("9 to 16", (9, 16), (8, 17)),
     "Odd": ("odd and above 0", (1, 3), (2, 0, -1)),
     "OptionalInt": ("above 0", (None, 1), (0, -1)),
     "OptionalFloat": ("above 0", (None, 0.1), (0.0, NAN, INF)),
@@ -91,7 +92,7 @@ def test_roles_of_the_experiments_options():
     }
     assert fields_marked(SemanticExperiment, Role.BESIDE) == beside
     assert fields_marked(StructuredExperiment, Role.BESIDE) == {*beside, "save_maps"}
-    later = {"calibration_share", "false_alarm_rate", "data"}
+    later = {"calibration_share", "false_alarm_rate", "data", "bit_depth", "max_pixels"}
     assert fields_marked(StructuredExperiment, Since.LATER) == later
     for field in dataclasses.fields(StructuredExperiment):
         roles = [m for m in marks_of(StructuredExperiment, field.name) if isinstance(m, Role)]

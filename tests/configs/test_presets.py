@@ -175,7 +175,7 @@ def other_value(experiment, field, types):
     if isinstance(value, float) and 0 <= value < 1:
         return value + 0.125  # shares stay shares
     if isinstance(value, int | float):
-        return value + 2
+        return value - 2 if field.name == "bit_depth" else value + 2
     if isinstance(value, Path):
         return value / "other"
     if isinstance(value, tuple):

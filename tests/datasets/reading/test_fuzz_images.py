@@ -393,7 +393,7 @@ def test_mask_stays_on_its_defect_however_exif_turns(tmp_path, orientation, mask
         Image.fromarray(np.ascontiguousarray(turn(mask, orientation))).save(tmp_path / "mask.png")
     transform = PairTransform(64, None, "opencv_square")
     bright = transform.image(read_image(tmp_path / "a.png"))[:, :, 0] > 180
-    (drawn,) = read_masks([tmp_path / "a.png"], [tmp_path / "mask.png"], [1], transform).numpy()
+    (drawn,) = read_masks([tmp_path / "a.png"], [tmp_path / "mask.png"], transform).numpy()
     assert drawn.sum() > 100
     assert (bright & drawn).sum() > 0.9 * (bright | drawn).sum()
 
@@ -480,7 +480,7 @@ def test_odd_names_of_folders_and_files(tmp_path, name):
     )
     (batch,) = loader
     np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0), image)
-    (mask,) = read_masks(task.test.paths, task.masks, task.test_labels, transform)
+    (mask,) = read_masks(task.test.paths, task.masks, transform)
     np.testing.assert_array_equal(mask, image[:, :, 0] > 128)
     task.train.paths[0].write_bytes(b"")
     with pytest.raises(DataError, match="cannot read the image") as refusal:

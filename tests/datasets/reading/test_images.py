@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.reading.images import read_image, read_mask, read_size
+from datasets.reading.images import (
+    Reading,
+    largest_of_16_bits,
+    read_image,
+    read_mask,
+    read_size,
+)
 from datasets.samples import DataError
 from tests.datasets.trees import save, texture
 
@@ -20,6 +26,40 @@ def test_values_that_are_no_brightness_are_refused(tmp_path, values, message):
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match=rf"a\.tif.*{message}"):
         read_image(tmp_path / "a.tif")
+
+
+def test_of_16_bit_files_the_bits_in_use_are_kept(tmp_path):
+    ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    assert len(np.unique(read_image(tmp_path / "a.png"))) == 16
+    found = read_image(tmp_path / "a.png", Reading(bit_depth=12))
+    np.testing.assert_array_equal(found[..., 0], ramp >> 4)
+    with pytest.raises(DataError, match="holds 4095, more than the 11 bits"):
+        read_image(tmp_path / "a.png", Reading(bit_depth=11))
+    assert largest_of_16_bits([tmp_path / "a.png", tmp_path / "gone.png"]) == 4095
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "b.png")
+    assert largest_of_16_bits([tmp_path / "b.png"]) is None
+
+
+def test_the_limit_on_pixels_can_be_raised(tmp_path):
+    path = save(tmp_path / "a.png", np.zeros((30, 40, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match="limit is 1000: --max-pixels raises it"):
+        read_image(path, Reading(max_pixels=1000))
+    assert read_image(path, Reading(max_pixels=1200)).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("colour", [0, 200])
+def test_a_mask_drawn_in_alpha_is_read_from_it(tmp_path, colour):
+    drawn = np.zeros((20, 30), dtype=np.uint8)
+    drawn[4:9, 5:12] = 255
+    flat = np.full_like(drawn, colour)
+    Image.fromarray(np.dstack([flat, flat, flat, drawn])).save(tmp_path / "rgba.png")
+    Image.fromarray(np.dstack([flat, drawn])).save(tmp_path / "la.png")
+    for name in ("rgba.png", "la.png"):
+        np.testing.assert_array_equal(read_mask(tmp_path / name), drawn > 0)
+    # Where colours vary they are the mask, and alpha is not.
+    Image.fromarray(np.dstack([drawn, drawn, drawn, 255 - drawn])).save(tmp_path / "both.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "both.png"), drawn > 0)
 
 
 def test_bad_files_are_named(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import datasets
+from datasets.reading.images import PLAIN
 from datasets.reading.loading import (
     BATCHES_AHEAD,
     ArrayDataset,
@@ -123,6 +124,8 @@ def test_some_images_in_any_order(paths, load):
 
 class WorkerState:
     """A transform whose image tells the state of the process it runs in."""
+
+    reading = PLAIN
 
     def image(self, image):
         del image
@@ -252,14 +255,14 @@ def defective(tmp_path):
 def test_read_masks(paths, defective):
     path, mask_path, mask = defective
     images = [paths[0], path, paths[1]]
-    masks = read_masks(images, [None, mask_path, None], [0, 1, 0], TRANSFORM)
+    masks = read_masks(images, [None, mask_path, None], TRANSFORM)
     assert masks.shape == (3, 32, 32)
     assert masks.dtype == torch.bool
     np.testing.assert_array_equal(masks[1], TRANSFORM.mask(mask))
     assert masks[1].any()
     assert not masks[0].any()
     assert not masks[2].any()
-    assert read_masks([], [], [], TRANSFORM).shape == (0, 32, 32)
+    assert read_masks([], [], TRANSFORM).shape == (0, 32, 32)
 
 
 def test_mask_of_another_size_is_named(defective):
@@ -267,12 +270,22 @@ def test_mask_of_another_size_is_named(defective):
     save(mask_path, mask[:, :-1])
     message = r"defective_mask\.png is 39 x 36 pixels, its image .*defective\.png is 40 x 36"
     with pytest.raises(DataError, match=message):
-        read_masks([path], [mask_path], [1], TRANSFORM)
+        read_masks([path], [mask_path], TRANSFORM)
 
 
-def test_defect_without_mask_is_refused(paths):
-    with pytest.raises(DataError, match=r"anomalous image .*0\.png has no mask"):
-        read_masks(paths[:1], [None], [1], TRANSFORM)
+def test_masks_of_a_folder_are_joined_each_of_them_checked(tmp_path, defective):
+    path, _, mask = defective
+    left, right = mask.copy(), mask.copy()
+    left[:, 20:], right[:, :20] = 0, 0
+    save(tmp_path / "parts/0.png", left)
+    save(tmp_path / "parts/1.png", right)
+    (joined,) = read_masks([path], [tmp_path / "parts"], TRANSFORM)
+    (whole,) = read_masks([path], [defective[1]], TRANSFORM)
+    assert joined.equal(whole)
+    assert joined.any()
+    save(tmp_path / "parts/1.png", right[:, :-1])
+    with pytest.raises(DataError, match=r"parts/1\.png is 39 x 36"):
+        read_masks([path], [tmp_path / "parts"], TRANSFORM)
 
 
 def test_fingerprint_changes_with_files_transform_and_drawing(paths):

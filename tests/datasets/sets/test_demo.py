@@ -44,7 +44,7 @@ def test_layout(root):
         ]
         assert read_image(category.train[0].path).shape == (demo.CROP_SIZE, demo.CROP_SIZE, 3)
         task, transform = task_of(category), PairTransform(224, None, "opencv_square")
-        masks = read_masks(task.test.paths, task.masks, task.test_labels, transform)
+        masks = read_masks(task.test.paths, task.masks, transform)
         assert masks[demo.NUM_GOOD :].any((1, 2)).all()
         assert not masks[: demo.NUM_GOOD].any()
 

@@ -45,7 +45,7 @@ def test_visa_official_split(visa, split):
     )
     # VisA's masks hold small numbers, not 255.
     task, transform = task_of(category), PairTransform(32, None, "lanczos_shorter")
-    masks = read_masks(task.test.paths, task.masks, task.test_labels, transform)
+    masks = read_masks(task.test.paths, task.masks, transform)
     assert masks[2:].any((1, 2)).all()
     assert list_categories(DATA_SET, visa, ["pcb1", "candle"]) == ("pcb1", "candle")
 

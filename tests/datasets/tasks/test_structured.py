@@ -258,7 +258,7 @@ def test_magnetic_tiles():
     assert defects == ["blowhole", "break", "crack", "fray", "uneven"]
     # Reading checks each mask's size against its image.
     task, transform = task_of(category), PairTransform(224, None, "opencv_square")
-    whole = read_masks(task.test.paths, task.masks, task.test_labels, transform)
+    whole = read_masks(task.test.paths, task.masks, transform)
     assert whole[193:].any((1, 2)).sum() >= 385
     assert not whole[:193].any()
     # Blowholes are darker than what surrounds them, if image and mask are a pair.
