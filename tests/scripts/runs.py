@@ -86,7 +86,7 @@ def assert_same_pair(folder, other, category, seed):
 def assert_same_run(folder, other):
     """Two runs have the same files, and all but times and environment is equal in them."""
     files, others = (
-        sorted(path.relative_to(run) for path in run.rglob("*") if path.is_file())
+        sorted(path.relative_to(run) for path in run.rglob("[!.]*") if path.is_file())
         for run in (folder, other)
     )
     assert files == others

@@ -21,6 +21,7 @@ def environment_record(command: Sequence[str], device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name()
     return {
         "command": shlex.join(command),
+        "folder": str(Path.cwd()),
         "commit": commit,
         "dirty": dirty,
         "versions": {

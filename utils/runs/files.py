@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import numbers
+import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -43,6 +44,8 @@ _FLOAT = re.compile(r"-?(?:[0-9]+\.[0-9]+(?:e[+-]?[0-9]+)?|[0-9]+e[+-]?[0-9]+|in
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which it replaces when the block ends without error.
 
+    Its content is on the disk before that, so that a power loss leaves the old file or the new one.
+
     Raises:
         RunError: the disk is full, or the folder cannot be written.
     """
@@ -50,7 +53,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _sync(temporary)
         temporary.replace(path)
+        _sync(path.parent)
     except OSError as error:
         # An error of write() names no file; one that names another file is not about this one.
         ours = (None, *map(str, (temporary, path, *path.parents)))
@@ -60,6 +65,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the first error says more
             temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, written to the disk."""
+    with suppress(FileNotFoundError):  # who was to write it did not
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def unwritable(path: Path, error: OSError) -> RunError:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 
 from configs.earlier import upgraded
 from utils.errors import RunError
@@ -39,6 +40,7 @@ from utils.runs.files import (
     write_rows,
     write_text,
 )
+from utils.runs.lock import lock_run
 from utils.runs.made_of import MadeOf, check_made_of, made_of_file, save_made_of
 from utils.runs.scores import TestScores, read_scores, write_scores
 
@@ -61,6 +63,7 @@ class Run:
         self.categories = tuple(categories)
         self.seeds = tuple(seeds)
         self._made_of: dict[str, MadeOf] = {}
+        self._lock: FileLock | None = None
 
     @classmethod
     def open(
@@ -92,19 +95,26 @@ class Run:
                 been made of the same, and those to come are recorded with it.
 
         Raises:
-            RunError: The folder holds a run of another config, data or weights, or a file of it is
-                corrupt.
+            RunError: The folder holds a run of another config, data or weights, a file of it is
+                corrupt, or another process works on it.
         """
         if len(set(categories)) != len(categories) or len(set(seeds)) != len(seeds):
             raise ValueError(f"a category or seed is given twice: {categories}, {seeds}")
         for category in categories:
             if "\r" in category:
                 raise RunError(f"category {category!r} holds a line break: rename it")
+            try:
+                category.encode()
+            except UnicodeEncodeError:
+                raise RunError(
+                    f"category {category!r} is no UTF-8, which no head can be called by: rename it"
+                ) from None
         run = cls(folder, json.loads(json.dumps(config, default=os.fspath)), categories, seeds)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{folder}: cannot make the run folder ({error.strerror})") from None
+        run._lock = lock_run(folder)
         if restart:
             delete_run(folder)
         run._check_config()
@@ -131,6 +141,14 @@ class Run:
         if not (folder / "config.json").is_file():
             raise RunError(f"{folder}: not a run folder, config.json is missing")
         return cls(folder, upgraded(read_object(folder / "config.json")), (), ())
+
+    def located(self, path: Path) -> Path:
+        """Return a path of the run, from the folder it was started in if it is not from here."""
+        record = self.folder / "environment.json"
+        if path.is_absolute() or path.exists() or not record.is_file():
+            return path
+        there = Path(str(read_object(record).get("folder", ""))) / path
+        return there if there.exists() else path
 
     def pending(self, category: str) -> list[int]:
         """Return the requested seeds of a category that are not finished, in order."""
