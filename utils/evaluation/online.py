@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from models.detector import Detector, LearnsOnline
 from utils.evaluation.test_set import TestSet
 from utils.features.features import Features
+from utils.pictures.words import without_formulas
 from utils.runs.files import atomic_path, write_text
 
 COLUMNS = ("num_images", "image_auroc", "image_ap", "pixel_auroc", "aupro")
@@ -71,4 +72,4 @@ def save_online_curve(path: Path, rows: list[dict[str, float]], *, title: str) -
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_path(path.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, format="png")
+        without_formulas(figure).savefig(temporary, format="png")

@@ -22,6 +22,8 @@ class TestSet:
         names: (N,) file or position of each image, for the scores file.
         kinds: (N,) kind of defect or class of each image.
         masks: (N, S, S) bool, or None where there are none; looked at where the maps are made.
+        without_mask: (N,) bool, images that lack one although others have some: pixel metrics
+            leave them out. None for no image.
         scoring: how maps become scores.
     """
 
@@ -35,6 +37,7 @@ class TestSet:
         names: Sequence[Path | str],
         kinds: Sequence[str],
         masks: Tensor | None = None,
+        without_mask: Tensor | None = None,
         scoring: Scoring,
     ) -> None:
         stride = scoring.stride
@@ -44,6 +47,10 @@ class TestSet:
         self.kinds = list(kinds)
         self.masks = None if masks is None else masks[:, ::stride, ::stride]
         self.scoring = scoring
+        # (M,) positions of the images whose masks are known; None for all of them.
+        self._known: Tensor | None = None
+        if without_mask is not None and without_mask.any():
+            self._known = (~without_mask).nonzero().flatten()
 
     def score(self, detector: Detector, *, geometry: bool = False) -> Scores:
         """Score every image; see `score_all`."""
@@ -51,7 +58,7 @@ class TestSet:
 
     def measure(self, scores: Scores) -> Measured:
         """Compute all metrics; those that need masks are nan without them."""
-        return evaluate(scores.images, self.labels, scores.maps, self.masks)
+        return evaluate(scores.images, self.labels, scores.maps, self.masks, known=self._known)
 
     def aurocs(self, scores: Scores) -> tuple[float, float]:
         """Return image and pixel AUROC alone: the criterion of a choice, without the other metrics.
@@ -61,7 +68,15 @@ class TestSet:
         image = ranking_metrics(scores.images, self.labels).auroc
         if self.masks is None:
             return image, math.nan
-        return image, ranking_metrics(scores.maps, self.masks).auroc
+        maps, masks = scores.maps, self.masks
+        if self._known is not None:
+            maps, masks = maps[self._known.to(maps.device)], masks[self._known]
+        return image, ranking_metrics(maps, masks).auroc
+
+    @property
+    def num_without_mask(self) -> int:
+        """How many anomalous images lack a mask although others have one."""
+        return 0 if self._known is None else len(self.labels) - len(self._known)
 
     @property
     def empty_masks(self) -> list[int]:
@@ -71,4 +86,6 @@ class TestSet:
         # NumPy stops at the first True of each mask.
         marked = torch.from_numpy(self.masks.numpy().any(axis=(1, 2)))  # (N,)
         empty = ~marked & (self.labels == 1)
+        if self._known is not None:
+            empty &= torch.zeros_like(empty).index_fill(0, self._known, True)
         return empty.nonzero().flatten().tolist()

@@ -25,6 +25,7 @@ from utils.cli import exits_cleanly
 from utils.errors import UsageError
 from utils.features.features import Features, Rows, rounded_maps
 from utils.features.store import Entry, EntryWriter, FeatureStore, default_folder
+from utils.features.thumbnails import thumbnails
 
 STORES = ("auto", "device", "host", "disk")
 DEVICE_SHARE = 0.4
@@ -60,6 +61,7 @@ class FeatureBank(Features):
         extract_seconds: float = 0.0,
         pass_seconds: float = 0.0,
         skipped: Sequence[str] = (),
+        thumbnails: Tensor | None = None,
     ) -> None:
         super().__init__(
             indices,
@@ -70,6 +72,7 @@ class FeatureBank(Features):
             skipped=skipped,
         )
         self.stages = tuple(stages)
+        self.thumbnails = thumbnails
         self._device = device
         self._rows = torch.arange(len(self.indices)) if rows is None else rows
 
@@ -118,6 +121,7 @@ class FeatureBank(Features):
             extract_seconds=time.perf_counter() - start,
             pass_seconds=found.seconds,
             skipped=found.skipped,
+            thumbnails=found.thumbnails(),
         )
 
     @property
@@ -139,6 +143,7 @@ class FeatureBank(Features):
             extract_seconds=self.extract_seconds,
             pass_seconds=self.pass_seconds,
             skipped=self.skipped,
+            thumbnails=None if self.thumbnails is None else self.thumbnails[wanted],
         )
 
     def join(self, other: "FeatureBank") -> "FeatureBank":
@@ -167,6 +172,10 @@ class _InMemory:
     indices: list[int]
     skipped: list[str]
     seconds: float
+    small: Tensor
+
+    def thumbnails(self) -> Tensor:
+        return self.small
 
     def stages(self) -> list[Tensor]:
         return [tensor[: len(self.indices)] for tensor in self.tensors]
@@ -185,6 +194,7 @@ def _extract(
     began = time.perf_counter()
     indices: list[int] = []
     tensors: list[Tensor] = []
+    small: list[Tensor] = []
     writer: EntryWriter | None = None
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(
@@ -192,6 +202,7 @@ def _extract(
         )
         for batch in loader:
             maps = rounded_maps(extractor, batch.images, dtype, description)
+            small.append(thumbnails(batch.images))
             if not indices:
                 needed = sum(m[0].numel() * m.element_size() for m in maps) * loader.num_images
                 place = _place(needed, extractor.device, store, disk is not None)
@@ -216,8 +227,8 @@ def _extract(
         skipped = [why for _, why in loader.skipped]
         seconds = time.perf_counter() - began
         if writer is not None:
-            return writer.finish(indices, skipped, description, seconds)
-    return _InMemory(tensors, indices, skipped, seconds)
+            return writer.finish(indices, skipped, description, seconds, torch.cat(small))
+    return _InMemory(tensors, indices, skipped, seconds, torch.cat(small))
 
 
 def _place(needed: int, device: torch.device, store: str, has_disk: bool) -> torch.device | None:

@@ -25,7 +25,10 @@ class Features(ABC):
         extract_seconds: time until the features could be read, of the whole where this is a subset.
         pass_seconds: time the backbone took for what is stored, be it in an earlier run.
         skipped: unreadable images that were left out, with the reason.
+        thumbnails: (N, 32, 32) uint8, of `utils.features.thumbnails`; None where none are kept.
     """
+
+    thumbnails: Tensor | None = None
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 <folder>/<key>/entry.json    what the features are of, their shapes, which images are missing
 <folder>/<key>/stage<i>.bin  the features of stage i, (N, H, W, C) without a header
+<folder>/<key>/thumbnails.bin  small copies of the images, (N, 32, 32)
 <folder>/partial-*/          being written; renamed when complete, so a killed run leaves no entry
 
 The key is a hash of everything the features depend on: files (path, size, time of change),
@@ -32,9 +33,10 @@ from torch import Tensor
 from configs.cache import cache_folder
 from utils.errors import UsageError
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it when the content of the files changes its meaning."""
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.float32, torch.uint8)}
+THUMBNAILS = "thumbnails.bin"
 STALE_SECONDS = 7 * 24 * 3600
 """Partial folders of another machine are leftovers after this."""
 
@@ -77,16 +79,25 @@ class Entry:
         Raises:
             UsageError: a file is missing or has another size than it should.
         """
-        stages = []
-        for name, shape, dtype in self.files:
-            path = self.folder / name
-            size = path.stat().st_size if path.is_file() else -1
-            if size != math.prod(shape) * dtype.itemsize:
-                raise UsageError(f"{path} is damaged; {_clear_hint(self.folder.name)}")
-            kind = str(dtype).removeprefix("torch.")
-            # Copy on write: nothing is written, and PyTorch wants arrays it could write to.
-            stages.append(torch.from_numpy(np.memmap(path, kind, mode="c", shape=shape)))
-        return stages
+        return [self._mapped(*file) for file in self.files if file[0] != THUMBNAILS]
+
+    def thumbnails(self) -> Tensor:
+        """Map the small copies of the images into memory, (N, 32, 32) uint8.
+
+        Raises:
+            UsageError: the file is missing or has another size than it should.
+        """
+        (file,) = [file for file in self.files if file[0] == THUMBNAILS]
+        return self._mapped(*file)
+
+    def _mapped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        path = self.folder / name
+        size = path.stat().st_size if path.is_file() else -1
+        if size != math.prod(shape) * dtype.itemsize:
+            raise UsageError(f"{path} is damaged; {_clear_hint(self.folder.name)}")
+        kind = str(dtype).removeprefix("torch.")
+        # Copy on write: nothing is written, and PyTorch wants arrays it could write to.
+        return torch.from_numpy(np.memmap(path, kind, mode="c", shape=shape))
 
 
 class FeatureStore:
@@ -196,14 +207,22 @@ class EntryWriter:
             handle.write(stage_map.contiguous().cpu().numpy().data)
 
     def finish(
-        self, indices: Sequence[int], skipped: Sequence[str], description: str, seconds: float
+        self,
+        indices: Sequence[int],
+        skipped: Sequence[str],
+        description: str,
+        seconds: float,
+        thumbnails: Tensor,
     ) -> Entry:
         """Complete the entry and return it, or the one another process completed first."""
         self.close()
+        (self._partial / THUMBNAILS).write_bytes(thumbnails.contiguous().numpy().tobytes())
         files = [
             {"name": f"stage{i}.bin", "shape": [len(indices), *shape], "dtype": str(dtype)}
             for i, (shape, dtype) in enumerate(zip(self._shapes, self._dtypes, strict=True))
         ]
+        shape, dtype = list(thumbnails.shape), str(thumbnails.dtype)
+        files.append({"name": THUMBNAILS, "shape": shape, "dtype": dtype})
         entry = {
             "identity": dict(self._identity),
             "description": description,

@@ -47,7 +47,12 @@ class Ranking(NamedTuple):
 
 
 def evaluate(
-    image_scores: Tensor, labels: Tensor, anomaly_maps: Tensor | None, masks: Tensor | None
+    image_scores: Tensor,
+    labels: Tensor,
+    anomaly_maps: Tensor | None,
+    masks: Tensor | None,
+    *,
+    known: Tensor | None = None,
 ) -> Measured:
     """Computes every metric of one category's test set.
 
@@ -63,6 +68,8 @@ def evaluate(
         labels: (N,), bool or 0 / 1, 1 = anomalous.
         anomaly_maps: (N, H, W), any finite float, higher = more anomalous; None without maps.
         masks: (N, H, W) bool, True on defects; None without masks.
+        known: (M,) positions of the images whose masks are known, the only ones whose pixels are
+            measured; None for all.
 
     Raises:
         TypeError: Scores that are not floating point, masks that are not bool.
@@ -77,6 +84,8 @@ def evaluate(
     if masks is not None:
         _check_masks(masks, labels)
         pixel_reason = "no anomaly maps"
+        if anomaly_maps is not None and known is not None:
+            anomaly_maps, masks = anomaly_maps[known.to(anomaly_maps.device)], masks[known]
         if anomaly_maps is not None:
             curves["pixels"], pixel_reason = _ranked_pixels(anomaly_maps, masks)
     reasons = {"images": image_reason, "pixels": pixel_reason}

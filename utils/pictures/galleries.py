@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from utils.pictures.words import without_formulas
 from utils.runs.files import atomic_path
 
 # Blue and vermillion of Okabe and Ito's palette, which the colour-blind tell apart.
@@ -181,5 +182,5 @@ def _drawn_range(scores: np.ndarray, anomalous: np.ndarray) -> tuple[float, floa
 
 def _write(figure: Figure, path: Path) -> Path:
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI, format="png")
+        without_formulas(figure).savefig(temporary, dpi=_DPI, format="png")
     return path
