@@ -16,9 +16,13 @@ measured, and a program like this one, which scores an image (S = 224):
     import cv2
     import numpy as np
     import onnxruntime
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    image = np.array(Image.open(sys.argv[1]).convert("RGB"))
+    image = ImageOps.exif_transpose(Image.open(sys.argv[1]))
+    if image.mode.startswith("I"):  # 16 bits: the highest eight of those in use
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
+    image = np.array(image)
     image = cv2.resize(image, (224, 224), interpolation=cv2.INTER_LINEAR)
     batch = np.ascontiguousarray(image.transpose(2, 0, 1))[None]  # (1, 3, 224, 224) uint8
     session = onnxruntime.InferenceSession("tile-seed0.onnx")

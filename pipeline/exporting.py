@@ -37,7 +37,7 @@ CHECKED = 16
 BATCH_SIZES = (1, 3, 8)
 TOLERANCE = 1e-3
 """Largest difference accepted: of scores as a share of the range of the run's test scores, of maps
-as a share of the range of theirs."""
+as a share of the range of theirs; or of the largest of them, where that is more."""
 RATES = (0.1, 0.05, 0.01, 0.001)
 """False-alarm rates whose thresholds are stated, as far as the calibration can promise them."""
 
@@ -155,8 +155,9 @@ def test_images(
     finished: FinishedRun, category: str, names: Sequence[str]
 ) -> tuple[ImageDataset | ArrayDataset, Sequence[int]]:
     """Return a data set that has the named test images, and their positions in it."""
-    if finished.experiment.map_size is not None or Path(names[0]).is_file():
-        return ImageDataset([Path(name) for name in names], finished.transform), range(len(names))
+    paths = [finished.run.located(Path(name)) for name in names]
+    if finished.experiment.map_size is not None or paths[0].is_file():
+        return ImageDataset(paths, finished.transform), range(len(names))
     (task,) = read_tasks(finished.experiment, [category])
     places = {name: place for place, name in enumerate(task.test.names)}
     if unknown := set(names) - set(places):
@@ -207,6 +208,8 @@ def check(
     ranges = {"scores": float(np.ptp(run_scores))}
     if "maps" in expected:
         ranges["maps"] = float(expected["maps"].max() - expected["maps"].min())
+    # Scores that are all equal, as of one image, have no range.
+    scales = {name: max(r, float(expected[name].abs().max())) for name, r in ranges.items()}
     largest = differences(exported, images, expected, BATCH_SIZES)
     found: dict[str, Any] = {
         "images": len(images.flatten(1).unique(dim=0)),
@@ -219,11 +222,11 @@ def check(
             "range": ranges[name],
             "share_of_range": difference / ranges[name] if ranges[name] else None,
         }
-        if not difference <= TOLERANCE * ranges[name]:
+        if not difference <= TOLERANCE * scales[name]:
             raise UsageError(
                 f"nothing was written: {name} differ from the suite's by up to {difference:.3g}, "
-                f"more than {TOLERANCE:g} of their range {ranges[name]:.3g}; please report this "
-                "with the run's config.json"
+                f"more than {TOLERANCE:g} of {scales[name]:.3g}, their range or size; please "
+                "report this with the run's config.json"
             )
     return found
 
@@ -275,4 +278,5 @@ def program_for(finished: FinishedRun, network: Deployed, file: str, file_format
         image_size=finished.transform.image_size,
         crop_size=finished.transform.crop_size,
         resize=finished.transform.resize,
+        bit_depth=finished.transform.reading.bit_depth,
     )

@@ -168,6 +168,7 @@ def example_program(
     image_size: int,
     crop_size: int | None,
     resize: str,
+    bit_depth: int,
 ) -> str:
     """Return a program that prints the score of the image it is given, without this repository.
 
@@ -178,22 +179,29 @@ def example_program(
         image_size: that images are resized to.
         crop_size: centre crop, or None.
         resize: "opencv_square", or Pillow's "lanczos_shorter" or "bilinear_shorter".
+        bit_depth: of the bits of 16-bit files that are used, the highest eight are kept.
     """
     is_onnx, by_opencv = file_format == "onnx", resize == "opencv_square"
     size = image_size if crop_size is None else crop_size
     results = f"{', '.join(outputs)}{',' * (len(outputs) == 1)}"
     imports = ["import cv2"] * by_opencv + ["import numpy as np"]
-    imports += ["import onnxruntime" if is_onnx else "import torch", "from PIL import Image"]
-    read = 'Image.open(sys.argv[1]).convert("RGB")'
+    imports += ["import onnxruntime" if is_onnx else "import torch"]
+    imports += ["from PIL import Image, ImageOps"]
     side = f"({image_size}, {image_size})"
-    lines = ["import sys", "", *imports, ""]
+    # As `datasets.reading.images.read_image` reads it.
+    lines = [
+        *("import sys", "", *imports, ""),
+        "image = ImageOps.exif_transpose(Image.open(sys.argv[1]))",
+        'if image.mode.startswith("I"):  # 16 bits: the highest eight of those in use',
+        f"    image = Image.fromarray((np.asarray(image) >> {bit_depth - 8}).astype(np.uint8))",
+        'image = image.convert("RGB")',
+    ]
     if by_opencv:
         lines += [
-            f"image = np.array({read})",
+            "image = np.array(image)",
             f"image = cv2.resize(image, {side}, interpolation=cv2.INTER_LINEAR)",
         ]
     else:
-        lines += [f"image = {read}"]
         if crop_size is not None:
             lines += [
                 f"side = tuple({image_size} if n == min(image.size) else "

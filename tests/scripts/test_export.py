@@ -246,6 +246,7 @@ def test_the_program_in_the_docstring_is_the_one_written():
         image_size=224,
         crop_size=None,
         resize="opencv_square",
+        bit_depth=16,
     )
     assert textwrap.indent(program, "    ") in export.__doc__
 
@@ -257,8 +258,9 @@ def test_programs_resize_as_training_does(size, resize, crop_size, tmp_path, mon
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     program = example_program(
-        "m.pt", "torchscript", ("scores",), image_size=48, crop_size=crop_size, resize=resize
-    )
+        "m.pt", "torchscript", ("scores",), image_size=48, crop_size=crop_size, resize=resize,
+        bit_depth=16,
+    )  # fmt: skip
     lines = program.splitlines()
     until_batch = "\n".join(lines[: next(i for i, s in enumerate(lines) if s.startswith("batch"))])
     names = {}
