@@ -26,7 +26,7 @@ from utils.runs.files import write_rows
 from utils.runs.finished import finished_pairs
 from utils.runs.made_of import check_made_of
 from utils.tables.formats import to_text
-from utils.tables.results import Benchmark, build_table
+from utils.tables.results import Benchmark, build_table, undefined_reasons
 
 OTHER_DATA = "Point --data-root to the run's data, or train again (--restart)."
 
@@ -123,6 +123,7 @@ def evaluate_again(
         "seed": seed,
         "select": select,
         **values,
+        "undefined": "; ".join(f"{n}: {why}" for n, why in measured.undefined.items()),
         "metric_difference": differences[worst],
         "worst_metric": worst if differences[worst] else "",
         "score_difference": float(np.abs(scores.images.numpy() - saved["score"]).max()),
@@ -162,7 +163,8 @@ def table_of(finished: "FinishedRun", rows: Sequence[Mapping[str, Any]]) -> str:
         metrics=[m.name for m in table_metrics(has_maps=experiment.map_size is not None)],
         groups=groups_of(experiment),
     )
-    return to_text(build_table(rows, about))
+    why = [f"{name}: {reason}" for name, reason in undefined_reasons(rows).items()]
+    return to_text(build_table(rows, about, nan_reasons=why))
 
 
 def _difference(new: float, old: float) -> float:

@@ -122,7 +122,7 @@ def open_files(
         test = run.load_scores(category, seed, "" if options.head == "pixel" else suffix)
         pictures = Pictures(
             kinds=kinds,
-            read=read_image,
+            read=functools.partial(read_image, reading=finished.transform.reading),
             restore=functools.partial(restore_map, finished.transform),
             errors=(DataError,),
             test_maxima=(test["score"], test["label"]),

@@ -112,7 +112,7 @@ class Bench:
         self.labels = torch.from_numpy(task.test_labels)
         assert task.test.paths is not None
         assert task.masks is not None
-        self.masks = read_masks(task.test.paths, task.masks, task.test_labels, self.transform)
+        self.masks = read_masks(task.test.paths, task.masks, self.transform)
 
     def loader(self, images: ImageSet, batch_size: int, *, processes: bool = False) -> BatchLoader:
         """Return batches of decoded images."""

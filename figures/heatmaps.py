@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from datasets.reading.images import read_image
+from datasets.reading.images import Reading, read_image
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError
 from figures.shared.drawing import parser, save_with_table
@@ -133,7 +133,7 @@ def _of_category(runs: Sequence[Run], category: str, seed: int, by_defect: bool)
         columns.append(
             Column(
                 category, str(own["defect"][place]), path, len(order) // 2 + 1, len(order),
-                read_shown(Path(path), runs[0].config, size),
+                read_shown(runs[0].located(Path(path)), runs[0].config, size),
                 own["mask"][place] if "mask" in own else None, levels,
             )
         )  # fmt: skip
@@ -156,7 +156,7 @@ def read_shown(path: Path, config: dict[str, Any], size: int) -> np.ndarray:
         RunError: the file is gone or cannot be read.
     """
     try:
-        image = read_image(path)
+        image = read_image(path, Reading(config.get("bit_depth", 16)))
     except DataError as error:
         where = "" if path.is_absolute() else ", relative to the folder the run was started in"
         raise RunError(f"{error}{where}; put it back, or make the run again") from None

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from configs.structured import StructuredExperiment
+from datasets.reading.images import Reading, largest_of_16_bits
 from datasets.reading.loading import BatchLoader, Images, images_of, read_masks
 from datasets.reading.transforms import PairTransform
 from datasets.samples import ImageSet, Task
@@ -17,6 +18,7 @@ from models.building import build_detector, build_extractor
 from models.detector import Extractor
 from models.method import find_method
 from pipeline.experiments import AnyExperiment
+from pipeline.leaks import Leak, Leaks
 from utils.device import pick_device
 from utils.errors import UsageError
 from utils.evaluation.calibration import held_out_for_calibration
@@ -26,6 +28,9 @@ from utils.evaluation.test_set import TestSet
 from utils.features.extraction import extract_features
 from utils.features.features import Features
 from utils.features.store import default_folder
+
+LOOKED_AT = 32
+"""Training images of which the values of 16-bit files are looked at."""
 
 
 def extractor_of(experiment: AnyExperiment, *, weights: str | None = None) -> Extractor:
@@ -50,6 +55,7 @@ def extractor_of(experiment: AnyExperiment, *, weights: str | None = None) -> Ex
         pooled=patch_size is None,
         precision=experiment.precision,
         compile_backbone=experiment.compile,
+        image_size=experiment.input_size,
     )
     # A method that cannot be built says so now, not after the images are read.
     build_detector(experiment.method_name, extractor, experiment.method)
@@ -58,7 +64,8 @@ def extractor_of(experiment: AnyExperiment, *, weights: str | None = None) -> Ex
 
 def transform_of(experiment: AnyExperiment) -> PairTransform:
     """Return what turns images and masks into what the backbone sees."""
-    return PairTransform(experiment.image_size, experiment.crop_size, experiment.resize)
+    reading = Reading(experiment.bit_depth, experiment.max_pixels)
+    return PairTransform(experiment.image_size, experiment.crop_size, experiment.resize, reading)
 
 
 def scoring_of(experiment: AnyExperiment, extractor: Extractor) -> Scoring:
@@ -83,6 +90,8 @@ class TaskData:
         calibration: normals that neither fit nor selection sees; None without
             `--calibration-share`.
         skipped: images left out as unreadable, with the reason.
+        remarks: what the table should say of the images.
+        leaks: near-duplicates across training, calibration and test.
     """
 
     task: Task
@@ -91,6 +100,8 @@ class TaskData:
     validation: Validation | None
     calibration: Features | None
     skipped: Sequence[str]
+    remarks: Sequence[str] = ()
+    leaks: Sequence[Leak] = ()
 
 
 class Extraction:
@@ -107,6 +118,7 @@ class Extraction:
         self.transform = transform_of(experiment)
         self.scoring = scoring_of(experiment, extractor)
         self._held: dict[ImageSet, Features] = {}
+        self._leaks = Leaks()
         self._turned: tuple[ImageSet, Features] | None = None
 
     def data_of(self, task: Task) -> TaskData:
@@ -129,7 +141,9 @@ class Extraction:
         if experiment.select == "synthetic":
             validation = self._validation_of(task, fitted, train)
         skipped = [*train.skipped, *test.bank.skipped]
-        return TaskData(task, fitted, test, validation, calibration, skipped)
+        remarks = self._remarks_on(task)
+        leaks = self._leaks.of(task, train, fitted, calibration, test.bank)
+        return TaskData(task, fitted, test, validation, calibration, skipped, remarks, leaks)
 
     def features_of(self, task: Task, images: ImageSet) -> Features:
         """Return the features of all images of one of a task's sets."""
@@ -143,24 +157,40 @@ class Extraction:
         self._keep(task)
         bank = self.features_of(task, task.test)
         names = task.test.names
-        masks = None
+        masks, lacking = None, [False] * len(bank)
         if task.masks is not None:
             assert task.test.paths is not None
             # After the images: the mask of one that was left out as unreadable cannot be checked.
             masks = read_masks(
                 [task.test.paths[i] for i in bank.indices],
                 [task.masks[i] for i in bank.indices],
-                task.test_labels[bank.indices],
                 self.transform,
             )  # (N, S, S)
+            lacking = [task.masks[i] is None and task.test_labels[i] == 1 for i in bank.indices]
         return TestSet(
             bank,
             torch.from_numpy(task.test_labels[bank.indices]),
             names=[names[i] for i in bank.indices],
             kinds=[task.kinds[i] for i in bank.indices],
             masks=masks,
+            without_mask=torch.tensor(lacking),
             scoring=self.scoring,
         )
+
+    def _remarks_on(self, task: Task) -> list[str]:
+        """Remark on 16-bit files whose values stay low: their highest bits say nothing."""
+        paths = task.train.paths
+        if paths is None or self.experiment.bit_depth < 16:
+            return []
+        some = [paths[i] for i in task.train_indices[:: -(-len(task.train_indices) // LOOKED_AT)]]
+        largest = largest_of_16_bits(some)
+        if largest is None or largest >= 1 << 15:
+            return []
+        bits = max(9, largest.bit_length())
+        return [
+            f"The 16-bit files of {len(some)} training images that were looked at hold no value "
+            f"above {largest}, of which {largest >> 8} of 255 levels are left: --bit-depth {bits}."
+        ]
 
     def _keep(self, task: Task) -> None:
         """Let go the features of images that are not a task's."""

@@ -118,6 +118,7 @@ def load_run(
     except ValueError as error:
         raise RunError(f"{folder / 'config.json'}: {error}") from error
     finished_pairs(run)  # a run without any is refused here
+    changes.setdefault("data_root", run.located(experiment.data_root))
     experiment = replace(experiment, device=device, **changes)
     extractor = extractor_of(experiment, weights=weights)
     if extractor.random_weights:

@@ -13,13 +13,15 @@ from tqdm import tqdm
 from configs.semantic import SemanticExperiment
 from configs.structured import StructuredExperiment
 from datasets.data_set import num_categories
-from datasets.reading.images import read_image
+from datasets.reading import unused
+from datasets.reading.images import Reading, read_image
 from datasets.reading.transforms import PairTransform
 from datasets.samples import ImageSet, Task
 from models.detector import Detector, Extractor
 from models.method import published_name
 from pipeline.experiments import AnyExperiment, groups_of
 from pipeline.features import TaskData, transform_of
+from pipeline.leaks import in_words, pairs_to_show
 from utils.evaluation.calibration import (
     Calibration,
     calibration_file,
@@ -33,6 +35,7 @@ from utils.evaluation.scoring import score_all
 from utils.metrics.metrics import table_metrics
 from utils.pictures.galleries import save_gallery
 from utils.pictures.overlays import Shown, save_overlays
+from utils.pictures.pairs import save_pairs
 from utils.runs.files import file_stem
 from utils.runs.run import Run
 from utils.runs.scores import TestScores
@@ -114,11 +117,14 @@ def draw(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) ->
     """Draw the reported outcome: sheets of maps, or a gallery where nothing is localised."""
     task, test, outcome = data.task, data.test, fitted.outcomes[-1]
     folder = run.overlays_folder(task.category, fitted.seed)
+    transform: PairTransform = transform_of(experiment)
+    if data.leaks:
+        draw_leaks(folder / "twins.png", data, transform, count=experiment.overlays)
     if experiment.map_size is None:
         is_anomaly = _leaves_one_out(experiment)
         save_gallery(
             folder / "gallery.png",
-            images=lambda i: stored_image(task.test, test.bank.indices[i]),
+            images=lambda i: stored_image(task.test, test.bank.indices[i], transform.reading),
             scores=outcome.scores.images.numpy(),
             labels=test.labels.numpy(),
             class_names_of_images=test.kinds,
@@ -128,9 +134,10 @@ def draw(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) ->
             count=experiment.overlays,
         )
         return
-    transform: PairTransform = transform_of(experiment)
     shown = Shown(
-        images=lambda i: transform.image(stored_image(task.test, test.bank.indices[i])),
+        images=lambda i: transform.image(
+            stored_image(task.test, test.bank.indices[i], transform.reading)
+        ),
         masks=test.masks,
         anomaly_maps=outcome.scores.maps.cpu(),
         scores=outcome.scores.images.numpy(),
@@ -142,10 +149,24 @@ def draw(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) ->
     save_overlays(folder, shown, num_worst=experiment.overlays, title=task.category)
 
 
-def stored_image(images: ImageSet, index: int) -> np.ndarray:
+def draw_leaks(path: Path, data: TaskData, transform: PairTransform, *, count: int) -> None:
+    """Draw some near-duplicates of each kind, those looked at on the left."""
+    pairs = []
+    for leak, twin in pairs_to_show(data.leaks, count):
+        sides = ((leak.images, twin.place), (leak.among, twin.other))
+        left, right = (
+            transform.image(stored_image(s.images, s.features.indices[row], transform.reading))
+            for s, row in sides
+        )
+        names = " | ".join(Path(side.name(row)).name for side, row in sides)
+        pairs.append((left, right, f"{names}  {twin.correlation:.3f}"))
+    save_pairs(path, pairs, title=f"{data.task.category}: {in_words(data.leaks)}")
+
+
+def stored_image(images: ImageSet, index: int, reading: Reading) -> np.ndarray:
     """Return an image as it is stored, (H, W, 3) uint8."""
     if images.paths is not None:
-        return read_image(images.paths[index])
+        return read_image(images.paths[index], reading)
     assert images.images is not None
     image = images.images[index]
     return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)  # (H, W, 3)
@@ -208,13 +229,21 @@ def _facts(data: TaskData, fitted: Fitted) -> dict[str, Any]:
         "num_test": len(test),
         "skipped": len(data.skipped),
         "empty_masks": len(data.test.empty_masks),
+        "without_mask": data.test.num_without_mask,
         "trainable": fitted.detector.num_trainable,
         "extract_seconds": round(train.extract_seconds + test.extract_seconds, 3),
         "pass_test_seconds": round(test.pass_seconds, 3),
         "fit_seconds": round(fitted.fit_seconds, 3),
         "chosen": " ".join(f"{name}={_plain(value)}" for name, value in options.items()),
-        "remarks": " ".join(fitted.detector.remarks),
+        "remarks": " ".join([*fitted.detector.remarks, *data.remarks]),
+        "unused": unused_in_words(data.task),
+        "twins": in_words(data.leaks),
     }
+
+
+def unused_in_words(task: Task) -> str:
+    """Say what lies beside a task's images, looks like an image, and is not used; or nothing."""
+    return unused.in_words(task.unused, task.folder) if task.folder is not None else ""
 
 
 def summary_line(category: str, fitted: Fitted) -> str:

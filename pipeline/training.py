@@ -6,8 +6,11 @@ record. What it is given holds features only: no image is looked at again.
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from configs.presets import with_options
 from datasets.samples import Task
@@ -16,7 +19,7 @@ from models.detector import Detector, Extractor
 from pipeline.experiments import AnyExperiment
 from pipeline.features import Extraction, TaskData, calibration_split
 from pipeline.made_of import made_of
-from pipeline.recording import Fitted, record
+from pipeline.recording import Fitted, record, unused_in_words
 from utils.device import pick_device
 from utils.errors import UsageError
 from utils.evaluation.monitor import FitMonitor
@@ -52,6 +55,7 @@ def open_run(
 
 def train_task(experiment: AnyExperiment, run: Run, extraction: Extraction, task: Task) -> None:
     """Extract a task's features, then train, evaluate and record a head for each pending seed."""
+    tqdm.write(images_line(task))
     data = extraction.data_of(task)
     for seed in run.pending(task.category):
         train_head(experiment, run, extraction.extractor, data, seed)
@@ -74,11 +78,15 @@ def train_head(
     category = data.task.category
     log = functools.partial(run.log, category, seed)
     empty = [data.test.names[i] for i in data.test.empty_masks]
-    log(event="data", skipped=list(data.skipped), empty_masks=empty)
+    unused = [str(path) for path in data.task.unused]
+    log(event="data", skipped=list(data.skipped), empty_masks=empty, unused=unused)
 
     def build(changes: dict[str, Any]) -> Detector:
         options = with_options(experiment.method, changes)
         return build_detector(experiment.method_name, extractor, options).to(extractor.device)
+
+    for leak in data.leaks:
+        log(event="twins", what=leak.words, pairs=leak.pairs())
 
     with _named(experiment, category, seed):
         options: dict[str, Any] = {}
@@ -107,6 +115,15 @@ def train_head(
         data,
         Fitted(seed, detector, options, outcomes, fit_seconds, learner, extractor.weights_digest),
     )
+
+
+def images_line(task: Task) -> str:
+    """Say in one line which images a task has, and what lies beside them and is not used."""
+    # Of a labelled set there may be a hundred kinds.
+    kinds = ["anomalous" if x else "normal" for x in task.test_labels] if task.peers else task.kinds
+    tested = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
+    unused = f"; not used: {said}" if (said := unused_in_words(task)) else ""
+    return f"{task.category}:  train on {len(task.train_indices)}, test on {tested}{unused}"
 
 
 @contextlib.contextmanager

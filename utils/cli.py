@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def exits_cleanly(
     def decorate(main: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(main)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            print_what_the_terminal_lacks()
             try:
                 return main(*args, **kwargs)
             except caught as error:
@@ -60,6 +62,12 @@ def exits_cleanly(
         return guarded
 
     return decorate
+
+
+def print_what_the_terminal_lacks() -> None:
+    """Let stdout escape letters that its encoding has not, as stderr does: no name ends a run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def told(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from utils.pictures.words import without_formulas
 from utils.runs.files import atomic_path
 from utils.tables.formats import to_markdown, write
 from utils.tables.table import Table
@@ -60,6 +61,7 @@ def save_figure(figure: Figure, out: Path) -> list[Path]:
     """
     stem = out.with_suffix("") if out.suffix in {".png", ".pdf"} else out
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
+    without_formulas(figure)
     for path in paths:
         kind = path.suffix[1:]
         # Without its date a PDF has the same bytes each time it is made.

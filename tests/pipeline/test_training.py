@@ -153,6 +153,7 @@ def test_everything_is_written_down(tmp_path, run, builds, drawn, capsys):
         "event": "data",
         "skipped": ["cut.png: truncated"],
         "empty_masks": ["3.png"],
+        "unused": [],
     }
     logged = [(line["event"], line["step"], line["loss"]) for line in steps]
     assert logged == [("step", 1, 3.0), ("step", 2, 1.5)]
@@ -271,9 +272,10 @@ def test_only_pending_seeds_are_trained_on_features_extracted_once(tmp_path, bui
 def test_too_few_images_for_a_calibration_are_refused_before_the_folder_is_made(tmp_path):
     experiment = experiment_of(calibration_share=0.5, output=tmp_path)
     with pytest.raises(UsageError, match=r"^tile: --calibration-share 0\.5 holds 2 of 3"):
-        open_run(experiment, [task_of("tile")], ["x"])
+        open_run(experiment, [task_of("tile")], EXTRACTOR, ["x"])
     assert list(tmp_path.iterdir()) == []
-    run = open_run(experiment_of(output=tmp_path, seeds=(4,)), [task_of("tile")], ["x"])
+    experiment = experiment_of(output=tmp_path, seeds=(4,))
+    run = open_run(experiment, [task_of("tile")], EXTRACTOR, ["x"])
     assert (run.categories, run.seeds, run.pending("tile")) == (("tile",), (4,), [4])
 
 

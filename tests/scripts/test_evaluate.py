@@ -140,6 +140,8 @@ def test_other_images_and_broken_runs_are_refused(runs, root, tmp_path, capsys):
     shutil.copytree(root, data)
     next((data / "wood/test/good").iterdir()).unlink()
     words = words_of(folder, "--data-root", data, "--out", tmp_path / "again.csv")
+    assert "1 file gone from test/good" in refusal(capsys, evaluate.main, *words)
+    shutil.rmtree(folder / "data")  # as an earlier version left it
     message = "error: wood: the test set has 15 images and the run's scores are of 16"
     assert message in refusal(capsys, evaluate.main, *words)
     np.savez(folder / "scores/cloth-seed0.npz", label=np.array([{}], dtype=object))

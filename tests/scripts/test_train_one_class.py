@@ -68,7 +68,9 @@ def test_every_file_of_the_run_is_there_and_readable(digits):
             assert min(gallery.size) > 100
         assert not (digits / f"overlays/{category}-seed1").exists()
     lines = [json.loads(line) for line in (digits / "metrics.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["data", "step", "step"] * 4
+    # Of 719 digits of 8 x 8 pixels a few have a twin.
+    events = [line["event"] for line in lines if line["event"] != "twins"]
+    assert events == ["data", "step", "step"] * 4
     for name in ("table.md", "table.tex", "table.csv", "table.json"):
         text = (digits / name).read_text()
         assert "mean" in text

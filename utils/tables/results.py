@@ -131,7 +131,7 @@ def build_table(
 
 
 def row_notes(rows: Sequence[Mapping[str, Any]], *, shared_images: bool = False) -> list[str]:
-    """Say what the numbers leave out: unreadable images, and defects no map can find.
+    """Say what the numbers leave out: images unreadable or unused, defects no map can find.
 
     Args:
         rows: of a run.
@@ -151,6 +151,23 @@ def row_notes(rows: Sequence[Mapping[str, Any]], *, shared_images: bool = False)
             "or thinner than a pixel): they count as anomalous, but no map can find them; "
             "metrics.jsonl names them."
         )
+    if lacking := sum(row.get("without_mask", 0) for row in per_category.values()):
+        notes.append(
+            f"{lacking} anomalous test images have no mask (--data.partial-masks): the pixel "
+            "metrics leave them out."
+        )
+    found = {row["category"]: row.get("unused", "") for row in rows}  # not in earlier runs
+    if left := [(category, what) for category, what in found.items() if what]:
+        said = left[0][1] if shared_images else "; ".join(f"{name}: {what}" for name, what in left)
+        notes.append(f"Not used, though it looks like an image: {said}; metrics.jsonl names them.")
+    twins = {row["category"]: row.get("twins", "") for row in rows}
+    if leaking := [f"{category}: {what}" for category, what in twins.items() if what]:
+        said = f"LEAKS, near-duplicate images: {'; '.join(leaking)}."
+        if " in training" in said:
+            said += " With twins in training, numbers are too good."
+        if " among defects" in said:
+            said += " A twin of a defect has a wrong label, or shows the object without it."
+        notes.append(f"{said} metrics.jsonl has the pairs, overlays/ a picture.")
     return notes
 
 
