@@ -28,8 +28,9 @@ from tqdm import tqdm
 from configs.prediction import PredictOptions
 from datasets.contents import file_digest
 from datasets.reading.finding import find_copies, find_images
-from datasets.reading.images import read_image
+from datasets.reading.images import is_image_file, read_image
 from datasets.reading.restoring import restore_map
+from datasets.reading.unused import in_words, unused_images
 from datasets.samples import DataError
 from pipeline.experiments import read_tasks
 from utils.cli import exits_cleanly
@@ -54,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     paths = find_images(options.images)
+    for folder in (Path(word) for word in options.images if Path(word).is_dir()):
+        others = [path for path in unused_images(folder, paths) if not is_image_file(path)]
+        if others:
+            say(f"{folder}: not used, though it looks like an image: {in_words(others, folder)}")
 
     from pipeline.finished import load_run  # only now: it imports torch
     from utils.evaluation.calibration import calibration_file, decision_rule, load_calibration

@@ -18,13 +18,14 @@ def made_of(
     Files that were digested before, and have the same path, size and time, are not read again.
 
     Args:
-        experiment: names the data root and the weights.
+        experiment: names the data root, and files: of weights, or of what its method takes.
         tasks: its categories.
         backbone: short hash of the backbone's weights; unknown without.
     """
     digests = Digests(cache_folder() / "digests.sqlite")
-    file = Path(experiment.weights)
-    weights = digests.of([file])[0] if file.is_file() else WHATEVER
+    texts = [experiment.weights, *vars(experiment.method).values()]
+    files = [Path(text) for text in texts if isinstance(text, str) and Path(text).is_file()]
+    weights = " ".join(digests.of(files)) if files else WHATEVER
     root = experiment.data_root
     return {
         task.category: MadeOf(contents_of(task, root, digests), weights, backbone) for task in tasks

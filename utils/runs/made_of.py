@@ -25,7 +25,7 @@ class MadeOf:
     Attributes:
         images: group ("train/good", "test/hole", "masks/hole") -> name of a file below the data
             root -> digest of its content; one entry without a name where tasks share their images.
-        weights: digest of the weights file that the user named.
+        weights: digests of the files that options name, that of the weights among them.
         backbone: short hash of the backbone's weights.
     """
 
@@ -48,7 +48,7 @@ class MadeOf:
         """Say what has changed since, each in a few words; nothing where all is equal."""
         said = _image_differences(self.images, now.images)
         if WHATEVER not in (self.weights, now.weights) and self.weights != now.weights:
-            said.append("the file of --weights has changed")
+            said.append("a file that the options name (--weights) has changed")
         elif WHATEVER not in (self.backbone, now.backbone) and self.backbone != now.backbone:
             said.append(f"the backbone's weights were {self.backbone} and are {now.backbone}")
         return said
