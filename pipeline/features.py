@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from configs.structured import StructuredExperiment
-from datasets.reading.images import Reading, largest_of_16_bits
+from datasets.reading.images import Reading, largest_of_16_bits, read_mask
 from datasets.reading.loading import BatchLoader, Images, images_of, read_masks
+from datasets.reading.mvtec_layout import mask_files
 from datasets.reading.transforms import PairTransform
 from datasets.samples import ImageSet, Task
 from datasets.synthetic import ImagesAt, SyntheticDataset, cutpaste, rotate
@@ -141,7 +142,7 @@ class Extraction:
         if experiment.select == "synthetic":
             validation = self._validation_of(task, fitted, train)
         skipped = [*train.skipped, *test.bank.skipped]
-        remarks = self._remarks_on(task)
+        remarks = [*self._remarks_on_bits(task), *self._remarks_on_masks(task, test)]
         leaks = self._leaks.of(task, train, fitted, calibration, test.bank)
         return TaskData(task, fitted, test, validation, calibration, skipped, remarks, leaks)
 
@@ -177,7 +178,23 @@ class Extraction:
             scoring=self.scoring,
         )
 
-    def _remarks_on(self, task: Task) -> list[str]:
+    def _remarks_on_masks(self, task: Task, test: TestSet) -> list[str]:
+        """Tell masks that mark nothing in their files from those that are lost in the resize."""
+        if task.masks is None:
+            return []
+        masks = [task.masks[test.bank.indices[i]] for i in test.empty_masks]
+        reading = self.transform.reading
+        blank = [
+            mask
+            for mask in masks
+            if mask is not None
+            and not any(read_mask(file, reading).any() for file in mask_files(mask))
+        ]
+        if not blank:
+            return []
+        return [f"{len(blank)} of the empty masks mark no pixel in their files, as {blank[0]}."]
+
+    def _remarks_on_bits(self, task: Task) -> list[str]:
         """Remark on 16-bit files whose values stay low: their highest bits say nothing."""
         paths = task.train.paths
         if paths is None or self.experiment.bit_depth < 16:

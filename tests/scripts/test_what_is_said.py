@@ -85,6 +85,15 @@ def test_images_without_a_mask_are_left_out_of_pixel_metrics_alone(part):
     assert evaluate.main([str(left), "--device", "cpu"]) == 0
 
 
+def test_a_mask_file_that_marks_nothing_is_told_from_one_that_is_lost_in_the_resize(part):
+    assert "empty mask" not in note(run(part, "--run", "whole"))
+    mask = part / "ground_truth/hole/001_mask.png"
+    Image.fromarray(np.zeros((80, 96), dtype=np.uint8)).save(mask)
+    folder = run(part)
+    assert "1 anomalous test images have an empty mask" in note(folder)
+    assert f"1 of the empty masks mark no pixel in their files, as {mask}" in note(folder)
+
+
 def test_files_of_12_bits_are_remarked_upon_and_read_with_all_of_them(part):
     for path in part.rglob("*.png"):
         if "ground_truth" not in path.parts:
