@@ -143,6 +143,8 @@ class Extraction:
             validation = self._validation_of(task, fitted, train)
         skipped = [*train.skipped, *test.bank.skipped]
         remarks = [*self._remarks_on_bits(task), *self._remarks_on_masks(task, test)]
+        if test.bank.thumbnails is None:
+            remarks.append("Leaks were not looked for: --cache none keeps no thumbnails.")
         leaks = self._leaks.of(task, train, fitted, calibration, test.bank)
         return TaskData(task, fitted, test, validation, calibration, skipped, remarks, leaks)
 
