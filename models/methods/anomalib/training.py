@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from models.detector import FeatureSource
 from models.errors import ModelError
-from models.methods.anomalib.library import LibraryModel
+from models.methods.anomalib.wrapper import LibraryModel
 
 NETWORK_TIMEOUT = 5.0
 """Seconds without an answer after which the network counts as absent."""

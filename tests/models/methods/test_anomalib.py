@@ -85,7 +85,7 @@ def test_a_download_is_told_of_every_model_it_is_known_of():
 
 @needs_anomalib
 def test_every_name_with_facts_is_a_model_of_anomalib():
-    from models.methods.anomalib.library import find_model
+    from models.methods.anomalib.wrapper import find_model
 
     for name in FACTS:
         assert find_model(name)[0] == name
@@ -95,7 +95,7 @@ def test_every_name_with_facts_is_a_model_of_anomalib():
 def test_names_are_found_in_any_spelling_of_anomalib():
     from anomalib.models import list_models
 
-    from models.methods.anomalib.library import find_model
+    from models.methods.anomalib.wrapper import find_model
 
     assert find_model("winclip") == find_model("win_clip") == find_model("WinClip")
     # Its models of videos, and those that need more than images.
@@ -279,8 +279,8 @@ def test_what_a_model_refuses_ends_with_a_message(lite0, bank, name, options, me
 
 @needs_anomalib
 def test_a_model_nobody_knows_the_epochs_of_asks_for_them(lite0):
-    from models.methods.anomalib.library import LibraryModel
     from models.methods.anomalib.training import duration
+    from models.methods.anomalib.wrapper import LibraryModel
 
     unknown = LibraryModel("uninet", lite0)
     with pytest.raises(ModelError, match=r"give --method\.epochs"):
@@ -388,7 +388,7 @@ def test_a_failed_download_is_one_message_each_time(lite0, bank, tmp_path, monke
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(lightning_model, "download_and_extract", fail)
-    monkeypatch.setattr("models.methods.anomalib.library.get_datasets_dir", lambda: tmp_path)
+    monkeypatch.setattr("models.methods.anomalib.wrapper.get_datasets_dir", lambda: tmp_path)
     for _ in range(2):
         with pytest.raises(ModelError, match=r"draem needs the texture images.*dtd_dir=FOLDER"):
             fitted(lite0, "draem", bank, epochs=1)
