@@ -77,7 +77,7 @@ class AnomalibDetector(Detector):
         backbone = features.backbone
         assert backbone is not None
         self._backbone = (backbone,)  # in a tuple, so that its weights are not part of this head
-        self._recipe = _anomalib("library").LibraryModel(
+        self._recipe = _anomalib("wrapper").LibraryModel(
             options.model,
             backbone,
             options.model_options,
