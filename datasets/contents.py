@@ -11,7 +11,8 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.reading.mvtec_layout import mask_files
+from datasets.reading.finding import content_digest
+from datasets.reading.mvtec_layout import NORMAL, mask_files
 from datasets.samples import ImageSet, Task
 
 Contents = dict[str, dict[str, str]]
@@ -19,7 +20,6 @@ Contents = dict[str, dict[str, str]]
 
 Where tasks share their images, as the classes of a labelled set do, a group has one entry without a
 name for all of its images: how many, and a digest of them in order."""
-NORMAL = "good"
 MISSING = "missing"
 _TABLE = "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, stamp TEXT, digest TEXT)"
 
@@ -79,7 +79,7 @@ class Digests:
 def file_digest(path: Path) -> str:
     """Return 32 hex digits of a file's content; `MISSING` where it cannot be read."""
     try:
-        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        return content_digest(path)
     except OSError:
         return MISSING
 

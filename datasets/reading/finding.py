@@ -55,15 +55,15 @@ def find_copies(given: Iterable[Path], known: Iterable[Path]) -> list[Path]:
         if path.is_file():
             paths.add(path.resolve())
             sizes[path.stat().st_size].append(path)
-    contents: dict[int, set[bytes]] = {}
+    contents: dict[int, set[str]] = {}
     copies = []
     for path in given:
         if not path.is_file():
             continue
         size = path.stat().st_size
         if size in sizes and size not in contents:
-            contents[size] = {_digest(other) for other in sizes[size]}
-        if path.resolve() in paths or (size in contents and _digest(path) in contents[size]):
+            contents[size] = {content_digest(other) for other in sizes[size]}
+        if path.resolve() in paths or (size in contents and content_digest(path) in contents[size]):
             copies.append(path)
     return copies
 
@@ -90,5 +90,6 @@ def _images_at(path: Path) -> list[Path]:
     return _images_below(path) if path.is_dir() else [path] * is_image_file(path)
 
 
-def _digest(path: Path) -> bytes:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+def content_digest(path: Path) -> str:
+    """Return 32 hex digits of a file's content."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
