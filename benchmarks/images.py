@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from configs.cache import cache_folder
-from configs.options import DataOptions
 from datasets.data_set import StructuredSet, find_data_sets
 from datasets.reading.loading import BatchLoader, images_of
 from datasets.reading.transforms import PairTransform
@@ -19,7 +18,7 @@ def read_tasks(data_root: Path | None, *categories: str) -> list[Task]:
     """Return some categories, or all, of a folder; of the demo where there is none."""
     name = "demo" if data_root is None else "folder"
     data_set = find_data_sets(StructuredSet)[name]
-    return structured_tasks(data_set, data_root or cache_folder(), categories, DataOptions())
+    return structured_tasks(data_set, data_root or cache_folder(), categories, data_set.options)
 
 
 def loader_of(

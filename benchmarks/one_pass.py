@@ -35,14 +35,13 @@ from utils.metrics.evaluate import Measured
 from utils.runs.files import read_rows
 
 BACKBONE = "tf_efficientnet_lite0"
-LAYERS = (2, 3)  # the preset of noco_cf
-FIXED_TIME = ("--select", "last", "--method.time", "300")
+LAYERS = (1, 2, 3, 4)  # the preset of noco_cf
 RUNS: dict[str, tuple[str, ...]] = {
-    "time chosen on pasted defects": (),
-    "fixed time": FIXED_TIME,
-    "fixed time, one centre": (*FIXED_TIME, "--method.prototypes", "1"),
+    "preset": (),
+    "32 centres": ("--method.prototypes", "32"),
+    "512 centres": ("--method.prototypes", "512"),
 }
-"""What is run, and its options beside the preset: 32 centres, the time chosen."""
+"""What is run, and its options beside the preset."""
 SHARE = ", share"
 
 

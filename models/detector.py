@@ -135,21 +135,36 @@ class FeatureShape:
         return sum(self.stage_channels)
 
 
-class Detector(nn.Module):
+class SizedByFit(nn.Module):
+    """A module whose buffers' lengths are those of its last fit."""
+
+    sized_by_fit: tuple[str, ...] = ()
+    """Buffers whose first axis is as long as the fit made it; loading takes the stored length."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Take the lengths of the stored buffers, then their values."""
+        for name in self.sized_by_fit:
+            if (stored := state_dict.get(f"{prefix}{name}")) is not None:
+                buffer = self.get_buffer(name)
+                setattr(self, name, buffer.new_empty(len(stored), *buffer.shape[1:]))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+class Detector(SizedByFit):
     """A head on frozen features; a subclass is built from `FeatureShape` and its options.
 
     `forward` maps features (B, C, H, W) to anomaly maps (B, H, W), higher = more anomalous, on any
     grid, 1 x 1 included. `state_dict` holds the head and nothing of the frozen backbone.
 
     Where this class speaks of features, methods that take only images get these, uint8
-    (B, 3, S, S). Those that take both read `stage_batches` and override `score_stages`.
+    (B, 3, S, S). Those that take both, or each stage at its own grid, read `stage_batches` and
+    override `score_stages`.
     """
 
     final_maps: bool = False
     """Maps come at the size of the image and smoothed; nothing upsamples or blurs them again."""
-    sized_by_fit: tuple[str, ...] = ()
-    """Buffers whose first axis is as long as the fit made it; loading takes the stored length."""
-
     def __init__(self) -> None:
         super().__init__()
         self.remarks: list[str] = []
@@ -179,6 +194,7 @@ class Detector(nn.Module):
         """Return what `score` returns, from the stages' maps (B, C_l, H_l, W_l) before joining.
 
         Detectors whose first step is linear need no joined features; all others join them here.
+        Those that keep stages apart see joined features as stages of one grid.
         """
         return self.score(join_stages(stages))
 
@@ -199,22 +215,12 @@ class Detector(nn.Module):
         """Return what a graph for export holds of the fitted detector, float32, in eval mode.
 
         It maps what the method takes (features, images, or both in this order) to `Scored` or to
-        maps alone.
+        maps alone. Where it has `takes_stages`, the features are a list of the stages' maps.
 
         Raises:
             ModelError: this detector cannot be exported.
         """
         return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
-    ) -> None:
-        """Take the lengths of the stored buffers, then their values."""
-        for name in self.sized_by_fit:
-            if (stored := state_dict.get(f"{prefix}{name}")) is not None:
-                buffer = self.get_buffer(name)
-                setattr(self, name, buffer.new_empty(len(stored), *buffer.shape[1:]))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 @runtime_checkable

@@ -49,7 +49,8 @@ class Deployed(nn.Module):
         self.features: nn.Module | None = None
         backbone = extractor.features if isinstance(extractor, RawImages) else extractor
         if isinstance(backbone, FrozenExtractor):
-            self.features = _Features(backbone, example)
+            apart = getattr(self.head, "takes_stages", False)
+            self.features = _Features(backbone, example, apart=apart)
         self.eval()
         matrix = None
         if smoothing is not None and not detector.final_maps:
@@ -95,8 +96,9 @@ class _Features(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, extractor: FrozenExtractor, example: Tensor) -> None:
+    def __init__(self, extractor: FrozenExtractor, example: Tensor, *, apart: bool) -> None:
         super().__init__()
+        self.apart = apart
         self.register_buffer("mean", extractor.mean)
         self.register_buffer("std", extractor.std)
         self.net = accelerated(extractor.net, extractor.pixels(example))
@@ -104,11 +106,14 @@ class _Features(nn.Module):
         self.patch_size = extractor.patch_size
         self.assemble = extractor.assemble
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, C, H, W), float32, of uint8 images (B, 3, S, S)."""
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """Return features (B, C, H, W), float32, of uint8 images; the stages' where kept apart."""
         maps = channels_first(self.net, self.net(normalised_pixels(images, self.mean, self.std)))
         if self.pooled:
             maps = [m.mean(dim=(2, 3), keepdim=True) for m in maps]  # (B, C_l, 1, 1)
         else:
             maps = [F.avg_pool2d(m, self.patch_size, 1, self.patch_size // 2) for m in maps]
-        return self.assemble([m.half() for m in maps])  # (B, C, H, W)
+        halves = [m.half() for m in maps]
+        if self.apart:
+            return [m.float() for m in halves]
+        return self.assemble(halves)  # (B, C, H, W)

@@ -175,7 +175,9 @@ class _Exported(nn.Module):
 
     def forward(self, features: Tensor, *images: Tensor) -> Any:
         """Return what the head's graph does of features (B, C, H, W)."""
-        return self.head(self.feature_norm(features), *images)
+        rescaled = self.feature_norm(features)
+        apart = getattr(self.head, "takes_stages", False)  # joined features are one stage
+        return self.head([rescaled] if apart else rescaled, *images)
 
 
 def _rescaled(feature_norm: FeatureNorm, stages: Sequence[Tensor]) -> list[Tensor]:
