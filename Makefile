@@ -34,10 +34,10 @@ SWEEP := $(BIN)/python sweep.py --seeds 0 1 2 --jobs 2
 FIGURE := $(BIN)/python -m figures
 
 reproduce-demo: $(VENV)/demo.done
-	$(SWEEP) --output $(MAIN) --datasets demo digits --methods noco noco_cf knn mahalanobis \
+	$(SWEEP) --output $(MAIN) --datasets demo digits --methods noco noco_exact noco_cf knn mahalanobis \
 		--set "demo padim --method.dims 50" "demo patchcore --method.coreset-ratio 0.01" \
 		"$(SIMPLENET)" "demo nc_disc $(SHORT)" "digits simplenet" "digits nc_disc" -- --overlays 0
-	$(SWEEP) --output $(NORM) --datasets demo digits --methods noco noco_cf \
+	$(SWEEP) --output $(NORM) --datasets demo digits --methods noco noco_exact \
 		--options method.norm=0.25,8,32 -- --overlays 0
 	$(SWEEP) --output $(SIGMA) --datasets demo --methods simplenet nc_disc \
 		--options method.sigma=0.005,0.05,0.15 -- --overlays 0 $(SHORT)
@@ -51,6 +51,7 @@ reproduce-demo: $(VENV)/demo.done
 	$(BIN)/python train_mvtec.py $(SIMPLENET) --monitor-test --output $(WATCHED)
 	$(BIN)/python train_mvtec.py demo nc_disc $(SHORT) --monitor-test --output $(WATCHED)
 	$(BIN)/python train_mvtec.py demo noco_cf --save-maps --output $(WATCHED)
+	$(BIN)/python train_mvtec.py demo noco_exact --output $(WATCHED)
 	$(FIGURE).table2 $(MAIN)/demo-*/* $(MAIN)/digits-*/* --out $(OUT)/noco_table2
 	$(FIGURE).table3 $(MAIN)/demo-*/* --out $(OUT)/noco_table3
 	$(FIGURE).figure1 $(MAIN)/demo-*/* $(MAIN)/digits-*/* --out $(OUT)/noco_figure1
@@ -58,8 +59,8 @@ reproduce-demo: $(VENV)/demo.done
 		--out $(OUT)/noco_figure3_grass
 	$(FIGURE).figure3 $(MAIN)/digits-noco/* $(NORM)/digits-noco/* --category 3 \
 		--out $(OUT)/noco_figure3_digit
-	$(FIGURE).norm_sweep $(MAIN)/*-noco/* $(NORM)/*-noco/* $(MAIN)/*-noco_cf/* \
-		$(NORM)/*-noco_cf/* --out $(OUT)/norm_sweep
+	$(FIGURE).norm_sweep $(MAIN)/*-noco/* $(NORM)/*-noco/* $(MAIN)/*-noco_exact/* \
+		$(NORM)/*-noco_exact/* --out $(OUT)/norm_sweep
 	$(FIGURE).simplenet_tables $(MAIN)/demo-simplenet/* $(ROWS)/demo-simplenet/* \
 		$(MAIN)/digits-simplenet/* --out $(OUT)/simplenet_table
 	$(FIGURE).adaptor_std $(WATCHED)/demo-simplenet/* --out $(OUT)/simplenet_figure4
@@ -72,7 +73,7 @@ reproduce-demo: $(VENV)/demo.done
 	$(FIGURE).heatmaps $(WATCHED)/demo-noco_cf/* --by-defect --out $(OUT)/simplenet_figure8
 	$(FIGURE).instability $(WATCHED)/demo-simplenet/* $(WATCHED)/demo-nc_disc/* \
 		--out $(OUT)/instability
-	$(FIGURE).selection_curve $(WATCHED)/demo-noco_cf/* --out $(OUT)/selection_curve
+	$(FIGURE).selection_curve $(WATCHED)/demo-noco_exact/* --out $(OUT)/selection_curve
 	$(FIGURE).closed_form_proof --out $(OUT)/closed_form_proof
 	$(FIGURE).compare $(MAIN)/demo-*/* --out $(OUT)/compare_demo
 	$(FIGURE).compare $(MAIN)/digits-*/* --out $(OUT)/compare_digits

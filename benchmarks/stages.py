@@ -24,7 +24,7 @@ from torch import Tensor
 from models.detector import FeatureShape
 from models.features.multiscale import join_stages
 from models.methods.noco import Noco, NocoOptions
-from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
+from models.methods.noco_cf.noco_exact import NocoExact, NocoExactOptions
 from utils.device import keep_freed_memory, pick_device
 
 SHAPES = {
@@ -66,8 +66,8 @@ def both_ways(stages: list[Tensor]) -> list[tuple[Callable[[], object], Callable
     """Return (on joined features, ours) for a training step, scoring and the second moment."""
     shape = FeatureShape(tuple(stage.shape[1] for stage in stages))
     trained = Noco(shape, NocoOptions()).to(stages[0].device)
-    one_centre = NocoCfOptions(prototypes=1, time=(1e4,))
-    closed = NocoCf(shape, one_centre).to(stages[0].device)
+    one_centre = NocoExactOptions(time=(1e4,))
+    closed = NocoExact(shape, one_centre).to(stages[0].device)
     closed.start(torch.Generator())
 
     def step(loss: Callable[[], Tensor]) -> None:

@@ -16,6 +16,7 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
 
     The first version had `visa_split` for every structured data set, one set of options for `noco`
     and `noco_cf` with the solver among them, and one for `panda` and `panda_ewc` with the variant.
+    Until `noco_cf` became local, it was what `noco_exact` is.
     What is not of that form is left alone: whoever reads it says what is wrong.
     """
     values = dict(config)
@@ -31,6 +32,8 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
         closed_form = options.pop("solver") == "closed_form"
         values["method_name"] = "noco_cf" if closed_form else "noco"
         _drop(options, _OF_TRAINED_NOCO if closed_form else _OF_CLOSED_FORM)
+    if values.get("method_name") == "noco_cf" and "time" in options:
+        values["method_name"] = "noco_exact"
     if name in ("panda", "panda_ewc") and "variant" in options:
         is_elastic = options.pop("variant") == "ewc"
         values["method_name"] = "panda_ewc" if is_elastic else "panda"

@@ -89,7 +89,7 @@ class Experiment:
     select: Literal["last", "synthetic", "best_test"] = "last"
     """Which epoch or time counts: the last, the best on synthetic anomalies, or on the test set."""
     grid: tuple[str, ...] = ()
-    """Options `--select synthetic` chooses too, e.g. prototypes=1,8,32 feature_norm=none,std."""
+    """Options `--select synthetic` chooses too, e.g. ridge=0.1,1 feature_norm=none,std."""
     monitor_test: Beside[bool] = False
     """Log the test metrics of every epoch or candidate; chooses nothing."""
     online: Beside[bool] = False
@@ -149,8 +149,7 @@ class Experiment:
         if self.online and not self.method.learns_online:
             raise ValueError(
                 f"--online: {self.method_name} with these options does not learn from one image at "
-                "a time; noco_cf does, with --method.prototypes 1 and a --method.feature-norm that "
-                "is not std"
+                "a time; noco_cf and noco_exact do, with a --method.feature-norm that is not std"
             )
         if Path(self.run).name != self.run or self.run == "..":
             raise ValueError(f"--run {self.run!r} must be a plain folder name; see also --output")

@@ -3,9 +3,10 @@
 python -m figures.norm_sweep RUN [RUN ...] --out FILE
 
 Tests the NoCo paper's main claim: the norm has a shared optimal range, about 1, over structured and
-semantic tasks. Takes runs of `noco` and `noco_cf` that differ in --method.norm; a column for each
-data set, with pixel AUROC below where there are masks. Ways of selecting are never mixed: each is a
-line of its own. Bands are the standard deviation over seeds; the closed form has no random part.
+semantic tasks. Takes runs of `noco` and `noco_exact` that differ in --method.norm; a column for
+each data set, with pixel AUROC below where there are masks. Ways of selecting are never mixed: each
+is a line of its own. Bands are the standard deviation over seeds; the closed form has no random
+part.
 Writes FILE.png, FILE.pdf, FILE.csv and FILE.md, which also names the norms within one point of each
 curve's best and those that all data sets share.
 """
@@ -26,11 +27,11 @@ def solver_of(config: dict[str, Any]) -> str:
     Raises:
         RunError: the run is of a method without an objective.
     """
-    names = {"noco": "trained", "noco_cf": "closed form"}
+    names = {"noco": "trained", "noco_exact": "closed form"}
     if config["method_name"] not in names:
         raise RunError(
             f"{config['method_name']} on {config['dataset']} has no objective whose norm could be "
-            "swept; give runs of noco or noco_cf"
+            "swept; give runs of noco or noco_exact"
         )
     return names[config["method_name"]]
 

@@ -165,6 +165,7 @@ class Detector(SizedByFit):
 
     final_maps: bool = False
     """Maps come at the size of the image and smoothed; nothing upsamples or blurs them again."""
+
     def __init__(self) -> None:
         super().__init__()
         self.remarks: list[str] = []

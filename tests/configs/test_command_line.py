@@ -152,8 +152,8 @@ def test_help_shows_the_defaults_of_the_pair_asked_for(capsys):
 
 
 LEARNS_ONLINE = (
-    "--online: noco_cf with these options does not learn from one image at a time.* noco_cf does, "
-    "with --method.prototypes 1 and a --method.feature-norm that is"
+    "--online: noco_exact with these options does not learn from one image at a time.* noco_cf and "
+    "noco_exact do, with a --method.feature-norm that is not std"
 )
 GRID = "--select synthetic --grid"
 
@@ -190,8 +190,8 @@ GRID = "--select synthetic --grid"
         ("--from-run", "--from-run needs a value"),
         ("--from-run nowhere", "--from-run nowhere: .*No such file"),
         ("visa --from-run nowhere", "--from-run brings its own data set and method"),
-        ("noco_cf --select last --online", LEARNS_ONLINE),
-        ("noco_cf --method.prototypes 1 --method.feature-norm std --online", LEARNS_ONLINE),
+        ("noco_exact --method.prototypes 2 --online", LEARNS_ONLINE),
+        ("noco_exact --method.prototypes 1 --method.feature-norm std --online", LEARNS_ONLINE),
         ("visa stpm --patch-size 3", "--patch-size does nothing for stpm; leave it out"),
         ("visa stpm --precision bf16", "--precision does nothing for stpm; leave it out"),
         ("visa anomalib:padim --blur-sigma 2", "--blur-sigma does nothing for anomalib:padim;"),
@@ -201,8 +201,8 @@ GRID = "--select synthetic --grid"
         (f"mahalanobis {GRID} shrinkage=none,none", "an option or value stands twice"),
         (f"padim {GRID} dims=half", "--grid 'dims=half': invalid literal for int"),
         (f"padim {GRID} regularization=none", "could not convert string to float: 'none'"),
-        (f"noco_cf {GRID} time=1,2", "--grid 'time=1,2': only numbers and words can be searched"),
-        (f"noco_cf {GRID} loss=cubed", "'loss=cubed': cubed is none of distance, squared"),
+        (f"noco_exact {GRID} time=1,2", "--grid 'time=1,2': only numbers and words can be"),
+        (f"noco_exact {GRID} loss=cubed", "'loss=cubed': cubed is none of distance, squared"),
         (f"anomalib:padim {GRID} model=padim,cfa", "with an option of --method"),
         ("mahalanobis --grid shrinkage=none,0.1", "--grid is what --select synthetic chooses from"),
     ],
@@ -288,7 +288,7 @@ def test_options_of_a_data_set():
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist"])
 def test_what_has_no_synthetic_anomalies_is_not_chosen_by_them(dataset, tmp_path, capsys):
-    words = (dataset, "noco_cf")
+    words = (dataset, "noco_exact")
     assert parsed(*words, prog="train_mnist").select == "last"
     text = refused(capsys, *words, "--select", "synthetic", prog="train_mnist")
     assert "--select synthetic makes semantic anomalies by rotation" in text
@@ -296,7 +296,7 @@ def test_what_has_no_synthetic_anomalies_is_not_chosen_by_them(dataset, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = refused(capsys, "--from-run", str(tmp_path), prog="train_mnist")
     assert "--select synthetic makes semantic anomalies by rotation" in text
-    assert parsed("fashion_mnist", "noco_cf", prog="train_mnist").select == "synthetic"
+    assert parsed("fashion_mnist", "noco_exact", prog="train_mnist").select == "synthetic"
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,16 @@ IDLE = [
         )
     ),
     ("demo simplenet", "loss cross_entropy", "threshold 1", "loss is truncated_l1"),
-    ("demo noco_cf", "prototypes 1", "nearest 2", "prototypes is above 1"),
-    ("demo noco_cf", "prototypes 1", "kmeans-positions 9", "prototypes is above 1"),
+    ("demo noco_exact", "prototypes 1", "nearest 2", "prototypes is above 1"),
+    ("demo noco_exact", "prototypes 1", "kmeans-positions 9", "prototypes is above 1"),
+    *(
+        ("demo noco_cf", "stages joined", option, "stages is apart")
+        for option in ("averaged 2", "context 2", "context-weight 1")
+    ),
+    *(
+        ("demo noco_cf", "prototypes 1", option, "prototypes is above 1")
+        for option in ("nearest 2", "shrinkage 1", "parents 2")
+    ),
     ("cifar10 panda_ewc", "fisher-file f.pth", "fisher-images 9", "fisher-file is none"),
     ("mnist deep_svdd", "objective one_class", "nu 0.2", "objective is soft_boundary"),
     ("mnist deep_svdd", "objective one_class", "warmup-epochs 2", "objective is soft_boundary"),

@@ -186,7 +186,7 @@ def other_value(experiment, field, types):
 
 @pytest.mark.parametrize(
     "experiment",
-    [structured_experiment("visa", "noco_cf"), semantic_experiment("cifar10", "noco_cf")],
+    [structured_experiment("visa", "noco_exact"), semantic_experiment("cifar10", "noco_exact")],
     ids=names,
 )
 def test_run_folder_depends_on_what_is_measured_and_not_on_how(experiment):

@@ -88,15 +88,15 @@ def test_some_of_the_papers_data_is_not_comparable(tmp_path):
 
 def test_ways_of_selecting_meet_where_only_one_is_possible(tmp_path):
     """Digits cannot be chosen on rotations, so noco_cf has synthetic there and last here."""
-    demo, digits = (f("x", "noco_cf", **LITE) for f in (structured, semantic))
+    demo, digits = (f("x", "noco_exact", **LITE) for f in (structured, semantic))
     values = constant(DEMO_CATEGORIES, 0.8)
     a = write_run(tmp_path / "a", demo | {"dataset": "demo"}, values, select="synthetic")
     b = write_run(tmp_path / "b", digits | {"dataset": "digits"}, constant(DIGITS, 0.9))
     (point,) = figure1.own_points(pool([a, b]))
-    assert point.label == "noco_cf (synthetic / last)"
+    assert point.label == "noco_exact (synthetic / last)"
     c = write_run(tmp_path / "c", demo | {"dataset": "demo"}, values)
     (point,) = figure1.own_points(pool([a, b, c]))
-    assert point.label == "noco_cf (last)"
+    assert point.label == "noco_exact (last)"
 
 
 def test_files_hold_the_points_and_the_caption_says_what_they_are(runs, tmp_path):

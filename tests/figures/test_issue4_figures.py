@@ -20,7 +20,7 @@ AUROCS = {1: (0.6, 0.7, 0.5), 8: (0.65, 0.9, 0.8)}  # by prototypes
 
 def make_run(folder, *, monitored=False, chosen=(8, 100.0), epochs=False, seeds=(0,), grid=AUROCS):
     """A run that selected on synthetic anomalies, over times or, without them, epochs."""
-    name = "noco" if epochs else "noco_cf"
+    name = "noco" if epochs else "noco_exact"
     config = {"dataset": "demo", "method_name": name, "method": {"prototypes": 1}}
     categories = ("brick", "grass")
     run = Run.open(folder, config, categories=categories, seeds=seeds, command=["x"], device="cpu")
@@ -82,7 +82,7 @@ def test_proof_shows_a_step_that_is_too_large(monkeypatch):
 
 def test_selection_curve_has_a_colour_for_each_point_of_the_grid(tmp_path):
     figure = drawn(make_run(tmp_path / "run"))
-    assert [axes.get_title() for axes in figure.axes] == ["brick\nnoco_cf", "grass\nnoco_cf"]
+    assert [axes.get_title() for axes in figure.axes] == ["brick\nnoco_exact", "grass\nnoco_exact"]
     first, second = selection_curve.GRID_COLOURS[:2]
     for axes in figure.axes:
         one, eight = (line for line in axes.lines if line.get_marker() == "o")

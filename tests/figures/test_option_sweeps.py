@@ -158,7 +158,7 @@ def test_norm_sweep_draws_trained_and_closed_form_over_data_sets(tmp_path, capsy
     folders = [
         make_run(tmp_path / "t1", 1, two_seeds(0.7, 0.9), pixels=0.8),
         make_run(tmp_path / "t8", 8, two_seeds(0.6, 0.6), pixels=0.8),
-        make_run(tmp_path / "c1", 1, two_seeds(0.8, 0.8), pixels=0.8, method="noco_cf",
+        make_run(tmp_path / "c1", 1, two_seeds(0.8, 0.8), pixels=0.8, method="noco_exact",
                  layers=[2]),
         make_run(tmp_path / "d1", 1, {("0", 0): 0.9}, dataset="digits", protocol="one-vs-rest"),
     ]  # fmt: skip

@@ -29,7 +29,7 @@ LABELS, KINDS = [0, 0, 1, 1], ("good", "good", "hole", "hole")
 EXTRACTOR = SimpleNamespace(device=torch.device("cpu"), weights_digest="beef", random_weights=False)
 
 
-def experiment_of(method="noco_cf", **changes):
+def experiment_of(method="noco_exact", **changes):
     experiment = structured_catalogue().compose("demo", method)
     return dataclasses.replace(experiment, **{"select": "last", "overlays": 0, **changes})
 
@@ -213,7 +213,7 @@ def test_a_category_alone_gives_the_bits_it_has_among_others(tmp_path, builds):
 
 
 @pytest.mark.parametrize(
-    ("method", "hint"), [("noco_cf", ""), ("noco", "; lower --method.learning-rate")]
+    ("method", "hint"), [("noco_exact", ""), ("noco", "; lower --method.learning-rate")]
 )
 def test_loss_that_is_not_finite_names_category_and_seed_and_leaves_the_pair_open(
     tmp_path, builds, method, hint

@@ -31,8 +31,7 @@ def calibrated(root, tmp_path_factory):
             *("--output", str(tmp_path_factory.mktemp("calibrated"))),
             *("--backbone", "tf_efficientnet_lite0", "--workers", "0", "--overlays", "0"),
             *("--image-size", "48", "--crop-size", "32", "--resize", "lanczos_shorter"),
-            *("--method.prototypes", "2", "--method.time", "10", "100"),
-            *("--grid", "prototypes=1,2"),
+            *("--method.prototypes", "2", "--select", "synthetic", "--grid", "prototypes=1,2"),
             *("--calibration-share", "0.4", "--false-alarm-rate", "0.1"),
         ]
     )

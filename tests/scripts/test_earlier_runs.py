@@ -21,12 +21,13 @@ from utils.runs.files import read_rows
 EARLIER = json.loads((Path(__file__).parents[1] / "configs/earlier.json").read_text())
 NOCO = EARLIER["noco"]["method"]
 """Method options of the first version, the same for noco and noco_cf, with their defaults."""
-SOLVERS = {"noco": "sgd", "noco_cf": "closed_form"}
+SOLVERS = {"noco": "sgd", "noco_exact": "closed_form"}
+NAMED = {"noco": "noco", "noco_exact": "noco_cf"}
 QUICK = ("--workers", "0", "--overlays", "1", "--run", "mine")
 WORDS = {
     "noco": ("digits", "noco", "--categories", "7", "--image-size", "32", "--method.epochs", "2"),
-    "noco_cf": (
-        *("folder", "noco_cf", "--backbone", "tf_efficientnet_lite0", "--image-size", "48"),
+    "noco_exact": (
+        *("folder", "noco_exact", "--backbone", "tf_efficientnet_lite0", "--image-size", "48"),
         *("--method.time", "10", "100", "--grid", "prototypes=1,2"),
     ),
 }
@@ -59,6 +60,7 @@ def earlier(today, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     name = config["method_name"]
     config["method"] = NOCO | config["method"] | {"solver": SOLVERS[name]}
+    config["method_name"] = NAMED[name]
     assert config["method"].keys() == NOCO.keys()
     if "protocol" not in config:
         config["visa_split"] = "auto"
@@ -82,7 +84,7 @@ def test_it_predicts(earlier, root, tmp_path):
     with (tmp_path / "scores.csv").open(newline="") as file:
         found = {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
     assert len(found) == 10
-    if earlier.parent.name == "folder-noco_cf":
+    if earlier.parent.name == "folder-noco_exact":
         with np.load(earlier / "scores/cloth-seed0.npz") as saved:
             expected = dict(zip(saved["path"].tolist(), saved["score"].tolist(), strict=True))
         assert found == pytest.approx(expected, rel=1e-5)

@@ -18,7 +18,7 @@ METHODS = {
         *("--method.epochs", "3", "--method.learning-rate", "1e-2", "--method.batch-size", "4"),
         *("--select", "best_test"),
     ),
-    "noco_cf": (
+    "noco_exact": (
         *("--method.time", "10", "100", "--grid", "prototypes=1,2", "--seeds", "0", "1"),
         *("--method.feature-norm", "std"),
     ),

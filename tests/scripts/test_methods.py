@@ -46,7 +46,7 @@ def lines_of(folder, event):
 def test_selection_on_pasted_defects(root, tmp_path):
     options = ("--method.prototypes", "2", "--method.time", "10", "100", "1000")
     selecting = (*options, "--grid", "prototypes=1,2", "--select", "synthetic")
-    folder = train(root, tmp_path, "noco_cf", *selecting)
+    folder = train(root, tmp_path, "noco_exact", *selecting)
     (row,) = measured(folder)
     assert row["select"] == "synthetic"
     assert row["image_auroc"] > 0.9
@@ -69,13 +69,13 @@ def test_selection_on_pasted_defects(root, tmp_path):
     assert step["time"] == time
 
     # Watching the test set chooses nothing and changes no number.
-    watched = train(root, tmp_path / "watched", "noco_cf", *selecting, "--monitor-test")
+    watched = train(root, tmp_path / "watched", "noco_exact", *selecting, "--monitor-test")
     assert measured(watched) == [row]
     assert all("test_image_auroc" in line for line in lines_of(watched, "selection"))
 
     # The chosen options alone give the same numbers.
     options = ("--method.prototypes", str(prototypes), "--method.time", str(time))
-    plain = train(root, tmp_path / "plain", "noco_cf", *options, "--select", "last")
+    plain = train(root, tmp_path / "plain", "noco_exact", *options, "--select", "last")
     (alone,) = measured(plain)
     assert alone["image_auroc"] == pytest.approx(row["image_auroc"], abs=1e-6)
     assert alone["pixel_auroc"] == pytest.approx(row["pixel_auroc"], abs=1e-4)
@@ -83,7 +83,7 @@ def test_selection_on_pasted_defects(root, tmp_path):
 
 def test_a_single_training_image_fits_but_cannot_select(tmp_path, capsys):
     draw_mvtec_category(tmp_path / "data", "cloth", num_train=1, num_good=3)
-    words = words_of(tmp_path / "data", tmp_path, "noco_cf", "--method.prototypes", "1")
+    words = words_of(tmp_path / "data", tmp_path, "noco_exact", "--method.prototypes", "1")
     (row,) = measured(train_mvtec.main([*words, "--select", "last"]))
     assert 0 <= row["image_auroc"] <= 1
     message = refusal(capsys, train_mvtec.main, *words, "--select", "synthetic")
@@ -93,7 +93,7 @@ def test_a_single_training_image_fits_but_cannot_select(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("method", "options", "parts"),
     [
-        ("noco_cf", ("--method.time", "10", "100"), 3),  # selection has its pasted images
+        ("noco_exact", ("--method.time", "10", "100"), 3),  # selection has its pasted images
         ("stpm", ("--method.epochs", "2"), 2),
     ],
 )

@@ -70,7 +70,7 @@ def test_calibration_of_training(calibrated, root):
     found = {row["path"]: row for row in rows_of(calibrated / "predictions/cloth-seed0")}
     scores = dict(zip(record["images"], record["scores"], strict=True))
     for path, row in found.items():
-        assert float(row["score"]) == pytest.approx(scores[path], rel=1e-5)
+        assert float(row["score"]) == pytest.approx(scores[path], rel=1e-4)
         rank = sum(score >= float(row["score"]) for score in scores.values())
         assert float(row["p_value"]) == pytest.approx((1 + rank) / 11, abs=1.01 / 11)
 
@@ -104,6 +104,8 @@ def test_maps_have_the_size_of_the_image_and_give_values_back(calibrated, root, 
     about = json.loads((tmp_path / "maps.json").read_text())
     scale = MapScale(*(about[name] for name in ("low", "high", "coldest", "hottest")))
     assert about["clipped_pixels"] == 0
+    finished = load_run(calibrated, device="cpu")
+    detector = finished.detector("cloth", 0)
     for row in rows_of(tmp_path):
         pixels = np.array(Image.open(tmp_path / f"maps/{row['map']}.png"))
         drawn = np.array(Image.open(tmp_path / f"overlays/{row['map']}.png"))
@@ -115,10 +117,12 @@ def test_maps_have_the_size_of_the_image_and_give_values_back(calibrated, root, 
         seen = np.isfinite(values)
         assert seen[10:50, 25:65].all()
         assert seen.sum() == 1600
-        # The map's maximum is the score; interpolation can only lower it.
+        # They are the map of the run; interpolation can only lower its maximum.
         step = (scale.high - scale.low) / 65534
-        assert values[seen].max() == pytest.approx(float(row["score"]), rel=0.05)
-        assert values[seen].max() <= float(row["score"]) + step
+        transformed = torch.from_numpy(finished.transform.image(image)).movedim(2, 0)
+        highest = finished.score(detector, transformed.unsqueeze(0)).maps.max().item()
+        assert values[seen].max() == pytest.approx(highest, rel=0.05)
+        assert values[seen].max() <= highest * (1 + 1e-4) + step
         # The hole is dark, and where the map is highest.
         top, left = np.unravel_index(np.nanargmax(values), values.shape)
         assert image[max(top - 8, 0) : top + 9, max(left - 8, 0) : left + 9].min() < 20

@@ -90,8 +90,8 @@ def times_read(read, split):
 @pytest.mark.parametrize(
     ("method", "options", "train_times"),
     [
-        ("noco_cf", ("--method.prototypes", "1", *ONE_TIME), 1),
-        ("noco_cf", ("--method.prototypes", "2", *ONE_TIME), 2),  # first for k-means
+        ("noco_exact", ("--method.prototypes", "1", *ONE_TIME), 1),
+        ("noco_exact", ("--method.prototypes", "2", *ONE_TIME), 2),  # first for k-means
         ("mahalanobis", (), 1),
         ("patchcore", ("--method.coreset-ratio", "0.5"), None),
     ],
@@ -119,8 +119,8 @@ def test_readings_in_order_give_the_bits_of_a_bank(
         ("noco", ("--method.epochs", "2", "--method.batch-size", "3", "--select", "last"), 1e-6),
         ("noco", ("--method.epochs", "2", "--select", "best_test", "--monitor-test"), 1e-6),
         ("stpm", ("--method.epochs", "2", "--method.batch-size", "4"), 0.0),
-        ("noco_cf", ("--method.time", "10", "100", "--select", "synthetic"), 1e-6),
-        ("noco_cf", ("--method.prototypes", "1", *ONE_TIME, *CALIBRATED), 1e-6),
+        ("noco_exact", ("--method.time", "10", "100", "--select", "synthetic"), 1e-6),
+        ("noco_exact", ("--method.prototypes", "1", *ONE_TIME, *CALIBRATED), 1e-6),
     ],
 )
 def test_other_readings_give_the_numbers_of_a_bank(root, tmp_path, method, options, tolerance):
@@ -132,7 +132,7 @@ def test_an_online_curve_is_that_of_a_bank_and_ends_at_the_result(root, tmp_path
     options = ("--method.prototypes", "1", *ONE_TIME, "--online")
     curves = []
     for cache in ("none", "host"):
-        folder = train(root, tmp_path, cache, "noco_cf", *options)
+        folder = train(root, tmp_path, cache, "noco_exact", *options)
         (path,) = (folder / "online").glob("*.csv")
         with path.open(newline="") as file:
             curves.append(list(csv.DictReader(file)))
@@ -152,7 +152,7 @@ def test_unreadable_images(root, tmp_path, capsys, read):
     lost = [sorted((damaged / "cloth" / part).rglob("*.png"))[1] for part in ("train", "test")]
     for path in lost:
         path.write_bytes(path.read_bytes()[:200])
-    options = ("noco_cf", "--method.prototypes", "1", *ONE_TIME)
+    options = ("noco_exact", "--method.prototypes", "1", *ONE_TIME)
     messages = [
         refusal(capsys, train_mvtec.main, *words_of(damaged, tmp_path, cache, *options))
         for cache in ("none", "host")
@@ -181,7 +181,7 @@ def test_unreadable_images(root, tmp_path, capsys, read):
 
 def test_saved_heads_give_the_same_table_again(root, tmp_path, capsys):
     options = ("--method.prototypes", "1", *ONE_TIME)
-    folder = train(root, tmp_path, "none", "noco_cf", *options)
+    folder = train(root, tmp_path, "none", "noco_exact", *options)
     assert evaluate.main([str(folder), "--cache", "none", "--workers", "0"]) == 0
     assert evaluate.main([str(folder), "--cache", "host", "--workers", "0"]) == 0
     assert capsys.readouterr().out.count("seed 0  last:  equal") == 2
@@ -200,7 +200,7 @@ def test_tasks_of_a_data_set_read_their_own_images(tmp_path, monkeypatch):
         sizes.clear()
         words = ["--output", str(tmp_path / cache), "--cache", cache]
         words += ["--method.prototypes", "1", "--image-size", "32"]
-        folders[cache] = train_mnist.main(["digits", "noco_cf", *DIGITS[1:], *words])
+        folders[cache] = train_mnist.main(["digits", "noco_exact", *DIGITS[1:], *words])
         num_train, num_test = sorted({length for length, _ in sizes}, reverse=True)
         times = {
             length: Counter(count for (of, _), count in sizes.items() if of == length)

@@ -182,7 +182,7 @@ def test_a_class_that_is_left_out_may_have_a_single_training_image(tmp_path, see
         path.unlink()
     options = ("--method.prototypes", "1", "--select", "synthetic")
     chosen = ("--categories", "checks", "rings")
-    rows = measured(train_folder(root, tmp_path, *options, *chosen, method="noco_cf"))
+    rows = measured(train_folder(root, tmp_path, *options, *chosen, method="noco_exact"))
     assert [row["category"] for row in rows] == ["checks", "rings"]
     for row in rows:
         assert (row["select"], row["num_train"], row["num_test"]) == ("synthetic", 10, 24)

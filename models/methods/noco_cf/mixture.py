@@ -77,6 +77,7 @@ class Mixture(SizedByFit):
         centres: (K, D) float32.
         filters: (K, D, D) float32.
         levels: (K,) float32, at least 0.
+        ridge: lambda, a scalar, for whoever wants to know what the filters were made with.
     """
 
     sized_by_fit = ("centres", "filters", "levels")
@@ -84,6 +85,7 @@ class Mixture(SizedByFit):
     centres: Tensor
     filters: Tensor
     levels: Tensor
+    ridge: Tensor
 
     def __init__(self, channels: int, shape: Shape) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class Mixture(SizedByFit):
         self.register_buffer("centres", torch.zeros(0, channels))
         self.register_buffer("filters", torch.zeros(0, channels, channels))
         self.register_buffer("levels", torch.zeros(0))
+        self.register_buffer("ridge", torch.zeros(()))
         # Working memory of the fit, not part of the head.
         self.sums = torch.zeros(0)
         self.counts = torch.zeros(0)
@@ -153,6 +156,7 @@ class Mixture(SizedByFit):
         # Features that are all equal have no scale of their own; rounding of theirs is one.
         rounding = torch.finfo(torch.float32).eps * self.centres.square().mean().double()
         ridge = shape.ridge * pool.diagonal().mean() + rounding + 1e-30
+        self.ridge.copy_(ridge)
         loaded = moments.clone()
         loaded.diagonal(dim1=1, dim2=2).add_(ridge)
         factors = torch.linalg.cholesky(loaded)  # (K, D, D)

@@ -252,7 +252,7 @@ def scores_of(energies: Sequence[Tensor], num_context: int, options: NocoCfOptio
     whole = local
     if num_context:
         whole = local + options.context_weight * resized[num_local:].mean(dim=0)
-    count = max(1, round(options.top_share * H * W))
+    count = max(1, round(options.top_share * int(H) * int(W)))  # traced sizes are tensors
     highest = whole.sqrt().flatten(1).topk(count, dim=1).values  # (B, count)
     return local.sqrt(), highest.mean(dim=1)
 

@@ -88,7 +88,7 @@ def test_scores_and_maps_are_the_suites(method, options, sigma, images):
     ("method", "options"),
     [
         ("noco", {"epochs": 1}),
-        ("noco_cf", PROTOTYPES),
+        ("noco_exact", PROTOTYPES),
         ("knn", {"max_positions": 300}),
         ("patchcore", {"coreset_ratio": 0.1}),
         ("panda", {"epochs": 1, "trained_stages": 1}),
@@ -136,7 +136,7 @@ def heads():
     bank = Bank(torch.randn(6, 7, 4, 4, generator=seeded()))
     exported = []
     for name, options in {
-        "noco_cf": PROTOTYPES,
+        "noco_exact": PROTOTYPES,
         "padim": {"dims": 4},
         "mahalanobis": {},
         "knn": {},

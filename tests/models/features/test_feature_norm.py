@@ -12,7 +12,7 @@ from models.errors import ModelError
 from models.features.feature_norm import FeatureNorm, normalised
 from models.methods.knn import Knn, KnnOptions
 from models.methods.noco import Noco, NocoOptions
-from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
+from models.methods.noco_cf.noco_exact import NocoExact, NocoExactOptions
 from tests.models.banks import Bank, Stages, draw_bank, fitted, seeded
 
 STAGES = (2, 4)
@@ -20,7 +20,7 @@ FEATURE_NORMS = get_args(get_type_hints(FeatureOptions)["feature_norm"])
 
 
 def closed(**options):
-    return NocoCfOptions(**{"prototypes": 1, "time": (10.0,)} | options)
+    return NocoExactOptions(**{"prototypes": 1, "time": (10.0,)} | options)
 
 
 def lopsided():
@@ -87,14 +87,14 @@ def test_none_and_unfitted_std_change_nothing():
 @pytest.mark.parametrize("kind", FEATURE_NORMS[1:])
 def test_the_head_sees_rescaled_features_in_fit_and_forward(kind):
     bank = lopsided()
-    detector = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm=kind))
+    detector = build_detector("noco_exact", Stages(*STAGES), closed(feature_norm=kind))
     detector.fit(bank, generator=seeded())
     norm = FeatureNorm(kind, STAGES)
     norm.fit(bank)
-    head = NocoCf(FeatureShape(STAGES), closed())
+    head = NocoExact(FeatureShape(STAGES), closed())
     head.fit(Bank(norm(bank.features)), generator=seeded())
     assert torch.equal(detector(bank.features), head(norm(bank.features)))
-    plain = NocoCf(FeatureShape(STAGES), closed())
+    plain = NocoExact(FeatureShape(STAGES), closed())
     plain.fit(bank, generator=seeded())
     assert not torch.allclose(plain(bank.features), detector(bank.features), rtol=0.01)
 
@@ -125,7 +125,7 @@ ABILITIES = (LearnsOnline, KnowsSteps, HasObjective)
     ("kind", "options", "abilities"),
     [
         (Noco, NocoOptions(), {HasObjective}),
-        (NocoCf, closed(), {LearnsOnline, KnowsSteps}),
+        (NocoExact, closed(), {LearnsOnline, KnowsSteps}),
         (Knn, KnnOptions(), set()),
     ],
 )
@@ -139,7 +139,7 @@ def test_behind_a_norm_a_head_can_what_it_can(kind, options, abilities):
 def test_online_learning_behind_a_norm_equals_fitting():
     bank = lopsided()
     whole, online = (
-        build_detector("noco_cf", Stages(*STAGES), closed(feature_norm="l2")) for _ in range(2)
+        build_detector("noco_exact", Stages(*STAGES), closed(feature_norm="l2")) for _ in range(2)
     )
     whole.fit(bank, generator=seeded())
     online.start(seeded())
@@ -150,7 +150,7 @@ def test_online_learning_behind_a_norm_equals_fitting():
 
 
 def test_std_cannot_be_learnt_online():
-    detector = build_detector("noco_cf", Stages(*STAGES), closed(feature_norm="std"))
+    detector = build_detector("noco_exact", Stages(*STAGES), closed(feature_norm="std"))
     with pytest.raises(ModelError, match="deviations are measured over all images") as caught:
         detector.start(seeded())
     assert caught.value.change == {"feature_norm": "l2 or none"}

@@ -21,7 +21,7 @@ from models.features.multiscale import (
 )
 from models.methods.mahalanobis import Mahalanobis, MahalanobisOptions
 from models.methods.noco import Noco, NocoOptions, _MeanExcess
-from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
+from models.methods.noco_cf.noco_exact import NocoExact, NocoExactOptions
 from tests.models.banks import Bank, StagedBank, seeded
 
 SHAPES = {
@@ -169,8 +169,8 @@ def test_a_residual_of_zero_has_no_direction():
     ("kind", "options"),
     [
         (Noco, NocoOptions(epochs=3, batch_size=2, learning_rate=1e-2)),
-        (NocoCf, NocoCfOptions(time=(1.0, 30.0), prototypes=1)),
-        (NocoCf, NocoCfOptions(time=(1.0, 30.0), prototypes=2)),
+        (NocoExact, NocoExactOptions(time=(1.0, 30.0), prototypes=1)),
+        (NocoExact, NocoExactOptions(time=(1.0, 30.0), prototypes=2)),
         (Mahalanobis, MahalanobisOptions()),
     ],
     ids=["trained", "closed form", "prototypes", "mahalanobis"],
@@ -194,7 +194,7 @@ def test_a_head_fits_and_scores_stages_as_it_does_joined_features(
         assert own is None
         torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(maps, detectors[0](plain.features), rtol=1e-5, atol=1e-6)
-        if kind is NocoCf:
+        if kind is NocoExact:
             steps = detectors[0].score_steps(stages)
             torch.testing.assert_close(steps[-1], maps, rtol=1e-4, atol=1e-5)
         elif kind is Noco:

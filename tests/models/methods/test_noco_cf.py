@@ -1,336 +1,285 @@
-"""The closed form against training itself, against its formula, and against awkward data."""
+"""The local closed form against its formulas, awkward data, and its own promises."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from models.building import build_detector
 from models.detector import FeatureShape
 from models.errors import ModelError
-from models.features import matmul as products
-from models.features.feature_norm import normalised
-from models.methods.noco_cf import noco_cf as module
+from models.methods.noco_cf import mixture as module
+from models.methods.noco_cf.mixture import Mixture, Shape, blocks, most_centres
 from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
-from tests.models.banks import Bank, as_positions, draw_bank, seeded
+from tests.models.banks import Bank, StagedBank, Stages, seeded
 
 D = 6
+PLAIN = {"filter": "ridge", "ridge": 0.1, "shrinkage": 20.0, "parents": 0}
+STAGES = (3, 5, 4, 7)
+SIDES = (8, 4, 2, 1)
 
 
-def correlated(count, seed=0):
-    """Positions (count, D), float64, of unequal variances and a mean that is not zero."""
-    mixing = torch.randn(D, D, generator=seeded(99), dtype=torch.float64)
-    mixing *= torch.logspace(0, -1, D, dtype=torch.float64)
-    return torch.randn(count, D, generator=seeded(seed), dtype=torch.float64) @ mixing.T + 0.4
+def shape(**changes):
+    return Shape(**PLAIN | {"has_levels": True, "nearest": 3} | changes)
 
 
-def as_maps(positions):
-    return positions[:, :, None, None]  # (N, D, 1, 1)
+def groups(count, channels=D, seed=0):
+    """Features around a few means, of unequal variances."""
+    generator = seeded(seed)
+    means = 4 * torch.randn(5, channels, generator=seeded(7))
+    scales = torch.logspace(0, -1, channels)
+    owner = torch.randint(5, (count,), generator=generator)
+    return means[owner] + torch.randn(count, channels, generator=generator) * scales
 
 
-def extended(positions):
-    return torch.nn.functional.pad(positions, (0, 1), value=1.0)
+def mixture_of(features, count=8, **changes):
+    mixture = Mixture(features.shape[1], shape(**changes))
+    mixture.start(features, count, seeded())
+    mixture.add(features)
+    mixture.solve()
+    return mixture
 
 
-def closed_form(channels, **options):
-    """An unfitted detector, of one centre and one time if nothing is said."""
-    options = NocoCfOptions(**{"prototypes": 1, "time": (1e4,)} | options)
-    return NocoCf(FeatureShape((channels,)), options)
+def stages_of(count, seed=1):
+    generator = seeded(seed)
+    return [
+        torch.randn(count, channels, side, side, generator=generator).contiguous(
+            memory_format=torch.channels_last
+        )
+        for channels, side in zip(STAGES, SIDES, strict=True)
+    ]
 
 
-def made(**options):
-    """One whose time leaves something of every direction to compare."""
-    return closed_form(D, **{"time": (10.0,)} | options)
-
-
-def fitted(positions, *, seed=0, **options):
-    """A detector in float64, so that only the mathematics is compared."""
-    detector = closed_form(positions.shape[1], **options).double()
-    detector.fit(Bank(as_maps(positions)), generator=seeded(seed))
+def fitted(stages, **options):
+    detector = NocoCf(FeatureShape(STAGES), NocoCfOptions(**{"prototypes": 4} | options))
+    detector.fit(StagedBank(stages), generator=seeded())
     return detector
 
 
-def initial_pair(positions, norm):
-    """(W0, G) that a seed draws, told apart by the only thing that norm may change."""
-    one, two = (fitted(positions, sample_w0=True, norm=n)._initial for n in (1.0, 2.0))
-    torch.testing.assert_close(one[:, :-1], two[:, :-1])
-    direction = (one - two)[:, -1]
-    assert direction.norm() == pytest.approx(1.0)
-    weight = fitted(positions, sample_w0=True, norm=norm)._initial.clone()
-    weight[:, -1] += norm * direction
-    assert weight.abs().max() <= D**-0.5
-    return weight, norm * direction
-
-
-def train(weight, objective, positions, step, num_steps):
-    """Full-batch gradient descent on the mean of ||W f~ - G||^2; a projector with bias."""
-    weight, bias = weight[:, :-1].clone(), weight[:, -1].clone()
-    rows = positions.clone()
-    for _ in range(num_steps):
-        residual = rows @ weight.T + bias - objective  # (N, D)
-        weight -= step * 2 / len(rows) * residual.T @ rows
-        bias -= step * 2 * residual.mean(dim=0)
-    return torch.cat([weight, bias[:, None]], dim=1)
-
-
-def second_moment(positions):
-    rows = extended(positions)
-    return (rows.T @ rows / len(rows)).numpy()
-
-
-def exponential(moment, s):
-    values, vectors = np.linalg.eigh(moment)
-    return vectors @ np.diag(np.exp(-s * values)) @ vectors.T
-
-
-@pytest.mark.parametrize("norm", [0.5, 1.0, 4.0])
-def test_equals_gradient_descent_at_the_matching_time(norm):
-    positions, probes = correlated(20), torch.cat([correlated(5), 3 * correlated(5, seed=7)])
-    weight, objective = initial_pair(positions, norm)
-    trace = second_moment(positions).trace()
-    step, seen = 5e-4 / trace, 0
-    for num_steps in (300, 3000, 12000):
-        weight = train(weight, objective, positions, step, num_steps - seen)
-        seen = num_steps
-        time = 2 * step * num_steps * trace
-        trained = extended(probes) @ weight.T - objective  # (N, D)
-        closed = fitted(positions, sample_w0=True, norm=norm, time=(time,), loss="squared")
-        solved = extended(probes) @ closed.filters[0].T
-        error = (trained - solved).norm() / trained.norm()
-        assert error < 1e-3, (norm, time)
-        # The time is not one at which any solution would do.
-        earlier = fitted(positions, sample_w0=True, norm=norm, time=(0.8 * time,))
-        assert (trained - extended(probes) @ earlier.filters[0].T).norm() > 1e-2 * trained.norm()
-        # And the score is that residual's squared length.
-        score = closed(as_maps(probes)).flatten()
-        torch.testing.assert_close(score, trained.square().sum(dim=1), rtol=5e-3, atol=1e-9)
-
-
-def test_expectation_is_the_mean_over_sampled_detectors():
-    positions, probes = correlated(20), 2 * correlated(4, seed=3)
-    options = {"time": (30.0,), "loss": "squared", "norm": 2.0}
-    scores = torch.stack(
-        [
-            fitted(positions, sample_w0=True, seed=seed, **options)(as_maps(probes)).flatten()
-            for seed in range(300)
-        ]
+def by_hand(mixture, features, probe):
+    """The energies of one feature at all centres, in float64, from the definition."""
+    options = mixture.shape
+    centres = mixture.centres.double()
+    owner = torch.cdist(features.double(), centres).argmin(dim=1)
+    sums = torch.stack(
+        [(x := features[owner == k].double() - centres[k]).T @ x for k in range(len(centres))]
     )
-    expected = fitted(positions, **options)(as_maps(probes)).flatten()
-    deviation = (scores.mean(dim=0) - expected).abs()
-    assert (deviation < 4.5 * scores.std(dim=0) / 300**0.5).all()
-
-
-@pytest.mark.parametrize("count", [40, 4])  # 4 positions leave C singular
-@pytest.mark.parametrize("norm", [0.5, 1.0, 4.0])
-@pytest.mark.parametrize("time", [1e-2, 10.0, 1e4])
-def test_expectation_equals_the_formula(count, norm, time):
-    positions, probes = correlated(count), correlated(10, seed=5)
-    moment = second_moment(positions)
-    s = time / moment.trace()
-    values, vectors = np.linalg.eigh(moment)
-    identity = np.eye(D + 1)
-    inverse = np.linalg.pinv(moment, rcond=1e-10, hermitian=True)
-    beta = inverse @ (identity - exponential(moment, s)) @ moment[:, -1]
-    rows = extended(probes).numpy()
-    first = (1 / 3 * np.exp(-2 * values * s) * np.square(rows @ vectors)).sum(axis=1)
-    formula = first + norm**2 * np.square(rows @ beta - 1)
-    detector = fitted(positions, norm=norm, time=(time,), loss="squared")
-    scores = detector(as_maps(probes)).flatten().numpy()
-    np.testing.assert_allclose(scores, formula, rtol=1e-6)
-    distance = fitted(positions, norm=norm, time=(time,))(as_maps(probes)).flatten().numpy()
-    np.testing.assert_allclose(distance, np.sqrt(formula), rtol=1e-6)
-    single = closed_form(D, norm=norm, time=(time,), loss="squared")
-    single.fit(Bank(as_maps(positions).float()), generator=seeded())
-    maps = single(as_maps(probes).float()).flatten()
-    np.testing.assert_allclose(maps.numpy(), formula, rtol=1e-3)
-
-
-def test_one_image_at_a_time_equals_one_pass():
-    bank = draw_bank(count=9)
-    whole, online = made(time=(10.0, 100.0)), made(time=(10.0, 100.0))
-    whole.fit(bank, generator=seeded())
-    online.start(seeded())
-    for row in torch.randperm(9, generator=seeded(4)):
-        online.partial_fit([bank.features[row : row + 1]])
-        online.solve()
-        assert torch.isfinite(online(bank.features)).all()
-    torch.testing.assert_close(online._sums, whole._sums, rtol=1e-10, atol=1e-10)
-    assert torch.equal(online._counts, whole._counts)
-    torch.testing.assert_close(online(bank.features), whole(bank.features), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("channels", [255, 256, 600])  # around and beyond one block of the sums
-def test_the_second_moment_is_whole_for_many_channels(channels):
-    bank = draw_bank(count=3, channels=channels, side=3)
-    detector = closed_form(channels)
-    detector.fit(bank, generator=seeded())
-    rows = extended(as_positions(bank.features).double())
-    moment = rows.T @ rows / len(rows)
-    values, vectors = detector.decompose()
-    rebuilt = vectors[0] @ torch.diag(values[0]) @ vectors[0].T * moment.trace()
-    torch.testing.assert_close(rebuilt, moment, rtol=1e-9, atol=1e-9)
-
-
-AWKWARD = {
-    "fewer positions than channels": draw_bank(count=2, channels=20, side=2),
-    "single position": draw_bank(count=1, side=1),
-    "single image": draw_bank(count=1),
-    "constant channel": Bank(
-        draw_bank().features * torch.tensor([1.0, 1, 0, 1, 1, 0])[:, None, None] + 2
-    ),
-    "zero features": Bank(torch.zeros(3, D, 2, 2)),
-    "large features": Bank(draw_bank().features * 1e4),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*distinct clusters")
-@pytest.mark.parametrize("bank", AWKWARD.values(), ids=AWKWARD)
-@pytest.mark.parametrize("sample_w0", [False, True])
-@pytest.mark.parametrize("prototypes", [1, 3])
-def test_awkward_data_give_finite_maps(bank, sample_w0, prototypes):
-    N, _, H, W = bank.features.shape
-    detector = closed_form(bank.channels, time=(1e8,), prototypes=prototypes, sample_w0=sample_w0)
-    if prototypes > N * H * W:
-        message = f"3 prototypes need as many normal features; there are {N * H * W}"
-        with pytest.raises(ModelError, match=message) as caught:
-            detector.fit(bank, generator=seeded())
-        assert caught.value.change == {"prototypes": "lower"}
-        return
-    detector.fit(bank, generator=seeded())
-    assert torch.isfinite(detector(bank.features)).all()
-    anomaly = detector(bank.features + torch.linspace(1, 3, bank.channels)[:, None, None])
-    assert torch.isfinite(anomaly).all()
-
-
-@pytest.mark.parametrize("nearest", [1, 3, 5])
-def test_prototypes_score_by_the_smallest_over_the_nearest(nearest):
-    bank = draw_bank()
-    detector = made(prototypes=5, nearest=nearest, time=(10.0,), loss="squared")
-    detector.fit(bank, generator=seeded())
-    probes = draw_bank(count=3, seed=6).features * 2
-    maps = detector(probes)
-    assert maps.shape == (3, 5, 5)
-    for (b, y, x), score in np.ndenumerate(maps.numpy()):
-        offsets = probes[b, :, y, x] - detector.centres  # (K, D)
-        energies = (detector.filters @ extended(offsets)[:, :, None]).square().sum(dim=(1, 2))
-        near = offsets.norm(dim=1).argsort()[:nearest]
-        assert score == pytest.approx(energies[near].min().item(), rel=1e-3)
-    # Every centre is the mean of the features nearest to it, and all features are counted once.
-    assert detector._counts.sum() == 8 * 25
-    owner = torch.cdist(as_positions(bank.features), detector.centres).argmin(dim=1)
-    assert torch.bincount(owner, minlength=5).tolist() == detector._counts.tolist()
-
-
-@pytest.mark.parametrize("prototypes", [1, 5])
-def test_neither_parts_nor_the_way_products_are_made_change_scores(prototypes, monkeypatch):
-    probes = [draw_bank(count=3, seed=6).features]
-
-    def scores():
-        detector = made(prototypes=prototypes)
-        detector.fit(draw_bank(), generator=seeded())
-        return detector.score_stages(probes)[0]
-
-    expected = scores()
-    monkeypatch.setattr(module, "FEW_CHANNELS", 1)
-    monkeypatch.setattr(module, "MANY_CHANNELS", 1)
-    monkeypatch.setattr(products, "FEW_ROWS", 1)
-    torch.testing.assert_close(scores(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_second_moments_about_centres_lose_less_than_stored_halves_do():
-    """On as many positions as a batch has, of directions from 1 down to 1e-10 of the variance."""
-    generator = seeded(8)
-    mixing = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
-    mixing *= torch.logspace(0, -5, 32)
-    features = torch.randn(30, 32, 28, 28, generator=generator).movedim(1, 3) @ mixing.T
-    detector = closed_form(32, time=(1e4,), prototypes=3)
-    detector.fit(Bank(features.movedim(3, 1)), generator=seeded())
-
-    positions, centres = features.flatten(0, 2), detector.centres
-    owner = torch.cdist(positions, centres).argmin(dim=1)
-    for k, centre in enumerate(centres.double()):
-        rows = extended(positions[owner == k].double() - centre)
-        halves = extended(positions[owner == k].half().double() - centre)
-        moment = (rows.T @ rows).triu()
-        lost, by_halves = (
-            (found.triu() - moment).abs().max() / moment.trace()
-            for found in (detector._sums[k], halves.T @ halves)
-        )
-        assert lost < 1e-7
-        assert lost < by_halves / 10
-        assert detector._counts[k] == len(rows)
-
-
-def test_prototypes_find_what_lies_between_the_groups():
-    groups = torch.where(torch.arange(8)[:, None, None, None] % 2 == 0, 5.0, -5.0)
-    bank = Bank(draw_bank(count=8).features * 0.3 + groups)
-    between = torch.zeros(1, D, 1, 1)
-
-    def contrast(prototypes):
-        detector = made(prototypes=prototypes, time=(100.0,))
-        detector.fit(bank, generator=seeded())
-        return (detector(between) / detector(bank.features).max()).item()
-
-    assert contrast(2) > 2 > contrast(1)
-
-
-@pytest.mark.parametrize(("prototypes", "passes"), [(1, 1), (4, 2)])
-def test_a_stream_is_enough(prototypes, passes):
-    bank = draw_bank()
-    made(prototypes=prototypes).fit(bank, generator=seeded())
-    assert bank.passes == passes
-    assert bank.orders == []
-
-
-@pytest.mark.parametrize("time", [(), (10.0, 1.0), (10.0, 10.0), (0.0,), (-1.0, 2.0)])
-def test_times_must_ascend(time):
-    with pytest.raises(ValueError, match=r"--method\.time .* must be ascending and above 0"):
-        NocoCfOptions(time=time)
-
-
-def test_solving_before_any_image_is_refused():
-    detector = made()
-    for start in (lambda: None, lambda: detector.start(seeded())):
-        start()
-        with pytest.raises(ModelError, match="fit first"):
-            detector.solve()
-
-
-def test_prototypes_do_not_learn_online():
-    with pytest.raises(ModelError, match="centres of all features at once") as caught:
-        made(prototypes=2).start(seeded())
-    assert caught.value.change == {"prototypes": "1"}
+    counts = torch.bincount(owner, minlength=len(centres)).double()
+    pool = sums.sum(dim=0) / len(features)
+    ridge = options.ridge * pool.trace() / len(pool)
+    energies, levels = [], []
+    for k, centre in enumerate(centres):
+        moment = (sums[k] + options.shrinkage * pool) / (counts[k] + options.shrinkage)
+        loaded = moment + ridge * torch.eye(len(pool))
+        offset = probe.double() - centre
+        if options.filter == "ridge":
+            energies.append(offset @ torch.linalg.solve(loaded, offset))
+        else:
+            gain = torch.linalg.matrix_exp(-moment / (2 * ridge)) / ridge.sqrt()
+            energies.append((gain @ offset).square().sum())
+        levels.append(torch.logdet(loaded))
+    levels = torch.stack(levels)
+    return torch.stack(energies) + options.has_levels * (levels - levels.min())
 
 
 @pytest.mark.parametrize(
-    ("options", "learns"),
+    "changes",
+    [{}, {"filter": "flow"}, {"has_levels": False}, {"nearest": 1}, {"shrinkage": 0.0}],
+    ids=str,
+)
+def test_energies_are_those_of_the_definition(changes):
+    features, probes = groups(600), 1.5 * groups(20, seed=3)
+    mixture = mixture_of(features, **changes)
+    found = mixture(probes)
+    for probe, energy in zip(probes, found.tolist(), strict=True):
+        near = (mixture.centres - probe).norm(dim=1).argsort()[: mixture.shape.nearest]
+        wanted = by_hand(mixture, features, probe)[near].min()
+        assert energy == pytest.approx(wanted.item(), rel=2e-4)
+
+
+def test_parents_stand_between_a_centre_and_the_pool():
+    features = groups(900)
+    plain, grouped = (mixture_of(features, 12, parents=p, shrinkage=50.0) for p in (0, 3))
+    assert torch.equal(plain.centres, grouped.centres)
+    assert len(grouped.groups.unique()) == 3
+    assert not torch.allclose(plain.filters, grouped.filters, rtol=1e-3)
+    # With all centres in one group, the parent is the pool, be it shrunk to itself or not.
+    alone = mixture_of(features, 12, parents=1, shrinkage=50.0)
+    assert torch.equal(plain.filters, alone.filters)
+
+
+def test_flow_and_ridge_agree_where_little_varies():
+    """Both gains on a variance v, in units of 1 / lambda: 1 - v / lambda + O(v^2)."""
+    ratio = torch.tensor([1e-3, 1e-2, 0.1])
+    torch.testing.assert_close(torch.exp(-ratio), 1 / (1 + ratio), rtol=6e-3, atol=0)
+    features = groups(600)
+    ridge, flow = (mixture_of(features, filter=f, ridge=50.0)(features) for f in ("ridge", "flow"))
+    torch.testing.assert_close(ridge, flow, rtol=1e-2, atol=1e-3)
+
+
+def test_levels_let_a_flat_region_and_a_busy_one_compare():
+    flat, busy = 0.01 * torch.randn(400, D, generator=seeded(1)), torch.randn(400, D) + 20
+    features = torch.cat([flat, busy])
+    off_flat = torch.full((1, D), 0.3)
+    with_levels, without = (
+        mixture_of(features, 2, has_levels=h, shrinkage=0.0, ridge=1e-4) for h in (True, False)
+    )
+    assert with_levels.levels.max() > 10
+    assert not without.levels.any()
+    assert (with_levels(flat).mean() < with_levels(busy).mean()).item()
+    assert with_levels(off_flat) > with_levels(busy).max()
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_blocks_hold_every_feature_once_with_its_centre(count):
+    owner = torch.randint(5, (count,), generator=seeded())
+    rows, centre, slots = blocks(owner, 5)
+    held = rows[rows < count]
+    assert held.sort().values.tolist() == list(range(count))
+    for block, k in zip(rows, centre.tolist(), strict=True):
+        assert (owner[block[block < count]] == k).all()
+    assert torch.equal(rows.flatten()[slots], torch.arange(count))
+
+
+def test_parts_and_single_products_change_no_score(monkeypatch):
+    features, probes = groups(700), groups(90, seed=2)
+    wanted = mixture_of(features)(probes)
+    for name, value in (("AT_ONCE", 1), ("LARGEST", 16), ("TOGETHER", 1)):
+        monkeypatch.setattr(module, name, value)
+        torch.testing.assert_close(mixture_of(features)(probes), wanted, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(module, "_is_batched", lambda _: False)
+    torch.testing.assert_close(mixture_of(features)(probes), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "positions", "channels", "wanted"),
     [
-        ({"prototypes": 1}, True),
-        ({"prototypes": 1, "feature_norm": "l2"}, True),
-        ({"prototypes": 1, "feature_norm": "std"}, False),
-        ({"prototypes": 2}, False),
+        (128, 600_000, 40, 128),
+        (128, 1960, 320, 6),
+        (128, 49, 320, 1),
+        (1, 600_000, 40, 1),
+        (128, 1_000_000, 2000, 4),  # more would take more than 64 MiB
     ],
 )
-def test_options_tell_whether_a_detector_learns_online(options, learns):
-    assert NocoCfOptions(**options).learns_online is learns
+def test_centres_follow_the_data(asked, positions, channels, wanted):
+    assert most_centres(asked, positions, channels) == wanted
 
 
-@pytest.mark.parametrize("prototypes", [1, 3])
-@pytest.mark.parametrize("loss", ["distance", "squared"])
-@pytest.mark.parametrize("feature_norm", ["none", "std"])
-def test_all_times_at_once_score_as_one_after_the_other(prototypes, loss, feature_norm):
-    times = (1.0, 30.0, 1e3, 1e5)
-    head = made(time=times, prototypes=prototypes, loss=loss, norm=2.0)
-    detector = normalised(head, feature_norm, (D,))
-    features = as_maps(correlated(40, seed=5)).float()
-    one_by_one, steps = [], []
+def test_few_features_are_told():
+    assert fitted(stages_of(9)).remarks == [
+        "Centres by stage: 4, 4, 4, 1; few normal features allow no 4."
+    ]
+    assert fitted(stages_of(9), prototypes=1).remarks == []
 
-    def monitor(step, values):
-        steps.append(values)
-        one_by_one.append(detector(features))
 
-    detector.fit(Bank(as_maps(correlated(300).float())), generator=seeded(0), monitor=monitor)
-    at_once = detector.score_steps([features])
-    assert detector.steps() == steps == [{"time": time} for time in times]
-    assert at_once.shape == (4, 40, 1, 1)
-    torch.testing.assert_close(at_once, torch.stack(one_by_one), rtol=2e-4, atol=1e-6)
-    assert not torch.allclose(at_once[0], at_once[1], rtol=1e-2)
-    assert made(sample_w0=True, time=times).steps() == []  # those have no common projection
+AWKWARD = {
+    "one image": stages_of(1),
+    "equal images": [stage[:1].repeat(6, 1, 1, 1) for stage in stages_of(1)],
+    "constant channels": [stage * (torch.arange(stage.shape[1]) % 2)[:, None, None] + 3
+                          for stage in stages_of(6)],
+    "zeros": [torch.zeros_like(stage) for stage in stages_of(4)],
+    "large": [1e4 * stage for stage in stages_of(6)],
+    "one stage varies": [s if i == 1 else torch.ones_like(s) for i, s in enumerate(stages_of(6))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ridge", "flow"])
+@pytest.mark.parametrize("stages", AWKWARD.values(), ids=AWKWARD)
+def test_awkward_data_give_finite_scores_that_see_a_change(stages, kind):
+    detector = fitted(stages, filter=kind)
+    maps, images = detector.score_stages(stages)
+    assert maps.isfinite().all()
+    assert images.isfinite().all()
+    changed = [stage + 1 + stage.abs().max() for stage in stages]
+    other_maps, other_images = detector.score_stages(changed)
+    assert other_images.isfinite().all()
+    assert (other_images > images.max()).all()
+    assert other_maps.isfinite().all()
+    assert other_maps.mean() > maps.mean()
+
+
+@pytest.mark.parametrize("channels", [8, 2000])
+def test_few_and_many_channels(channels):
+    bank = Bank(torch.randn(5, channels, 3, 3, generator=seeded()))
+    detector = NocoCf(FeatureShape((channels,)), NocoCfOptions())
+    detector.fit(bank, generator=seeded())
+    assert detector(bank.features).isfinite().all()
+
+
+def test_scores_do_not_depend_on_the_scale_of_features():
+    stages, probes = stages_of(8), stages_of(3, seed=5)
+    one = fitted(stages).score_stages(probes)
+    other = fitted([1000 * s for s in stages]).score_stages([1000 * s for s in probes])
+    for ours, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_the_coarsest_stage_counts_for_the_image_alone():
+    stages, probes = stages_of(9), stages_of(3, seed=5)
+    detector = fitted(stages)
+    assert (detector.num_averaged, detector.num_context) == (1, 1)
+    maps, images = detector.score_stages(probes)
+    assert maps.shape == (3, 4, 4)  # the grid of the second stage
+    probes[3] = probes[3] + 50
+    same, higher = detector.score_stages(probes)
+    assert torch.equal(same, maps)
+    assert (higher > images + 1).all()
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(1, (0, 0)), (2, (0, 0)), (3, (0, 1)), (4, (1, 1))])
+def test_two_stages_always_stay_for_the_map(count, wanted):
+    detector = NocoCf(FeatureShape(STAGES[:count]), NocoCfOptions())
+    assert (detector.num_averaged, detector.num_context) == wanted
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+def test_an_images_score_is_the_mean_of_its_highest_positions(share):
+    detector = fitted(stages_of(9), context=0, averaged=0, top_share=share)
+    maps, images = detector.score_stages(stages_of(3, seed=5))
+    count = max(1, round(share * 64))
+    wanted = np.sort(maps.flatten(1).numpy())[:, -count:].mean(axis=1)
+    np.testing.assert_allclose(images.numpy(), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("feature_norm", ["none", "l2"])
+def test_learning_online_equals_refitting_on_the_same_centres(feature_norm):
+    stages, probes = stages_of(12), stages_of(3, seed=5)
+    options = NocoCfOptions(prototypes=4, feature_norm=feature_norm)
+    whole, online = (build_detector("noco_cf", Stages(*STAGES), options) for _ in range(2))
+    for detector, size in ((whole, 12), (online, 1)):
+        detector.start(seeded())
+        detector.partial_fit([s[:4] for s in stages])  # these give the centres
+        for rows in torch.arange(4, 12).split(size):
+            detector.partial_fit([s[rows] for s in stages])
+            detector.solve()
+            assert detector.score_stages(probes)[0].isfinite().all()
+    for ours, theirs in zip(online.score_stages(probes), whole.score_stages(probes), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    online.start(seeded())
+    with pytest.raises(ModelError, match="fit first"):
+        online.solve()
+
+
+PROGRAM = """
+import sys, torch
+from tests.models.methods.test_noco_cf import fitted, stages_of
+torch.set_num_threads(int(sys.argv[1]))
+generator = torch.Generator().manual_seed(3)
+stages = [s.repeat(6, 1, 4, 4).contiguous(memory_format=torch.channels_last) for s in stages_of(20)]
+stages = [s + torch.randn(s.shape, generator=generator) for s in stages]
+found = fitted(stages, prototypes=16).score_stages(stages)
+print([part.double().sum().item().hex() for part in found], found[0].flatten()[7].item().hex())
+"""
+
+
+def test_threads_change_no_bit():
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(n)], check=True, capture_output=True, text=True
+        ).stdout
+        for n in (1, 2, 3)
+    ]
+    assert said[0]
+    assert said[0] == said[1] == said[2]

@@ -11,7 +11,7 @@ from PIL import Image
 from models.detector import FeatureShape, LearnsOnline
 from models.errors import ModelError
 from models.methods.noco import Noco, NocoOptions
-from models.methods.noco_cf.noco_cf import NocoCf, NocoCfOptions
+from models.methods.noco_cf.noco_exact import NocoExact, NocoExactOptions
 from tests.models.banks import seeded
 from tests.utils.banks import bank_of, set_of
 from utils.evaluation.online import COLUMNS, checkpoints, online_curve, save_online_curve
@@ -46,8 +46,8 @@ def data():
     return bank_of(flat[:12]), set_of(bank_of(test), [0] * 6 + [1] * 6, masks=masks)
 
 
-def noco_cf(kind=NocoCf, prototypes=1, **options):
-    return kind(FeatureShape((6,)), NocoCfOptions(prototypes=prototypes, **options))
+def noco_cf(kind=NocoExact, prototypes=1, **options):
+    return kind(FeatureShape((6,)), NocoExactOptions(prototypes=prototypes, **options))
 
 
 def test_the_curve_ends_at_the_ordinary_fit(data):
@@ -79,7 +79,7 @@ def test_the_first_point_knows_one_image_of_a_random_order(data):
     assert len(set(first.values())) == len(first) > 1
 
 
-class Counting(NocoCf):
+class Counting(NocoExact):
     """Notes how many images it is given at a time."""
 
     def start(self, generator):
@@ -102,7 +102,7 @@ def test_what_cannot_learn_online_says_so(data):
     with pytest.raises(ModelError, match="prototypes are centres") as refused:
         online_curve(noco_cf(prototypes=2), *data, generator=seeded())
     assert refused.value.change == {"prototypes": "1"}
-    assert not NocoCfOptions(prototypes=2).learns_online
+    assert not NocoExactOptions(prototypes=2).learns_online
     assert not isinstance(Noco(FeatureShape((6,)), NocoOptions()), LearnsOnline)
     assert not NocoOptions().learns_online
 

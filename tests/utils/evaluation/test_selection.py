@@ -16,7 +16,7 @@ from utils.evaluation.selection import choose, hold_out, num_copies, validation_
 from utils.evaluation.test_set import TestSet
 
 SIDE = 4
-NOCO_CF = find_method("noco_cf").options
+NOCO_CF = find_method("noco_exact").options
 
 
 bank_of = partial(constant_bank, side=SIDE)

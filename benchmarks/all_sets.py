@@ -1,0 +1,184 @@
+"""Every method on several data sets, one table: who wins by default?
+
+    python -m benchmarks.all_sets --sizes 224 320 --seeds 0 1 2 \
+        --set "train_mvtec.py folder --data-root MY_IMAGES --categories tile" \
+        --set "train_mvtec.py demo" --set "train_cifar10.py folder --data-root MY_CLASSES"
+
+Each line of the table is a data set at an image size, each column a method under its preset, on the
+same backbone. Methods without a random part run with one seed. `best possible` is the largest image
+AUROC of `noco_cf` over the options of `CANDIDATES`, chosen on the test set: what its preset leaves
+behind. Runs go to --output by the plain training commands, so that the same command continues, and
+their features to the disk cache; times are from features in that cache. Tables are printed and
+written to OUTPUT/all_sets.md: image AUROC, pixel AUROC, AUPRO, seconds of a fit, images/s (backbone
+and head) and MB of the head.
+"""
+
+import argparse
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.runs.files import read_rows
+
+METHODS = {
+    "PatchCore 1 %": "patchcore --method.coreset-ratio 0.01",
+    "PatchCore 10 %": "patchcore --method.coreset-ratio 0.1",
+    "PaDiM": "padim --method.dims 100",
+    "kNN": "knn",
+    "Mahalanobis": "mahalanobis",
+    "nc_disc": "nc_disc",
+    "before": "noco_exact --method.prototypes 32 --select synthetic",
+    "noco_cf": "noco_cf",
+}
+"""Columns, and the words of each method. "before" is the preset that `noco_cf` had until it became
+local; on classes it had one centre."""
+WITHOUT_SEED = ("mahalanobis",)
+STRUCTURED_ONLY = ("padim",)
+CANDIDATES = (
+    "--method.prototypes 1",
+    "--method.prototypes 32",
+    "--method.prototypes 512",
+    "--method.ridge 0.03",
+    "--method.ridge 0.3",
+    "--method.filter flow",
+    "--method.no-normaliser",
+    "--method.context-weight 0",
+    "--method.context-weight 0.5",
+    "--method.top-share 0.0001",
+)
+"""Options of `noco_cf` beside its preset, one at a time."""
+METRICS = ("image_auroc", "pixel_auroc", "aupro", "fit_seconds", "images/s", "head MB")
+HEADINGS = ("image AUROC", "pixel AUROC", "AUPRO", "fit, s", "images/s", "head, MB")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training command."""
+
+    words: tuple[str, ...]
+    folder: Path
+
+    def rows(self) -> list[dict[str, object]]:
+        """Run the command where it is not finished, and return its results."""
+        done = subprocess.run(
+            [sys.executable, *self.words], check=False, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"{shlex.join(self.words)}\n{done.stderr[-2000:]}")
+        (line,) = [x for x in done.stdout.splitlines() if x.startswith("run folder: ")]
+        return read_rows(Path(line.removeprefix("run folder: ")) / "results.csv")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run everything and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--set", action="append", required=True, dest="sets", help="a command")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="of structured images")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    parser.add_argument("--no-best", action="store_true", help="leave the candidates out")
+    parser.add_argument("--output", type=Path, default=Path("results/all_sets"))
+    arguments = parser.parse_args(argv)
+    lines: list[tuple[str, dict[str, dict[str, tuple[float, float]]]]] = []
+    for words in arguments.sets:
+        script, dataset, *options = shlex.split(words)
+        structured = script == "train_mvtec.py"
+        for size in arguments.sizes if structured else [None]:
+            title = " ".join([*(options[-1:] or [dataset]), *([f"{size} px"] if size else [])])
+            common = ["--backbone", arguments.backbone, "--cache", "disk", "--overlays", "0"]
+            common += ["--output", str(arguments.output)]
+            common += ["--image-size", str(size)] if size else []
+            found = {}
+            for name in arguments.methods:
+                method, *own = METHODS[name].split()
+                if method in STRUCTURED_ONLY and not structured:
+                    continue
+                if name == "before" and not structured:
+                    own = []
+                seeds = arguments.seeds[:1] if method in WITHOUT_SEED else arguments.seeds
+                job = [script, dataset, method, *options, *own, *common, "--seeds"]
+                found[name] = measured(Job((*job, *map(str, seeds)), arguments.output).rows())
+                print(f"{title}, {name}: {found[name]['image_auroc'][0]:.1f}", flush=True)
+            if not arguments.no_best and "noco_cf" in arguments.methods:
+                found["best possible"] = best(
+                    [script, dataset, "noco_cf", *options, *common], found
+                )
+            lines.append((title, found))
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            text = tables(lines, [*arguments.methods, "best possible"])
+            (arguments.output / "all_sets.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def best(
+    words: list[str], found: dict[str, dict[str, tuple[float, float]]]
+) -> dict[str, tuple[float, float]]:
+    """Return what the best candidate has in image AUROC, the preset among them."""
+    tried = [found["noco_cf"]]
+    for options in CANDIDATES:
+        tried.append(measured(Job((*words, *options.split()), Path()).rows()))
+    return max(tried, key=lambda values: values["image_auroc"][0])
+
+
+def measured(rows: list[dict[str, object]]) -> dict[str, tuple[float, float]]:
+    """Return mean over categories, and its standard deviation over seeds, of each metric."""
+    values = [
+        {
+            **{name: 100 * _number(row[name]) for name in METRICS[:3]},
+            "fit_seconds": _number(row["fit_seconds"]),
+            "images/s": _number(row["num_test"])
+            / (_number(row["pass_test_seconds"]) + _number(row["score_seconds"])),
+            "head MB": _number(row["head_bytes"]) / 1e6,
+            "seed": _number(row["seed"]),
+        }
+        for row in rows
+        if row["select"] != "best_test"
+    ]
+    found = {}
+    for name in METRICS:
+        seeds = sorted({value["seed"] for value in values})
+        means = [statistics.fmean(v[name] for v in values if v["seed"] == s) for s in seeds]
+        spread = statistics.stdev(means) if len(means) > 1 else math.nan
+        found[name] = (statistics.fmean(means), spread)
+    return found
+
+
+def tables(
+    lines: list[tuple[str, dict[str, dict[str, tuple[float, float]]]]], columns: Sequence[str]
+) -> str:
+    """Return a Markdown table of each metric, with the mean over all sets that all methods have."""
+    parts = []
+    for metric, heading in zip(METRICS, HEADINGS, strict=True):
+        parts.append(f"\n{heading}\n\n| data | {' | '.join(columns)} |")
+        parts.append("| --- |" + " ---: |" * len(columns))
+        means: dict[str, list[float]] = {column: [] for column in columns}
+        for title, found in lines:
+            cells = []
+            for column in columns:
+                mean, spread = found.get(column, {}).get(metric, (math.nan, math.nan))
+                cells.append("" if math.isnan(mean) else _text(mean, spread))
+                means[column].append(mean)
+            parts.append(f"| {title} | {' | '.join(cells)} |")
+        kept = [i for i in range(len(lines)) if not math.isnan(means["noco_cf"][i])]
+        overall = [statistics.fmean(means[c][i] for i in kept) for c in columns if kept]
+        cells = ["" if math.isnan(value) else _text(value, math.nan) for value in overall]
+        parts.append(f"| mean | {' | '.join(cells)} |")
+    return "\n".join(parts) + "\n"
+
+
+def _text(mean: float, spread: float) -> str:
+    return f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+if __name__ == "__main__":
+    main()
