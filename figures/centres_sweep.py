@@ -24,15 +24,7 @@ from figures.shared.own_results import data_of
 from utils.cli import exits_cleanly
 from utils.runs.run import Run
 
-SWEEP = Sweep(
-    module="figures.centres_sweep",
-    option="method.prototypes",
-    symbol="centres",
-    axis="centres of a stage, at most",
-    scale="log2",
-    source="Ours only: no paper has these numbers.",
-    family=lambda config: str(config["method_name"]),
-)
+AXIS = "centres of a stage, at most"
 TIMES = {"fit_seconds": "fit, s", "score_seconds": "scoring, ms an image"}
 Times = dict[float, dict[str, float]]
 """Number of centres -> column of results.csv -> as it is drawn."""
@@ -41,18 +33,27 @@ Times = dict[float, dict[str, float]]
 @exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
-    arguments = parser(SWEEP.module, __doc__).parse_args(argv)
-    curves = read_curves(arguments.runs, SWEEP)
-    figure = draw(curves, read_times(arguments.runs))
-    return save_with_table(figure, arguments.out, table_of(curves, SWEEP))
+    sweep = Sweep(
+        module="figures.centres_sweep",
+        option="method.prototypes",
+        symbol="centres",
+        axis=AXIS,
+        scale="log2",
+        source="Ours only: no paper has these numbers.",
+        family=lambda config: str(config["method_name"]),
+    )
+    arguments = parser(sweep.module, __doc__).parse_args(argv)
+    curves = read_curves(arguments.runs, sweep)
+    figure = draw(curves, read_times(arguments.runs, sweep))
+    return save_with_table(figure, arguments.out, table_of(curves, sweep))
 
 
-def read_times(folders: Sequence[Path]) -> dict[str, Times]:
+def read_times(folders: Sequence[Path], sweep: Sweep) -> dict[str, Times]:
     """Return the mean times of each data set and number of centres."""
     rows: dict[tuple[str, float], list[dict[str, float]]] = {}
     for folder in folders:
         run = Run.read(folder)
-        key = (data_of(run.config), option_value(run, SWEEP))
+        key = (data_of(run.config), option_value(run, sweep))
         rows.setdefault(key, []).extend(
             {
                 "fit_seconds": float(row["fit_seconds"]),
@@ -88,7 +89,7 @@ def draw(curves: Sequence[Curve], times: dict[str, Times]) -> Figure:
             below.plot(list(values), [value[name] for value in values.values()], "s-",
                        color=colour, markersize=4, label=label)  # fmt: skip
         below.set_yscale("log")
-        below.set_xlabel(SWEEP.axis)
+        below.set_xlabel(AXIS)
         for axes in (above, below):
             _dress(axes, list(times[dataset]))
     return figure
