@@ -33,7 +33,16 @@ Times = dict[float, dict[str, float]]
 @exits_cleanly()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the runs named on the command line; return the files written."""
-    sweep = Sweep(
+    sweep = sweep_of_centres()
+    arguments = parser(sweep.module, __doc__).parse_args(argv)
+    curves = read_curves(arguments.runs, sweep)
+    figure = draw(curves, read_times(arguments.runs, sweep))
+    return save_with_table(figure, arguments.out, table_of(curves, sweep))
+
+
+def sweep_of_centres() -> Sweep:
+    """Return what is swept."""
+    return Sweep(
         module="figures.centres_sweep",
         option="method.prototypes",
         symbol="centres",
@@ -42,10 +51,6 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         source="Ours only: no paper has these numbers.",
         family=lambda config: str(config["method_name"]),
     )
-    arguments = parser(sweep.module, __doc__).parse_args(argv)
-    curves = read_curves(arguments.runs, sweep)
-    figure = draw(curves, read_times(arguments.runs, sweep))
-    return save_with_table(figure, arguments.out, table_of(curves, sweep))
 
 
 def read_times(folders: Sequence[Path], sweep: Sweep) -> dict[str, Times]:
@@ -88,7 +93,7 @@ def draw(curves: Sequence[Curve], times: dict[str, Times]) -> Figure:
             values = times[dataset]
             below.plot(list(values), [value[name] for value in values.values()], "s-",
                        color=colour, markersize=4, label=label)  # fmt: skip
-        below.set_yscale("log")
+        below.set_ylim(bottom=0)
         below.set_xlabel(AXIS)
         for axes in (above, below):
             _dress(axes, list(times[dataset]))

@@ -96,7 +96,7 @@ def draw(heads: Sequence[tuple[str, list[np.ndarray]]]) -> Figure:
     bins = np.geomspace(1e-3, 1e4, 57)
     for number, values in enumerate(heads[0][1], start=1):
         counts, _ = np.histogram(np.clip(values, bins[0], bins[-1]), bins)
-        below.stairs(counts / len(values), bins, color=COLOURS[number + 1], label=f"part {number}")
+        below.stairs(counts / len(values), bins, color=COLOURS[number + 1], label=f"stage {number}")
     below.set(xlabel="variance v of a direction / lambda", ylabel="share of a stage's directions")
     for axes in (above, below):
         axes.grid(alpha=0.3)

@@ -122,7 +122,9 @@ class Pictures:
         restore: brings a map (S, S) to the size (H, W) of its original, NaN for no data.
         errors: what `read` raises.
         test_maxima: (N,) maxima of the maps of the run's test images, and their labels (N,).
-        threshold: of scores; overlays draw its contour where scores are maxima of maps.
+        threshold: of scores; overlays draw its contour. Where a score is not its map's maximum, the
+            contour's level is the share of the maximum that the threshold is of the score, so that
+            it vanishes where the decision turns.
         threads: that write at once.
     """
 
@@ -156,7 +158,7 @@ class PredictionFiles:
         self._about = dict(about)
         self._clipped = 0
         self._scale: MapScale | None = None
-        self._contour: float | None = None
+        self._own_scores = False
         self._partial = folder / "scores.csv.part"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -209,8 +211,8 @@ class PredictionFiles:
         maxima = np.array([anomaly_map.max() for _, anomaly_map in drawn])
         if np.allclose(maxima, [row["score"] for row, _ in drawn], rtol=1e-5, atol=0):
             self._scale = MapScale.of_maxima(*self._pictures.test_maxima)
-            self._contour = self._pictures.threshold
         else:  # the method has image scores of its own, which say nothing of its maps
+            self._own_scores = True
             self._scale = MapScale.of_maxima(maxima, np.zeros(len(maxima)))
         self._describe()
 
@@ -232,18 +234,32 @@ class PredictionFiles:
             pixels, clipped = scale.encode(restored)
             _write_png(self.folder / "maps" / f"{row['map']}.png", pixels)
         if "overlay" in pictures.kinds:
-            drawn = overlay(image, restored, scale, self._contour)
+            contour = self._contour(row["score"], anomaly_map)
+            drawn = overlay(image, restored, scale, contour)
             # OpenCV has BGR.
             _write_png(self.folder / "overlays" / f"{row['map']}.png", drawn[..., ::-1])
         return clipped
 
+    def _contour(self, score: float, anomaly_map: np.ndarray) -> float | None:
+        """Return the level of an image's contour; None for none."""
+        assert self._pictures is not None
+        threshold = self._pictures.threshold
+        if threshold is None or not self._own_scores:
+            return threshold
+        if threshold <= 0 or score <= 0:
+            return None  # no share of the other
+        return threshold / score * float(anomaly_map.max())
+
     def _describe(self) -> None:
         if self._scale is None:
             return
+        assert self._pictures is not None
+        words = "threshold / score * the map's maximum" if self._own_scores else "threshold"
         text = {
             **self._about,
             **asdict(self._scale),
-            "contour": self._contour,
+            "threshold": self._pictures.threshold,
+            "contour": None if self._pictures.threshold is None else words,
             "value": f"low + (pixel - 1) * (high - low) / {LEVELS}",
             "no_data": "pixel 0 of a map; dimmed in an overlay: the transform cut it away",
             "clipped_pixels": self._clipped,
