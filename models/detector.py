@@ -166,6 +166,9 @@ class Detector(SizedByFit):
     final_maps: bool = False
     """Maps come at the size of the image and smoothed; nothing upsamples or blurs them again."""
 
+    batches_at_once: int = 1
+    """Batches of features that are scored together where that is faster."""
+
     def __init__(self) -> None:
         super().__init__()
         self.remarks: list[str] = []

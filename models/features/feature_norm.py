@@ -74,6 +74,7 @@ class NormalisedDetector(Detector):
         self.feature_norm = feature_norm
         self.remarks = head.remarks
         self.diagnostics = head.diagnostics
+        self.batches_at_once = head.batches_at_once
 
     def fit(
         self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None

@@ -29,9 +29,10 @@ def fitted(kind):
 def run_of(folder, kind):
     _, detector = fitted(kind)
     config = {"dataset": "demo", "method_name": "noco_cf", "method": {"filter": kind}}
-    run = write_run(folder, config, {("a", 0): 0.9})
-    Run.read(run).save_head("a", 0, detector.state_dict(), {})
-    return run
+    run = Run.open(folder, config, categories=("a",), seeds=[0], command=["x"], device="cpu")
+    run.save_head("a", 0, detector.state_dict(), {})
+    run.finish("a", 0, [{"category": "a", "seed": 0, "select": "last", "image_auroc": 0.9}])
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["ridge", "flow"])

@@ -82,7 +82,7 @@ def score_all(
     """
     parts: list[Scores] = []
     maps, done = torch.empty(0), 0
-    for stages in bank.stage_batches(scoring.batch_size):
+    for stages in bank.stage_batches(scoring.batch_size * detector.batches_at_once):
         part = score_batch(detector, stages, scoring, geometry=geometry)
         if not parts:
             maps = part.maps.new_empty(len(bank), *part.maps.shape[1:])  # (N, S, S)

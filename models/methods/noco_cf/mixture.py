@@ -45,6 +45,8 @@ TOGETHER = 2048
 """Features whose products a processor adds in float32, all others in float64."""
 PARENT_WEIGHT = 500.0
 """Features that the pool stands for in a parent's moment."""
+DISTANCES = 1 << 21
+"""Distances to centres that are made at once: few enough for a processor's cache."""
 AT_ONCE = 1 << 24
 """Entries of the products made at once."""
 
@@ -191,15 +193,18 @@ class Mixture(SizedByFit):
     def _nearest(self, positions: Tensor, count: int) -> Tensor:
         """Return the centres nearest to features (P, D), (count, P), the nearest first."""
         lengths = self.centres.square().sum(dim=1)  # (K,)
-        with full_precision(positions.device):
-            # Less the features' own lengths, which order nothing.
-            distances = linear(positions, -2 * self.centres, lengths)  # (P, K)
-        every = torch.arange(len(positions), device=positions.device)
-        found = [distances.argmin(dim=1)]
-        while len(found) < count:  # a few minima take less time than `topk`
-            distances[every, found[-1]] = torch.inf
-            found.append(distances.argmin(dim=1))
-        return torch.stack(found)  # (count, P)
+        parts = []
+        for part in positions.split(max(1, DISTANCES // len(self.centres))):
+            with full_precision(positions.device):
+                # Less the features' own lengths, which order nothing.
+                distances = linear(part, -2 * self.centres, lengths)  # (P, K)
+            every = torch.arange(len(part), device=part.device)
+            found = [distances.argmin(dim=1)]
+            while len(found) < count:  # a few minima take less time than `topk`
+                distances[every, found[-1]] = torch.inf
+                found.append(distances.argmin(dim=1))
+            parts.append(torch.stack(found))
+        return torch.cat(parts, dim=1)  # (count, P)
 
     def _offsets(self, positions: Tensor, rows: Tensor, centre: Tensor) -> Tensor:
         """Return features less their block's centre, (T, R, D)."""
@@ -234,9 +239,9 @@ def _is_batched(offsets: Tensor) -> bool:
     """Tell whether one product of all blocks (T, R, D) is faster than one for each centre.
 
     A processor takes longer to copy a filter for each block than to apply it, where blocks are
-    smaller than filters. Any other device would wait for small products.
+    much smaller than filters. Any other device would wait for small products.
     """
-    return offsets.device.type != "cpu" or offsets.shape[1] >= offsets.shape[2]
+    return offsets.device.type != "cpu" or 2 * offsets.shape[1] >= offsets.shape[2]
 
 
 def _by_centre(offsets: Tensor, centre: Tensor) -> list[tuple[int, Tensor]]:

@@ -101,6 +101,8 @@ class NocoCf(Detector):
         remarks: stages that have fewer centres than asked for.
     """
 
+    batches_at_once = 4  # the more features a centre has at once, the larger its products
+
     def __init__(self, features: FeatureShape, options: NocoCfOptions) -> None:
         super().__init__()
         self.options = options

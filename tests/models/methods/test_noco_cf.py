@@ -146,7 +146,7 @@ def test_blocks_hold_every_feature_once_with_its_centre(count):
 def test_parts_and_single_products_change_no_score(monkeypatch):
     features, probes = groups(700), groups(90, seed=2)
     wanted = mixture_of(features)(probes)
-    for name, value in (("AT_ONCE", 1), ("LARGEST", 16), ("TOGETHER", 1)):
+    for name, value in (("AT_ONCE", 1), ("LARGEST", 16), ("TOGETHER", 1), ("DISTANCES", 1)):
         monkeypatch.setattr(module, name, value)
         torch.testing.assert_close(mixture_of(features)(probes), wanted, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(module, "_is_batched", lambda _: False)
