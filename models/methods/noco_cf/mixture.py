@@ -137,7 +137,7 @@ class Mixture(SizedByFit):
             offsets *= rearrange(part < len(positions), "t r -> t r 1")
             with full_precision(positions.device):
                 self._add_products(offsets, centre)
-        self.counts += torch.bincount(owner, minlength=len(self.centres))
+        self.counts += _sizes(owner, len(self.centres))
 
     def solve(self) -> None:
         """Set filters and levels from the sums."""
@@ -269,7 +269,7 @@ def blocks(owner: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     size = 1 << round(math.log2(max(1.0, M / count)))
     size = min(LARGEST, max(SMALLEST, size))
     order = owner.argsort(stable=True)
-    sizes = torch.bincount(owner, minlength=count)  # (K,)
+    sizes = _sizes(owner, count)  # (K,)
     needed = (sizes + size - 1) // size
     last = needed.cumsum(0)
     T = int(last[-1]) if owner.device.type == "cpu" else M // size + count
@@ -282,6 +282,11 @@ def blocks(owner: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     slots[order] = places
     of_block = torch.searchsorted(last, torch.arange(T, device=owner.device), right=True)
     return rearrange(rows, "(t r) -> t r", r=size), of_block.clamp_max(count - 1), slots
+
+
+def _sizes(owner: Tensor, count: int) -> Tensor:
+    """Return how many features each centre has, (K,); `bincount` would wait for a GPU."""
+    return owner.new_zeros(count).index_add_(0, owner, torch.ones_like(owner))
 
 
 def most_centres(asked: int, positions: int, channels: int) -> int:
