@@ -32,6 +32,10 @@ def kmeans_centres(
     Raises:
         ModelError: there are fewer features than centres.
     """
+    # A second of import that only prototypes need.
+    from sklearn.cluster import KMeans, kmeans_plusplus
+    from threadpoolctl import threadpool_limits
+
     per_image = math.ceil(positions / len(bank))
     sample = []
     for stages in bank.stage_batches(READ):
@@ -45,10 +49,6 @@ def kmeans_centres(
             f"{count} prototypes need as many normal features; there are {len(stacked)}",
             {"prototypes": "lower"},
         )
-    # A second of import that only prototypes need.
-    from sklearn.cluster import KMeans, kmeans_plusplus
-    from threadpoolctl import threadpool_limits
-
     points = stacked.numpy()
     state = int(torch.randint(2**31, (1,), generator=generator))
     # One candidate for each seed, as first published: to compare five, as scikit-learn does, takes

@@ -196,11 +196,11 @@ class NocoCf(Detector):
 
     def score_stages(self, stages: Sequence[Tensor]) -> Scored:
         """See `Detector.score_stages`; maps have the grid of the finest stage not averaged."""
-        parts = self._of_parts(stages)
         energies = []
-        for part, maps in zip(self.mixtures, parts, strict=True):
+        for part, maps in zip(self.parts, self._of_parts(stages), strict=True):
+            B, D, H, W = maps.shape
             found = part(rearrange(maps, "b c h w -> (b h w) c"))  # (P,)
-            energies.append(found.unflatten(0, (len(maps), *maps.shape[2:])) / part.channels)
+            energies.append(rearrange(found, "(b h w) -> b h w", b=B, h=H, w=W) / D)
         return scores_of(energies, self.num_context, self.options)
 
     def exported(self) -> nn.Module:
@@ -266,23 +266,12 @@ class _Exported(nn.Module):
 
     def __init__(self, detector: NocoCf) -> None:
         super().__init__()
-        self.options = detector.options
-        self.stage_channels = detector.stage_channels
-        self.num_averaged, self.num_context = detector.num_averaged, detector.num_context
-        self.parts = nn.ModuleList(ExportedMixture(part) for part in detector.mixtures)
+        self.head = NocoCf(FeatureShape(detector.stage_channels), detector.options)
+        self.head.parts = nn.ModuleList(ExportedMixture(part) for part in detector.mixtures)
 
     def forward(self, stages: Sequence[Tensor]) -> Scored:
         """Return maps and image scores of the stages' maps."""
-        if self.options.stages == "joined":
-            maps = [join_stages(stages)]
-        else:
-            maps = split_stages(stages, self.stage_channels, self.num_averaged)
-        energies = []
-        for part, features in zip(self.parts, maps, strict=True):
-            B, D, H, W = features.shape
-            found = part(rearrange(features, "b c h w -> (b h w) c"))  # (P,)
-            energies.append(rearrange(found, "(b h w) -> b h w", b=B, h=H, w=W) / D)
-        return scores_of(energies, self.num_context, self.options)
+        return self.head.score_stages(stages)
 
 
 METHOD = Method(
