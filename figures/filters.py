@@ -12,17 +12,19 @@ FILE.png and FILE.pdf.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from figures.shared.drawing import COLOURS, parser, save_figure
 from utils.cli import exits_cleanly
 from utils.errors import RunError
 from utils.runs.finished import finished_pairs
 from utils.runs.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CENTRES = 16
 """Centres of each stage that are drawn, spread over all of them."""
@@ -69,14 +71,14 @@ def read(folder: Path, category: str | None, seed: int | None) -> tuple[str, lis
     return kind, [_variances(state, name, kind) for name in names]
 
 
-def _variances(state: dict[str, Tensor], name: str, kind: str) -> np.ndarray:
+def _variances(state: "dict[str, Tensor]", name: str, kind: str) -> np.ndarray:
     """Return variances in units of lambda from a stage's filters, (CENTRES * D,) or fewer."""
-    filters = state[name].double()
-    chosen = torch.linspace(0, len(filters) - 1, min(CENTRES, len(filters))).long()
-    gains = torch.linalg.svdvals(filters[chosen]).square() * state[f"{name[:-7]}ridge"].double()
-    gains = gains.clamp(1e-30, 1).flatten()  # rounding may leave a little more than 1
-    ratio = 1 / gains - 1 if kind == "ridge" else -gains.log()
-    return np.sort(ratio.numpy())
+    filters = state[name].double().numpy()  # (K, D, D)
+    ridge = state[f"{name.removesuffix('filters')}ridge"].item()
+    chosen = np.linspace(0, len(filters) - 1, min(CENTRES, len(filters))).astype(int)
+    gains = ridge * np.square(np.linalg.svd(filters[chosen], compute_uv=False)).ravel()
+    gains = gains.clip(1e-30, 1)  # rounding may leave a little more than 1
+    return np.sort(1 / gains - 1 if kind == "ridge" else -np.log(gains))
 
 
 def draw(heads: Sequence[tuple[str, list[np.ndarray]]]) -> Figure:

@@ -6,9 +6,8 @@ Tests the NoCo paper's main claim: the norm has a shared optimal range, about 1,
 semantic tasks. Takes runs of `noco` and `noco_exact` that differ in --method.norm; a column for
 each data set, with pixel AUROC below where there are masks. Ways of selecting are never mixed: each
 is a line of its own. Bands are the standard deviation over seeds; the closed form has no random
-part.
-Writes FILE.png, FILE.pdf, FILE.csv and FILE.md, which also names the norms within one point of each
-curve's best and those that all data sets share.
+part. Writes FILE.png, FILE.pdf, FILE.csv and FILE.md, which also names the norms within one point
+of each curve's best and those that all data sets share.
 """
 
 from collections.abc import Sequence
