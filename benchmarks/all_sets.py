@@ -20,8 +20,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.runs.files import read_rows
 
@@ -52,26 +52,24 @@ CANDIDATES = (
     "--method.top-share 0.0001",
 )
 """Options of `noco_cf` beside its preset, one at a time."""
+BEST = "best possible"
 METRICS = ("image_auroc", "pixel_auroc", "aupro", "fit_seconds", "images/s", "head MB")
 HEADINGS = ("image AUROC", "pixel AUROC", "AUPRO", "fit, s", "images/s", "head, MB")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training command."""
+Values = dict[str, tuple[float, float]]
+"""Metric -> mean over categories and seeds, and standard deviation over seeds."""
+Line = tuple[str, dict[str, Values]]
+"""A data set at a size, and what each column has on it."""
 
-    words: tuple[str, ...]
-    folder: Path
 
-    def rows(self) -> list[dict[str, object]]:
-        """Run the command where it is not finished, and return its results."""
-        done = subprocess.run(
-            [sys.executable, *self.words], check=False, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"{shlex.join(self.words)}\n{done.stderr[-2000:]}")
-        (line,) = [x for x in done.stdout.splitlines() if x.startswith("run folder: ")]
-        return read_rows(Path(line.removeprefix("run folder: ")) / "results.csv")
+def rows_of(words: Sequence[str]) -> list[dict[str, Any]]:
+    """Run a training command, where it is not finished, and return its results."""
+    done = subprocess.run([sys.executable, *words], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(words)}\n{done.stderr[-2000:]}")
+    (line,) = [x for x in done.stdout.splitlines() if x.startswith("run folder: ")]
+    return read_rows(Path(line.removeprefix("run folder: ")) / "results.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-best", action="store_true", help="leave the candidates out")
     parser.add_argument("--output", type=Path, default=Path("results/all_sets"))
     arguments = parser.parse_args(argv)
-    lines: list[tuple[str, dict[str, dict[str, tuple[float, float]]]]] = []
+    with_best = not arguments.no_best and "noco_cf" in arguments.methods
+    columns = [*arguments.methods, *([BEST] if with_best else [])]
+    lines: list[Line] = []
     for words in arguments.sets:
         script, dataset, *options = shlex.split(words)
         structured = script == "train_mvtec.py"
@@ -103,30 +103,25 @@ def main(argv: Sequence[str] | None = None) -> None:
                     own = []
                 seeds = arguments.seeds[:1] if method in WITHOUT_SEED else arguments.seeds
                 job = [script, dataset, method, *options, *own, *common, "--seeds"]
-                found[name] = measured(Job((*job, *map(str, seeds)), arguments.output).rows())
+                found[name] = measured(rows_of([*job, *map(str, seeds)]))
                 print(f"{title}, {name}: {found[name]['image_auroc'][0]:.1f}", flush=True)
-            if not arguments.no_best and "noco_cf" in arguments.methods:
-                found["best possible"] = best(
-                    [script, dataset, "noco_cf", *options, *common], found
-                )
+            if with_best:
+                words_of_ours = [script, dataset, "noco_cf", *options, *common]
+                found[BEST] = best(words_of_ours, found["noco_cf"])
             lines.append((title, found))
             arguments.output.mkdir(parents=True, exist_ok=True)
-            text = tables(lines, [*arguments.methods, "best possible"])
+            text = tables(lines, columns)
             (arguments.output / "all_sets.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def best(
-    words: list[str], found: dict[str, dict[str, tuple[float, float]]]
-) -> dict[str, tuple[float, float]]:
+def best(words: Sequence[str], preset: Values) -> Values:
     """Return what the best candidate has in image AUROC, the preset among them."""
-    tried = [found["noco_cf"]]
-    for options in CANDIDATES:
-        tried.append(measured(Job((*words, *options.split()), Path()).rows()))
+    tried = [preset, *(measured(rows_of([*words, *own.split()])) for own in CANDIDATES)]
     return max(tried, key=lambda values: values["image_auroc"][0])
 
 
-def measured(rows: list[dict[str, object]]) -> dict[str, tuple[float, float]]:
+def measured(rows: Sequence[dict[str, Any]]) -> Values:
     """Return mean over categories, and its standard deviation over seeds, of each metric."""
     values = [
         {
@@ -149,10 +144,8 @@ def measured(rows: list[dict[str, object]]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def tables(
-    lines: list[tuple[str, dict[str, dict[str, tuple[float, float]]]]], columns: Sequence[str]
-) -> str:
-    """Return a Markdown table of each metric, with the mean over all sets that all methods have."""
+def tables(lines: Sequence[Line], columns: Sequence[str]) -> str:
+    """Return a Markdown table of each metric, with the means of columns that lack no data set."""
     parts = []
     for metric, heading in zip(METRICS, HEADINGS, strict=True):
         parts.append(f"\n{heading}\n\n| data | {' | '.join(columns)} |")
@@ -165,7 +158,8 @@ def tables(
                 cells.append("" if math.isnan(mean) else _text(mean, spread))
                 means[column].append(mean)
             parts.append(f"| {title} | {' | '.join(cells)} |")
-        kept = [i for i in range(len(lines)) if not math.isnan(means["noco_cf"][i])]
+        # A set without masks has no pixel metric of any method.
+        kept = [i for i in range(len(lines)) if any(not math.isnan(means[c][i]) for c in columns)]
         overall = [statistics.fmean(means[c][i] for i in kept) for c in columns if kept]
         cells = ["" if math.isnan(value) else _text(value, math.nan) for value in overall]
         parts.append(f"| mean | {' | '.join(cells)} |")

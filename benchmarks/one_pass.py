@@ -5,10 +5,9 @@
 
 The bare passes decode every training and test image and run the backbone as timm builds it over
 them, with the same loader, and keep nothing. Beside them in one run: `noco_cf` with an empty disk
-cache and again with the one it left: choosing its time on pasted defects (its preset), at a fixed
-time, and with one centre instead of 32. All are timed after the imports, which each process pays
-once. A second table has the scoring of the test set and its metrics over the pass of the backbone
-over it, with decoding.
+cache and again with the one it left: its preset, and with fewer and more centres. All are timed
+after the imports, which each process pays once. A second table has the scoring of the test set and
+its metrics over the pass of the backbone over it, with decoding.
 """
 
 import argparse
