@@ -51,7 +51,6 @@ reproduce-demo: $(VENV)/demo.done
 	$(BIN)/python train_mvtec.py $(SIMPLENET) --monitor-test --output $(WATCHED)
 	$(BIN)/python train_mvtec.py demo nc_disc $(SHORT) --monitor-test --output $(WATCHED)
 	$(BIN)/python train_mvtec.py demo noco_cf --save-maps --output $(WATCHED)
-	$(BIN)/python train_mvtec.py demo noco_exact --output $(WATCHED)
 	$(FIGURE).table2 $(MAIN)/demo-*/* $(MAIN)/digits-*/* --out $(OUT)/noco_table2
 	$(FIGURE).table3 $(MAIN)/demo-*/* --out $(OUT)/noco_table3
 	$(FIGURE).figure1 $(MAIN)/demo-*/* $(MAIN)/digits-*/* --out $(OUT)/noco_figure1
@@ -73,7 +72,7 @@ reproduce-demo: $(VENV)/demo.done
 	$(FIGURE).heatmaps $(WATCHED)/demo-noco_cf/* --by-defect --out $(OUT)/simplenet_figure8
 	$(FIGURE).instability $(WATCHED)/demo-simplenet/* $(WATCHED)/demo-nc_disc/* \
 		--out $(OUT)/instability
-	$(FIGURE).selection_curve $(WATCHED)/demo-noco_exact/* --out $(OUT)/selection_curve
+	$(FIGURE).selection_curve $(MAIN)/demo-noco_exact/* --out $(OUT)/selection_curve
 	$(FIGURE).closed_form_proof --out $(OUT)/closed_form_proof
 	$(FIGURE).compare $(MAIN)/demo-*/* --out $(OUT)/compare_demo
 	$(FIGURE).compare $(MAIN)/digits-*/* --out $(OUT)/compare_digits
