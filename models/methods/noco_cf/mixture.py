@@ -22,16 +22,20 @@ The flow is NoCo's training, stopped early (see `noco_exact`); stopped at t / tr
 it agrees with the ridge to first order in v, the known near-equivalence of early stopping and
 ridge. With the ridge and the level, e_k is twice a Gaussian's negative log-likelihood, up to a
 constant: without the level a flat background, where little varies, would compete with busy regions.
+
+A feature's energy is the smallest over its n nearest centres. So that it does not jump where the
+n-th and the next centre change places, a centre counts less the nearer it is to being left out:
+`EDGE` D (1 / w - 1) is added to its energy, with w = (d_{n+1} - d_k) / (d_{n+1} - d_1) of squared
+distances d, which falls from 1 at the nearest centre to 0 at the first that is not compared with.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.detector import SizedByFit
 from models.features.kmeans import lloyd
@@ -45,6 +49,8 @@ TOGETHER = 2048
 """Features whose products a processor adds in float32, all others in float64."""
 PARENT_WEIGHT = 500.0
 """Features that the pool stands for in a parent's moment."""
+EDGE = 0.1
+"""Energy per channel that a centre loses half of the way out to."""
 DISTANCES = 1 << 21
 """Distances to centres that are made at once: few enough for a processor's cache."""
 AT_ONCE = 1 << 24
@@ -130,7 +136,7 @@ class Mixture(SizedByFit):
         float32 products of at most `TOGETHER` features are summed in float64: adding features one
         by one or all at once gives the same sums up to about 1e-7 of the trace.
         """
-        (owner,) = self._nearest(positions, 1)  # (P,)
+        owner = self._nearest(positions, 1)[0][0]  # (P,)
         rows, of_block, _ = blocks(owner, len(self.centres))  # (T, R), (T,)
         for part, centre in self._in_parts(rows, of_block):
             offsets = self._offsets(positions, part, centre)  # (T, R, D)
@@ -178,7 +184,8 @@ class Mixture(SizedByFit):
         """Return the smallest energies over the nearest centres, (P,), of features (P, D)."""
         P, K = len(positions), len(self.centres)
         count = min(self.shape.nearest, K)
-        owner = rearrange(self._nearest(positions, count), "n p -> (n p)")
+        near, distances = self._nearest(positions, min(count + 1, K))  # (n, P) or one more
+        owner = rearrange(near[:count], "n p -> (n p)")
         rows, of_block, slots = blocks(owner, K)  # (T, R), (T,), (n*P,)
         energies = []
         for part, centre in self._in_parts(rows, of_block):
@@ -188,23 +195,30 @@ class Mixture(SizedByFit):
             lengths = torch.linalg.vector_norm(filtered, dim=2)  # (T, R)
             energies.append(lengths.square_() + rearrange(self.levels[centre], "t -> t 1"))
         found = torch.cat(energies).flatten().index_select(0, slots)  # (n*P,)
-        return rearrange(found, "(n p) -> n p", n=count).amin(dim=0)  # (P,)
+        found = rearrange(found, "(n p) -> n p", n=count)
+        return (found + self.channels * edge(distances, count)).amin(dim=0)  # (P,)
 
-    def _nearest(self, positions: Tensor, count: int) -> Tensor:
-        """Return the centres nearest to features (P, D), (count, P), the nearest first."""
+    def _nearest(self, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Find the centres nearest to features (P, D).
+
+        Returns:
+            Centres, (count, P), the nearest first, and their squared distances, less a constant of
+            each feature.
+        """
         lengths = self.centres.square().sum(dim=1)  # (K,)
-        parts = []
+        parts, lengths_of = [], []
         for part in positions.split(max(1, DISTANCES // len(self.centres))):
             with full_precision(positions.device):
                 # Less the features' own lengths, which order nothing.
                 distances = linear(part, -2 * self.centres, lengths)  # (P, K)
             every = torch.arange(len(part), device=part.device)
-            found = [distances.argmin(dim=1)]
+            found = [distances.min(dim=1)]
             while len(found) < count:  # a few minima take less time than `topk`
-                distances[every, found[-1]] = torch.inf
-                found.append(distances.argmin(dim=1))
-            parts.append(torch.stack(found))
-        return torch.cat(parts, dim=1)  # (count, P)
+                distances[every, found[-1].indices] = torch.inf
+                found.append(distances.min(dim=1))
+            parts.append(torch.stack([one.indices for one in found]))
+            lengths_of.append(torch.stack([one.values for one in found]))
+        return torch.cat(parts, dim=1), torch.cat(lengths_of, dim=1)  # (count, P)
 
     def _offsets(self, positions: Tensor, rows: Tensor, centre: Tensor) -> Tensor:
         """Return features less their block's centre, (T, R, D)."""
@@ -289,39 +303,28 @@ def _sizes(owner: Tensor, count: int) -> Tensor:
     return owner.new_zeros(count).index_add_(0, owner, torch.ones_like(owner))
 
 
+def edge(distances: Tensor, count: int) -> Tensor:
+    """Return what is added to the energies per channel of centres that are nearly left out.
+
+    Args:
+        distances: (n, P) squared distances of each feature to its nearest centres, ascending, and
+            to the first that is not compared with, where there is one: n is count or one more.
+        count: centres that each feature is compared with.
+
+    Returns:
+        (count, P), at least 0; all 0 where no centre is left out.
+    """
+    first, last = distances[:1], distances[-1:]
+    if len(distances) == count or count == 1:
+        return torch.zeros_like(distances[:count])
+    span = (last - first).clamp_min(torch.finfo(distances.dtype).tiny)
+    left = ((last - distances[:count]) / span).clamp(1e-6, 1.0)
+    return EDGE * (1 / left - 1)
+
+
 def most_centres(asked: int, positions: int, channels: int) -> int:
     """Return how many centres a stage gets: at most `asked`, and fewer where data are few.
 
     A second moment wants a feature for each channel, and the head stays below `ENTRIES`.
     """
     return max(1, min(asked, positions // channels, ENTRIES // channels**2))
-
-
-class ExportedMixture(nn.Module):
-    """`Mixture` for a graph of any number of images: each feature fetches its centres' filters."""
-
-    centres: Tensor
-    filters: Tensor
-    levels: Tensor
-    lengths: Tensor
-
-    def __init__(self, mixture: Mixture) -> None:
-        super().__init__()
-        self.count = min(mixture.shape.nearest, len(mixture.centres))
-        self.register_buffer("centres", mixture.centres)
-        self.register_buffer("filters", mixture.filters)
-        self.register_buffer("levels", mixture.levels)
-        self.register_buffer("lengths", mixture.centres.square().sum(dim=1))
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """Return energies (P,) of features (P, D)."""
-        distances = torch.addmm(self.lengths, positions, self.centres.T, alpha=-2)  # (P, K)
-        near = distances.topk(self.count, dim=1, largest=False).indices  # (P, n)
-        found: Sequence[Tensor] = [self._energies(positions, near[:, i]) for i in range(self.count)]
-        return torch.stack(list(found)).amin(dim=0)  # (P,)
-
-    def _energies(self, positions: Tensor, centre: Tensor) -> Tensor:
-        offsets = positions - self.centres.index_select(0, centre)  # (P, D)
-        filters = self.filters.index_select(0, centre)  # (P, D, D)
-        filtered = torch.bmm(filters, rearrange(offsets, "p d -> p d 1"))  # (P, D, 1)
-        return filtered.square().sum(dim=(1, 2)) + self.levels.index_select(0, centre)

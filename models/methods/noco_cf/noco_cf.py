@@ -34,7 +34,8 @@ from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scor
 from models.errors import ModelError
 from models.features.multiscale import grid_size, join_stages
 from models.method import Method
-from models.methods.noco_cf.mixture import ExportedMixture, Mixture, Shape, most_centres
+from models.methods.noco_cf.exported import ExportedMixture
+from models.methods.noco_cf.mixture import Mixture, Shape, most_centres
 
 CHANNELS = 65536
 """Channels of the images read at once, in all."""

@@ -94,9 +94,26 @@ def test_energies_are_those_of_the_definition(changes):
     mixture = mixture_of(features, **changes)
     found = mixture(probes)
     for probe, energy in zip(probes, found.tolist(), strict=True):
-        near = (mixture.centres - probe).norm(dim=1).argsort()[: mixture.shape.nearest]
-        wanted = by_hand(mixture, features, probe)[near].min()
+        distances, order = (mixture.centres - probe).double().square().sum(dim=1).sort()
+        nearest = mixture.shape.nearest
+        kept = (distances[nearest] - distances) / (distances[nearest] - distances[0])
+        energies = by_hand(mixture, features, probe)[order] + 0.1 * D * (1 / kept - 1)
+        wanted = energies[:nearest].min()
         assert energy == pytest.approx(wanted.item(), rel=2e-4)
+
+
+def test_energies_do_not_jump_where_another_centre_becomes_the_third():
+    """Along a line between features, steps of the energies shrink with those of the features."""
+    features = groups(600)
+    mixture = mixture_of(features, 12)
+    far = (features - features[0]).norm(dim=1).argmax()
+    largest = []
+    for count in (1_000, 100_000):
+        line = torch.lerp(features[0], features[far], torch.linspace(0, 1, count).unsqueeze(1))
+        near = torch.cdist(line, mixture.centres).topk(3, largest=False).indices.sort(dim=1).values
+        assert (near[1:] != near[:-1]).any()
+        largest.append(mixture(line).diff().abs().max().item())
+    assert largest[1] < 0.1 * largest[0]
 
 
 def test_parents_stand_between_a_centre_and_the_pool():
