@@ -8,9 +8,9 @@ Each line of the table is a data set at an image size, each column a method unde
 same backbone. Methods without a random part run with one seed. `best possible` is the largest image
 AUROC of `noco_cf` over the options of `CANDIDATES`, chosen on the test set: what its preset leaves
 behind. Runs go to --output by the plain training commands, so that the same command continues, and
-their features to the disk cache; times are from features in that cache. Tables are printed and
-written to OUTPUT/all_sets.md: image AUROC, pixel AUROC, AUPRO, seconds of a fit, images/s (backbone
-and head) and MB of the head.
+their features to the disk cache; times are from features in that cache, and with --jobs those of a
+busy machine. Tables are printed and, as far as they are filled, written to OUTPUT/all_sets.md:
+image AUROC, pixel AUROC, AUPRO, seconds of a fit, images/s (backbone and head), MB of the head.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,15 @@ METRICS = ("image_auroc", "pixel_auroc", "aupro", "fit_seconds", "images/s", "he
 HEADINGS = ("image AUROC", "pixel AUROC", "AUPRO", "fit, s", "images/s", "head, MB")
 
 
+@dataclass(frozen=True)
+class Job:
+    """A command, and the line and column of the table that it fills."""
+
+    title: str
+    column: str
+    words: list[str]
+
+
 Values = dict[str, tuple[float, float]]
 """Metric -> mean over categories and seeds, and standard deviation over seeds."""
 Line = tuple[str, dict[str, Values]]
@@ -81,44 +92,64 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--no-best", action="store_true", help="leave the candidates out")
+    parser.add_argument("--jobs", type=int, default=1, help="commands side by side")
     parser.add_argument("--output", type=Path, default=Path("results/all_sets"))
     arguments = parser.parse_args(argv)
-    with_best = not arguments.no_best and "noco_cf" in arguments.methods
-    columns = [*arguments.methods, *([BEST] if with_best else [])]
-    lines: list[Line] = []
-    for words in arguments.sets:
-        script, dataset, *options = shlex.split(words)
-        structured = script == "train_mvtec.py"
-        for size in arguments.sizes if structured else [None]:
-            title = " ".join([*(options[-1:] or [dataset]), *([f"{size} px"] if size else [])])
-            common = ["--backbone", arguments.backbone, "--cache", "disk", "--overlays", "0"]
-            common += ["--output", str(arguments.output)]
-            common += ["--image-size", str(size)] if size else []
-            found = {}
-            for name in arguments.methods:
-                method, *own = METHODS[name].split()
-                if method in STRUCTURED_ONLY and not structured:
-                    continue
-                if name == "before" and not structured:
-                    own = []
-                seeds = arguments.seeds[:1] if method in WITHOUT_SEED else arguments.seeds
-                job = [script, dataset, method, *options, *own, *common, "--seeds"]
-                found[name] = measured(rows_of([*job, *map(str, seeds)]))
-                print(f"{title}, {name}: {found[name]['image_auroc'][0]:.1f}", flush=True)
-            if with_best:
-                words_of_ours = [script, dataset, "noco_cf", *options, *common]
-                found[BEST] = best(words_of_ours, found["noco_cf"])
-            lines.append((title, found))
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            text = tables(lines, columns)
-            (arguments.output / "all_sets.md").write_text(text, encoding="utf-8")
+    jobs = [
+        job
+        for words in arguments.sets
+        for size in (arguments.sizes if words.startswith("train_mvtec.py") else [None])
+        for job in jobs_of(shlex.split(words), size, arguments)
+    ]
+    columns = [*arguments.methods, *([] if arguments.no_best else [BEST])]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Values]] = {job.title: {} for job in jobs}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        running = {pool.submit(rows_of, job.words): job for job in jobs}
+        try:
+            for done in as_completed(running):
+                job = running[done]
+                found[job.title][job.column] = values = measured(done.result())
+                print(f"{job.title}, {job.column}: {values['image_auroc'][0]:.1f}", flush=True)
+                text = tables([(title, with_best(has)) for title, has in found.items()], columns)
+                (arguments.output / "all_sets.md").write_text(text, encoding="utf-8")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print(text)
 
 
-def best(words: Sequence[str], preset: Values) -> Values:
-    """Return what the best candidate has in image AUROC, the preset among them."""
-    tried = [preset, *(measured(rows_of([*words, *own.split()])) for own in CANDIDATES)]
-    return max(tried, key=lambda values: values["image_auroc"][0])
+def jobs_of(words: Sequence[str], size: int | None, arguments: argparse.Namespace) -> list[Job]:
+    """Return the commands of one data set at one image size, of all methods."""
+    script, dataset, *options = words
+    structured = script == "train_mvtec.py"
+    title = " ".join([*(options[-1:] or [dataset]), *([f"{size} px"] if size else [])])
+    common = [*options, "--backbone", arguments.backbone, "--cache", "disk", "--overlays", "0"]
+    common += ["--output", str(arguments.output)]
+    common += ["--image-size", str(size)] if size else []
+    jobs = []
+    for name in arguments.methods:
+        method, *own = METHODS[name].split()
+        if method in STRUCTURED_ONLY and not structured:
+            continue
+        if name == "before" and not structured:
+            own = []
+        seeds = map(str, arguments.seeds[:1] if method in WITHOUT_SEED else arguments.seeds)
+        jobs.append(Job(title, name, [script, dataset, method, *own, *common, "--seeds", *seeds]))
+    if not arguments.no_best:
+        jobs += [
+            Job(title, own, [script, dataset, "noco_cf", *own.split(), *common])
+            for own in CANDIDATES
+        ]
+    return jobs
+
+
+def with_best(found: dict[str, Values]) -> dict[str, Values]:
+    """Add what the best of the preset and the candidates has in image AUROC."""
+    tried = [found[name] for name in ("noco_cf", *CANDIDATES) if name in found]
+    if not tried:
+        return found
+    return {**found, BEST: max(tried, key=lambda values: values["image_auroc"][0])}
 
 
 def measured(rows: Sequence[dict[str, Any]]) -> Values:
