@@ -88,3 +88,30 @@ def lloyd(
             sizes = rearrange(torch.bincount(owner, minlength=count), "k -> k 1")
             centres = torch.where(sizes > 0, sums / sizes.clamp_min(1), centres)
     return centres
+
+
+def apart(centres: Tensor, features: Tensor, share: float) -> Tensor:
+    """Keep centres that differ, those of most features first.
+
+    Where many features are all but equal, as on a flat background, k-means places several centres
+    in one spot; which of them is nearest is then decided by rounding.
+
+    Args:
+        centres: (K, C).
+        features: (S, C) they were found on.
+        share: of the mean squared distance of a feature to its nearest centre; the squared distance
+            of each two centres that are kept is larger.
+
+    Returns:
+        (at most K, C), at least one.
+    """
+    nearest = torch.cdist(features, centres).min(dim=1)
+    limit = share * nearest.values.square().mean()
+    sizes = torch.bincount(nearest.indices, minlength=len(centres))
+    order = sizes.argsort(descending=True, stable=True)
+    is_near = (torch.cdist(centres, centres).square() <= limit).cpu()
+    kept: list[int] = []
+    for k in order.tolist():
+        if not is_near[k, kept].any():
+            kept.append(k)
+    return centres[kept]

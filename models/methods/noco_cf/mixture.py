@@ -38,7 +38,7 @@ from einops import rearrange
 from torch import Tensor
 
 from models.detector import SizedByFit
-from models.features.kmeans import lloyd
+from models.features.kmeans import apart, lloyd
 from models.features.matmul import full_precision, linear
 
 ENTRIES = 1 << 24
@@ -49,6 +49,8 @@ TOGETHER = 2048
 """Features whose products a processor adds in float32, all others in float64."""
 PARENT_WEIGHT = 500.0
 """Features that the pool stands for in a parent's moment."""
+SAME = 0.03
+"""Squared distance at which two centres are one, as a share of that of a feature to its centre."""
 EDGE = 0.1
 """Energy per channel that a centre loses half of the way out to."""
 DISTANCES = 1 << 21
@@ -113,11 +115,11 @@ class Mixture(SizedByFit):
 
         Args:
             sample: (S, D) normal features.
-            count: centres K; of equal ones, which few different features give, one is kept.
+            count: centres K; of those that all but coincide one is kept.
             generator: draws the seeds of k-means.
         """
         device = self.centres.device
-        centres = torch.unique(lloyd(sample, count, generator=generator), dim=0)
+        centres = apart(lloyd(sample, count, generator=generator), sample, SAME)
         K, D = centres.shape
         groups = torch.zeros(K, dtype=torch.long)
         if 1 < self.shape.parents < K:

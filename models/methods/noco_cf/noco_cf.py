@@ -184,7 +184,10 @@ class NocoCf(Detector):
         found = [len(part.centres) for part in self.mixtures]
         if min(found) < asked:
             counts = ", ".join(map(str, found))
-            self.remarks = [f"Centres by stage: {counts}; few normal features allow no {asked}."]
+            self.remarks = [
+                f"Centres by stage: {counts}. Some of {asked} would have too few normal features, "
+                "or be where another one is."
+            ]
         self._started = True
 
     def forward(self, features: Tensor) -> Tensor:

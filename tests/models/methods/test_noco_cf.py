@@ -116,6 +116,18 @@ def test_energies_do_not_jump_where_another_centre_becomes_the_third():
     assert largest[1] < 0.1 * largest[0]
 
 
+def test_a_flat_background_has_one_centre():
+    """Its features differ by rounding alone: several centres there would differ by chance."""
+    flat = 5 + 1e-3 * torch.randn(3000, D, generator=seeded(1))
+    features = torch.cat([flat, groups(600)])
+    mixture = mixture_of(features, 64)
+    on_flat = (mixture.centres - 5).norm(dim=1) < 0.1
+    assert on_flat.sum() == 1
+    assert len(mixture.centres) > 8
+    again = flat + 1e-3 * torch.randn(3000, D, generator=seeded(2))
+    assert mixture(again).max() < mixture(groups(600)).median()
+
+
 def test_parents_stand_between_a_centre_and_the_pool():
     features = groups(900)
     plain, grouped = (mixture_of(features, 12, parents=p, shrinkage=50.0) for p in (0, 3))
@@ -186,7 +198,8 @@ def test_centres_follow_the_data(asked, positions, channels, wanted):
 
 def test_few_features_are_told():
     assert fitted(stages_of(9)).remarks == [
-        "Centres by stage: 4, 4, 4, 1; few normal features allow no 4."
+        "Centres by stage: 4, 4, 4, 1. Some of 4 would have too few normal features, or be where "
+        "another one is."
     ]
     assert fitted(stages_of(9), prototypes=1).remarks == []
 
