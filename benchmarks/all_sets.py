@@ -170,7 +170,8 @@ def measured(rows: Sequence[dict[str, Any]]) -> Values:
     for name in METRICS:
         seeds = sorted({value["seed"] for value in values})
         means = [statistics.fmean(v[name] for v in values if v["seed"] == s) for s in seeds]
-        spread = statistics.stdev(means) if len(means) > 1 else math.nan
+        has_spread = len(means) > 1 and not any(map(math.isnan, means))
+        spread = statistics.stdev(means) if has_spread else math.nan
         found[name] = (statistics.fmean(means), spread)
     return found
 
