@@ -160,7 +160,7 @@ def table_of(finished: "FinishedRun", rows: Sequence[Mapping[str, Any]]) -> str:
         title=f"{experiment.title}; evaluated again",
         categories=categories,
         seeds=seeds,
-        metrics=[m.name for m in table_metrics(has_maps=experiment.map_size is not None)],
+        metrics=[m.name for m in table_metrics(rows[0], has_maps=experiment.map_size is not None)],
         groups=groups_of(experiment),
     )
     why = [f"{name}: {reason}" for name, reason in undefined_reasons(rows).items()]

@@ -31,7 +31,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks.images import read_tasks
-from datasets.reading.loading import BatchLoader, images_of, read_masks
+from datasets.reading.loading import BatchLoader, images_of
+from datasets.reading.masks import read_masks
 from datasets.reading.transforms import PairTransform
 from datasets.samples import ImageSet, Task
 from models.backbone.extractor import FrozenExtractor

@@ -95,7 +95,11 @@ def contents_of(task: Task, root: Path, digests: Digests) -> Contents:
     train = [(f"train/{NORMAL}", int(i)) for i in task.train_indices]
     test = [(f"test/{kind}", i) for i, kind in enumerate(task.kinds)]
     found: Contents = {}
-    for images, places in ((task.train, train), (task.test, test)):
+    sets = [(task.train, train), (task.test, test)]
+    if task.validation is not None:
+        validation = [(f"validation/{NORMAL}", i) for i in range(len(task.validation))]
+        sets.append((task.validation, validation))
+    for images, places in sets:
         if images.paths is None or task.peers:
             found |= _of_all(images, places, root, digests)
             continue

@@ -1,8 +1,8 @@
 """The contracts: what a reader of a data set returns, what a task is made of, batches of images."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,34 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Saturation:
+    """How much of a defect has to be found for all of it to count as found.
+
+    Attributes:
+        area: Pixels of the file; where it is relative, the share of the defect's own area.
+        is_relative: Which of the two.
+    """
+
+    area: float
+    is_relative: bool
+
+
+@dataclass(frozen=True)
+class Region:
+    """One defect of an image at the size of the maps.
+
+    Attributes:
+        image: Position of the image in the test set.
+        pixels: (A,) int64, its pixels, as positions in the image's rows joined; at least one.
+        saturation: How many of them have to be found for all to count, above 0, at most A.
+    """
+
+    image: int
+    pixels: np.ndarray
+    saturation: float
+
+
+@dataclass(frozen=True)
 class Category:
     """One category of a structured data set: normal images to train on, both labels to test on.
 
@@ -44,12 +72,17 @@ class Category:
         test: Normal images first, then each kind of defect in alphabetical order.
         has_masks: Whether anomalous test images have masks; without them pixel metrics are
             undefined, and of a single one that has none they leave the pixels out.
+        validation: Normal images that the data set keeps for scales and thresholds.
+        saturations: Grey value of a mask -> when its defect counts as found, of data sets whose
+            masks are one file a defect; none of all others.
     """
 
     name: str
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
     has_masks: bool
+    validation: tuple[Sample, ...] = ()
+    saturations: Mapping[int, Saturation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +98,7 @@ class ImageSet:
         ValueError: Not exactly one of images and paths is given.
     """
 
-    split: Literal["train", "test"]
+    split: Literal["train", "validation", "test"]
     images: np.ndarray | None = None
     paths: tuple[Path, ...] | None = None
 
@@ -103,6 +136,12 @@ class Task:
             one that has none; None where there are no masks.
         peers: `train_indices` of every task of the data set, asked for or not, where all share the
             two sets of images; empty where the images are this task's own.
+        folder: Of the category; None where there is none.
+        unused: Images in it that the task leaves aside.
+        validation: Normal images that the data set keeps for scales and thresholds, or None.
+        saturations: See `Category`.
+        groups: Name of a group of anomalies, as "logical" -> its kinds, where the data set tells
+            them apart.
     """
 
     category: str
@@ -116,6 +155,9 @@ class Task:
     peers: tuple[np.ndarray, ...] = ()
     folder: Path | None = None
     unused: tuple[Path, ...] = ()
+    validation: ImageSet | None = None
+    saturations: Mapping[int, Saturation] = field(default_factory=dict)
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

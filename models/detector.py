@@ -75,6 +75,11 @@ class FeatureSource(Protocol):
     channels: int
     """Of the joined features; 3 where a method takes only images."""
 
+    @property
+    def held_out(self) -> "FeatureSource | None":
+        """Normal images beside these, for scales and thresholds; None where the data has none."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of images."""
         ...
@@ -257,6 +262,18 @@ class KnowsSteps(Protocol):
 
         They are what `score_stages` would return at each `monitor(step)`, up to rounding.
         """
+        ...
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A detector whose map is the mean of several, each of which sees something else."""
+
+    part_names: tuple[str, ...]
+    """What each sees, in order."""
+
+    def score_parts(self, stages: Sequence[Tensor]) -> list[Tensor]:
+        """Return the maps (B, H, W) that `score_stages` takes the mean of, from the same stages."""
         ...
 
 

@@ -35,6 +35,8 @@ class Method(MethodPreset, Generic[Options]):
         tasks: kinds of tasks it is for, "structured" and "semantic".
         takes: what its detector is given of an image: "features", "images" or both.
         published_as: its name in figures/published.csv; of a library, that of each model.
+        scales_on_held_out: it sets scales on normal images beside those it is trained on, which
+            `--scale-on` names.
         is_library: it stands for the models of a library, `NAME:MODEL` on the command line, and its
             options have the field `model`.
     """
@@ -44,12 +46,14 @@ class Method(MethodPreset, Generic[Options]):
     tasks: frozenset[str] = frozenset({"structured", "semantic"})
     takes: frozenset[str] = frozenset({"features"})
     published_as: str | dict[str, str] = ""
+    scales_on_held_out: bool = False
     is_library: bool = False
 
     @property
     def ignored(self) -> frozenset[str]:
         """All options that do nothing for it: without features, those of their extraction."""
-        return self.ignores if "features" in self.takes else self.ignores | OF_FEATURES
+        idle = self.ignores if "features" in self.takes else self.ignores | OF_FEATURES
+        return idle if self.scales_on_held_out else idle | {"scale_on"}
 
     def detector_class(self) -> "Callable[[FeatureShape, Options], Detector]":
         """Return the detector's class; the rest of its file is run first."""

@@ -11,7 +11,7 @@ from configs.structured import StructuredExperiment
 from datasets.data_set import SemanticSet, StructuredSet, find_data_sets
 from datasets.samples import Task
 from datasets.tasks.one_class import one_class_tasks
-from datasets.tasks.structured import structured_tasks
+from datasets.tasks.structured import in_whole_batches, structured_tasks
 from models.method import find_methods
 
 AnyExperiment = StructuredExperiment | SemanticExperiment
@@ -95,7 +95,10 @@ def read_tasks(experiment: AnyExperiment, categories: Sequence[str] | None = Non
     wanted = experiment.categories if categories is None else categories
     if isinstance(experiment, StructuredExperiment):
         structured = find_data_sets(StructuredSet)[experiment.dataset]
-        return structured_tasks(structured, experiment.data_root, wanted, experiment.data)
+        tasks = structured_tasks(structured, experiment.data_root, wanted, experiment.data)
+        if experiment.test_batches is None:
+            return tasks
+        return [in_whole_batches(task, experiment.test_batches) for task in tasks]
     labelled = find_data_sets(SemanticSet)[experiment.dataset].read(experiment.data_root)
     return one_class_tasks(labelled, experiment.protocol, wanted)
 

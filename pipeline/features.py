@@ -9,10 +9,11 @@ import torch
 
 from configs.structured import StructuredExperiment
 from datasets.reading.images import Reading, largest_of_16_bits, read_mask
-from datasets.reading.loading import BatchLoader, Images, images_of, read_masks
+from datasets.reading.loading import BatchLoader, Images, images_of
+from datasets.reading.masks import read_masks, read_regions
 from datasets.reading.mvtec_layout import mask_files
 from datasets.reading.transforms import PairTransform
-from datasets.samples import ImageSet, Task
+from datasets.samples import ImageSet, Region, Task
 from datasets.synthetic import ImagesAt, SyntheticDataset, cutpaste, rotate
 from models.backbone.raw_images import RawImages
 from models.building import build_detector, build_extractor
@@ -138,6 +139,7 @@ class Extraction:
         if experiment.calibration_share:
             kept, held = calibration_split(experiment, task, len(normals))
             fitted, calibration = normals.subset(kept), normals.subset(held)
+        fitted.held_out = self._held_out(task, test)
         validation = None
         if experiment.select == "synthetic":
             validation = self._validation_of(task, fitted, train)
@@ -176,9 +178,28 @@ class Extraction:
             names=[names[i] for i in bank.indices],
             kinds=[task.kinds[i] for i in bank.indices],
             masks=masks,
+            regions=self._regions_of(task, bank),
+            groups=task.groups,
             without_mask=torch.tensor(lacking),
             scoring=self.scoring,
         )
+
+    def _regions_of(self, task: Task, bank: Features) -> list[Region] | None:
+        """Return the defects of the test images, of data sets that say when one is found."""
+        if task.masks is None or not task.saturations:
+            return None
+        masks = [task.masks[i] for i in bank.indices]
+        return read_regions(masks, task.saturations, self.transform)
+
+    def _held_out(self, task: Task, test: TestSet) -> Features | None:
+        """Return the normal images that `--scale-on` names, for a method that wants some."""
+        experiment = self.experiment
+        if not find_method(experiment.method_name).scales_on_held_out:
+            return None
+        assert isinstance(experiment, StructuredExperiment)
+        if experiment.scale_on == "test":
+            return test.bank.subset((test.labels == 0).nonzero().flatten())
+        return None if task.validation is None else self.features_of(task, task.validation)
 
     def _remarks_on_masks(self, task: Task, test: TestSet) -> list[str]:
         """Tell masks that mark nothing in their files from those that are lost in the resize."""
@@ -213,7 +234,8 @@ class Extraction:
 
     def _keep(self, task: Task) -> None:
         """Let go the features of images that are not a task's."""
-        self._held = {s: f for s, f in self._held.items() if s in (task.train, task.test)}
+        wanted = (task.train, task.validation, task.test)
+        self._held = {s: f for s, f in self._held.items() if s in wanted}
 
     def _validation_of(self, task: Task, fitted: Features, train: Features) -> Validation:
         """Hold normals out and make anomalies of them: pasted defects, or turned images."""

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from datasets.reading import unused
 from datasets.reading.images import Reading, read_image
 from datasets.reading.transforms import PairTransform
 from datasets.samples import ImageSet, Task
-from models.detector import Detector, Extractor
+from models.detector import Detector, Extractor, HasParts
 from models.method import published_name
 from pipeline.experiments import AnyExperiment, groups_of
 from pipeline.features import TaskData, transform_of
@@ -31,7 +31,8 @@ from utils.evaluation.calibration import (
 )
 from utils.evaluation.monitor import Outcome, State
 from utils.evaluation.online import online_curve, save_online_curve
-from utils.evaluation.scoring import score_all
+from utils.evaluation.scoring import part_maps, score_all
+from utils.evaluation.test_set import TestSet
 from utils.metrics.metrics import table_metrics
 from utils.pictures.galleries import save_gallery
 from utils.pictures.overlays import Shown, save_overlays
@@ -134,6 +135,7 @@ def draw(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) ->
             count=experiment.overlays,
         )
         return
+    part_names, parts = parts_of(fitted.detector, test)
     shown = Shown(
         images=lambda i: transform.image(
             stored_image(task.test, test.bank.indices[i], transform.reading)
@@ -145,8 +147,25 @@ def draw(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) ->
         defects=test.kinds,
         names=[Path(name).name for name in test.names],
         threshold=outcome.measured.pixel_f1_threshold,
+        part_names=part_names,
+        parts=parts,
     )
     save_overlays(folder, shown, num_worst=experiment.overlays, title=task.category)
+
+
+def parts_of(
+    detector: Detector, test: TestSet
+) -> tuple[tuple[str, ...], Callable[[int], Sequence[np.ndarray]]]:
+    """Return the names of the maps that a detector's is the mean of, and what gives an image's."""
+    if not isinstance(detector, HasParts) or len(detector.part_names) < 2:
+        return (), lambda _: ()
+    of_parts: HasParts = detector
+
+    def parts(place: int) -> Sequence[np.ndarray]:
+        maps = part_maps(of_parts, test.bank.subset([place]), test.scoring)  # (L, 1, S, S)
+        return list(maps[:, 0].numpy())
+
+    return of_parts.part_names, parts
 
 
 def draw_leaks(path: Path, data: TaskData, transform: PairTransform, *, count: int) -> None:
@@ -177,6 +196,11 @@ def _save(run: Run, data: TaskData, fitted: Fitted, outcome: Outcome, *, keep_ma
     test, scores = data.test, outcome.scores
     category, seed = data.task.category, fitted.seed
     suffixes = list(outcome.states)
+    parts = {}
+    if keep_maps and isinstance(fitted.detector, HasParts):
+        fitted.detector.load_state_dict(outcome.states[suffixes[0]])
+        found = part_maps(fitted.detector, test.bank, test.scoring)
+        parts = dict(zip(fitted.detector.part_names, found, strict=True))
     recorded = TestScores(
         paths=test.names,
         labels=test.labels,
@@ -186,6 +210,7 @@ def _save(run: Run, data: TaskData, fitted: Fitted, outcome: Outcome, *, keep_ma
         masks=test.masks if keep_maps else None,
         norms=scores.norms,
         angles=scores.angles,
+        parts=parts,
     )
     run.save_scores(category, seed, recorded, suffix=suffixes[0])
     for suffix in suffixes:
@@ -268,7 +293,8 @@ def write_table(
         RunError: a (category, seed) of the table is missing.
     """
     rows = run.rows()
-    metrics = [m.name for m in table_metrics(has_maps=experiment.map_size is not None)]
+    has_maps = experiment.map_size is not None
+    metrics = [m.name for m in table_metrics(rows[0], has_maps=has_maps)]
     # The papers' numbers are for one class against the rest.
     is_published = not _leaves_one_out(experiment)
     reasons = undefined_reasons(rows)

@@ -101,6 +101,21 @@ def read_mask(path: Path, reading: Reading = PLAIN) -> np.ndarray:
         DataError: As for `read_image`, but floating-point values are read if they are numbers, and
             16-bit colours are refused: small values would be lost.
     """
+    values = read_mask_values(path, reading)
+    with _opened(path, reading.max_pixels) as image:
+        threshold = values.max() // 2 if _is_lossy(image, path) else 0
+    return values > threshold
+
+
+def read_mask_values(path: Path, reading: Reading = PLAIN) -> np.ndarray:
+    """Reads the values of a mask, of colours the largest; see `read_mask`.
+
+    Returns:
+        (H, W), of the file's own type.
+
+    Raises:
+        DataError: As for `read_mask`.
+    """
     with _opened(path, reading.max_pixels) as image:
         # Pillow keeps the high byte of 16-bit colours; before loading, the tile still tells.
         if image.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in image.tile):
@@ -118,9 +133,8 @@ def read_mask(path: Path, reading: Reading = PLAIN) -> np.ndarray:
         if values.ndim == 3:
             values = values.max(axis=2)  # (H, W)
         if alpha is not None and np.ptp(values) == 0 and np.ptp(alpha) > 0:
-            values = alpha
-        threshold = values.max() // 2 if _is_lossy(image, path) else 0
-        return values > threshold
+            return alpha
+        return values
 
 
 def read_size(path: Path, reading: Reading = PLAIN) -> tuple[int, int]:

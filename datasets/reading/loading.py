@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.reading.fingerprints import digest, stamp
-from datasets.reading.images import Reading, read_image, read_mask, read_size
-from datasets.reading.mvtec_layout import mask_files
+from datasets.reading.images import read_image
 from datasets.reading.transforms import PairTransform
 from datasets.samples import Batch, DataError, ImageLoader, ImageSet
 
@@ -265,51 +264,6 @@ class BatchLoader(ImageLoader):
                 ) from error
             done += len(batch[0]) + len(batch[2])
             yield batch
-
-
-def read_masks(
-    images: Sequence[Path],
-    masks: Sequence[Path | None],
-    transform: PairTransform,
-) -> Tensor:
-    """Reads and transforms the masks of images; an image without one gets zeros.
-
-    Args:
-        images: (N,) image files.
-        masks: (N,) mask files, or folders of masks that are joined; None for an image without one.
-        transform: Of the images.
-
-    Returns:
-        (N, S, S) bool.
-
-    Raises:
-        DataError: A mask cannot be read, or its size differs from that of its upright image.
-    """
-    size = transform.output_size
-    read = torch.zeros(len(images), size, size, dtype=torch.bool)  # (N, S, S)
-    for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
-        if mask is not None:
-            read[index] = torch.from_numpy(
-                transform.mask(_read_checked_mask(image, mask, transform.reading))
-            )
-    return read
-
-
-def _read_checked_mask(image: Path, path: Path, reading: Reading) -> np.ndarray:
-    parts = [_read_checked_part(image, part, reading) for part in mask_files(path)]
-    return parts[0] if len(parts) == 1 else np.any(parts, axis=0)  # (H, W)
-
-
-def _read_checked_part(image: Path, path: Path, reading: Reading) -> np.ndarray:
-    mask = read_mask(path, reading)  # (H, W)
-    image_size = read_size(image, reading)
-    if mask.shape != image_size:
-        raise DataError(
-            f"the mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-            f"{image} is {image_size[1]} x {image_size[0]} (width x height): "
-            "save the mask at the size of the image"
-        )
-    return mask
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

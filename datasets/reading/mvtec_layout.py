@@ -1,4 +1,4 @@
-"""Reads the folder layout of MVTec AD, which MPDD and many own data sets share.
+"""Reads the folder layout of MVTec AD, which MPDD, MVTec LOCO and many own data sets share.
 
 ```
 <category>/train/good/*
@@ -6,9 +6,14 @@
 <category>/test/<defect>/*                         anomalous
 <category>/ground_truth/<defect>/<stem>_mask.*     or <stem>.*, or a folder <stem>/ of masks that
                                                    are joined; ground_truth may be missing
+<category>/validation/good/*                       normal, for scales and thresholds; may be missing
+<category>/defects_config.json                     where each file of such a folder is one defect:
+                                                   [{"defect_name", "pixel_value",
+                                                   "saturation_threshold", "relative_saturation"}]
 ```
 """
 
+import json
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +21,7 @@ from pathlib import Path
 from configs.options import DataOptions
 from datasets.reading.images import is_image_file
 from datasets.reading.unused import is_hidden
-from datasets.samples import Category, DataError, Sample
+from datasets.samples import Category, DataError, Sample, Saturation
 
 NORMAL = "good"
 _NAMES_OF_NORMAL = frozenset(
@@ -49,7 +54,7 @@ def read_category(
     Raises:
         DataError: There are no images in train/good or in test, a folder of test is called like
             normal images, an anomalous image has no mask although there is a ground_truth folder,
-            or it has more than one.
+            or it has more than one, or defects_config.json cannot be understood.
     """
     del options
     folder = root / name
@@ -72,7 +77,40 @@ def read_category(
             f"category {name!r} has no test images: put them into {folder / 'test' / NORMAL} and "
             f"{folder / 'test' / '<defect>'}"
         )
-    return Category(name, train, tuple(test), has_masks)
+    validation = tuple(
+        Sample(path, label=0) for path in image_files(folder / "validation" / NORMAL)
+    )
+    saturations = read_saturations(folder / "defects_config.json")
+    return Category(name, train, tuple(test), has_masks, validation, saturations)
+
+
+def read_saturations(path: Path) -> dict[int, Saturation]:
+    """Reads how much of each kind of defect has to be found; nothing where there is no file.
+
+    Returns:
+        Grey value of a mask -> its saturation.
+
+    Raises:
+        DataError: The file is none of this kind.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        found = {
+            int(entry["pixel_value"]): Saturation(
+                float(entry["saturation_threshold"]), bool(entry["relative_saturation"])
+            )
+            for entry in entries
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}: not MVTec LOCO's list of defects ({type(error).__name__}: {error}); correct "
+            "it, or remove it to do without sPRO"
+        ) from None
+    if bad := [value for value, one in found.items() if not one.area > 0]:
+        raise DataError(f"{path}: the saturation_threshold of pixel_value {bad[0]} must be above 0")
+    return found
 
 
 def image_files(folder: Path) -> list[Path]:

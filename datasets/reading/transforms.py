@@ -76,6 +76,11 @@ class PairTransform:
         )
         return self._crop(resized).astype(bool)  # (S, S)
 
+    def area_scale(self, image: np.ndarray) -> float:
+        """Returns how many pixels become of one by the resize, a fraction where it shrinks."""
+        width, height = self._resized(image)
+        return width * height / (image.shape[0] * image.shape[1])
+
     def _resized(self, image: np.ndarray) -> tuple[int, int]:
         """Width and height after the resize, before the crop."""
         height, width = image.shape[:2]

@@ -1,7 +1,8 @@
 """Categories of the structured data sets: which there are, and the images of each."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,12 @@ from datasets.data_set import StructuredSet
 from datasets.reading.mvtec_layout import NORMAL, composed, mask_files, subfolders
 from datasets.reading.unused import unused_images
 from datasets.samples import Category, DataError, ImageSet, Task
+
+LOGICAL_OR_STRUCTURAL: dict[str, tuple[str, ...]] = {
+    "logical": ("logical_anomalies",),
+    "structural": ("structural_anomalies",),
+}
+"""Groups of anomalies -> their kinds, in the folders of MVTec LOCO."""
 
 
 def structured_tasks(
@@ -36,11 +43,12 @@ def structured_tasks(
 
 def task_of(category: Category, folder: Path | None = None) -> Task:
     """Returns the task of a category; what lies in its folder and is not used is looked for."""
-    used = [sample.path for sample in (*category.train, *category.test)]
+    used = [sample.path for sample in (*category.train, *category.validation, *category.test)]
     masks = [sample.mask_path for sample in category.test if sample.mask_path is not None]
     used += [file for mask in masks for file in mask_files(mask)]
     train = tuple(sample.path for sample in category.train)
     test = tuple(sample.path for sample in category.test)
+    validation = tuple(sample.path for sample in category.validation)
     return Task(
         category=category.name,
         label=category.name,
@@ -52,7 +60,42 @@ def task_of(category: Category, folder: Path | None = None) -> Task:
         masks=tuple(s.mask_path for s in category.test) if category.has_masks else None,
         folder=folder,
         unused=() if folder is None else unused_images(folder, used),
+        validation=ImageSet("validation", paths=validation) if validation else None,
+        saturations=category.saturations,
+        groups=groups_of({sample.defect for sample in category.test if sample.label}),
     )
+
+
+def in_whole_batches(task: Task, size: int) -> Task:
+    """Returns a task without the last of its test images by path that fill no batch.
+
+    Raises:
+        DataError: It has fewer test images than a batch.
+    """
+    paths = task.test.paths
+    assert paths is not None
+    num_kept = len(paths) // size * size
+    if not num_kept:
+        raise DataError(
+            f"category {task.category!r} has {len(paths)} test images, which fill no batch of "
+            f"{size}: lower --test-batches, or leave it out"
+        )
+    by_path = sorted(range(len(paths)), key=lambda i: paths[i].as_posix())
+    kept = sorted(by_path[:num_kept])
+    masks = None if task.masks is None else tuple(task.masks[i] for i in kept)
+    return replace(
+        task,
+        test=ImageSet("test", paths=tuple(paths[i] for i in kept)),
+        test_labels=task.test_labels[kept],
+        kinds=tuple(task.kinds[i] for i in kept),
+        masks=masks,
+    )
+
+
+def groups_of(kinds: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Returns the groups of anomalies that kinds are told apart by, as MVTec LOCO names them."""
+    told = any(kind in kinds for group in LOGICAL_OR_STRUCTURAL.values() for kind in group)
+    return LOGICAL_OR_STRUCTURAL if told else {}
 
 
 def list_categories(

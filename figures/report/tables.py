@@ -60,7 +60,7 @@ def _partial(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     shown = [row for row in rows if row["category"] in categories and row["seed"] in seeds]
     metrics = [
         name
-        for name in (metric.name for metric in table_metrics(has_maps=True))
+        for name in (metric.name for metric in table_metrics(metric_names(), has_maps=True))
         if all(isinstance(row.get(name), (int, float)) for row in shown)
         and any(not math.isnan(row[name]) for row in shown)
     ]

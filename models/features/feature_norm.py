@@ -198,6 +198,11 @@ class _Rescaled:
     def __len__(self) -> int:
         return len(self._bank)
 
+    @property
+    def held_out(self) -> "_Rescaled | None":
+        held = self._bank.held_out
+        return None if held is None else _Rescaled(held, self._feature_norm)
+
     def subset(self, rows: Tensor) -> "_Rescaled":
         return _Rescaled(self._bank.subset(rows), self._feature_norm)
 

@@ -161,8 +161,11 @@ GRID = "--select synthetic --grid"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("mvtecc", r"unknown data set 'mvtecc'; did you mean mvtec\? \(known: mvtec, demo, folder"),
-        ("zzz", r"unknown data set 'zzz' \(known: mvtec, demo"),
+        (
+            "mvtecc",
+            r"unknown data set 'mvtecc'; did you mean mvtec or mvtec_loco\? \(known: mvtec, btad",
+        ),
+        ("zzz", r"unknown data set 'zzz' \(known: mvtec, btad, demo"),
         ("visa nocoo", r"unknown method 'nocoo'; did you mean noco\b.*\? \(known: noco"),
         ("visa panda", "unknown method 'panda'"),  # of the other kind of task
         ("anomalib", "unknown data set 'anomalib'"),

@@ -92,7 +92,10 @@ def test_roles_of_the_experiments_options():
     }
     assert fields_marked(SemanticExperiment, Role.BESIDE) == beside
     assert fields_marked(StructuredExperiment, Role.BESIDE) == {*beside, "save_maps"}
-    later = {"calibration_share", "false_alarm_rate", "data", "bit_depth", "max_pixels"}
+    later = {
+        *("calibration_share", "false_alarm_rate", "data", "bit_depth", "max_pixels"),
+        *("scale_on", "test_batches"),
+    }
     assert fields_marked(StructuredExperiment, Since.LATER) == later
     for field in dataclasses.fields(StructuredExperiment):
         roles = [m for m in marks_of(StructuredExperiment, field.name) if isinstance(m, Role)]
@@ -129,6 +132,14 @@ IDLE = [
         ("demo noco_cf", "prototypes 1", option, "prototypes is above 1")
         for option in ("nearest 2", "shrinkage 1", "parents 2")
     ),
+    *(
+        ("demo ulsad", "branches local", option, "branches is both or global")
+        for option in (
+            *("bottleneck 9", "tie direct", "detach-global"),
+            *("attention-direction 1", "global-direction 1"),
+        )
+    ),
+    ("demo ulsad", "branches global", "local-direction 1", "branches is both or local"),
     ("cifar10 panda_ewc", "fisher-file f.pth", "fisher-images 9", "fisher-file is none"),
     ("mnist deep_svdd", "objective one_class", "nu 0.2", "objective is soft_boundary"),
     ("mnist deep_svdd", "objective one_class", "warmup-epochs 2", "objective is soft_boundary"),

@@ -3,7 +3,7 @@ from datasets.data_set import SemanticSet, StructuredSet, find_data_sets, num_ca
 
 def test_the_default_comes_first_and_each_set_has_the_name_of_its_file():
     structured, semantic = find_data_sets(StructuredSet), find_data_sets(SemanticSet)
-    assert list(structured) == ["mvtec", "demo", "folder", "mpdd", "visa"]
+    assert list(structured) == ["mvtec", "btad", "demo", "folder", "mpdd", "mvtec_loco", "visa"]
     of_colour = [name for name, one in semantic.items() if not one.is_grey]
     assert of_colour == ["cifar10", "cats_vs_dogs", "cifar100", "cifar100_coarse", "folder"]
     of_grey = [name for name, one in semantic.items() if one.is_grey]

@@ -1,6 +1,7 @@
 """Draws small data sets in their true layouts, with defects anyone can see."""
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -119,3 +120,61 @@ def write_visa_csv(root: Path, names: Sequence[str], *, num_test: int = 2) -> Pa
                 paths = [path.relative_to(root).as_posix() for path in (anomaly, mask)]
                 writer.writerow([name, "test", "anomaly", *paths])
     return path
+
+
+def draw_loco_category(
+    root: Path,
+    name: str = "juice_bottle",
+    *,
+    num_train: int = 6,
+    num_normal: int = 3,
+    size: tuple[int, int] = (48, 64),
+    seed: int = 0,
+) -> Path:
+    """Draws `root/name` in the layout of MVTec LOCO and returns it; `size` is (width, height).
+
+    Each anomalous image has a dark square and a bright scratch, a file each; the second logical
+    image a third that lies over the square, as alternatives of one place do. The square has to be
+    found by 30 pixels, the scratch by half of it.
+    """
+    rng = np.random.default_rng(seed)
+    category = root / name
+    counts = {"train": num_train, "validation": num_normal, "test": num_normal}
+    for split, count in counts.items():
+        for index in range(count):
+            save(category / f"{split}/good/{index:03d}.png", texture(rng, size))
+    for kind in ("logical_anomalies", "structural_anomalies"):
+        for index in range(2):
+            image, square = add_defect(texture(rng, size), "hole", rng)
+            image, scratch = add_defect(image, "scratch", rng)
+            save(category / f"test/{kind}/{index:03d}.png", image)
+            masks = [square * 255, scratch * 254]
+            if kind == "logical_anomalies" and index == 1:
+                masks.append(np.roll(square, 1, axis=1) * 255)
+            for number, mask in enumerate(masks):
+                folder = category / f"ground_truth/{kind}/{index:03d}"
+                save(folder / f"{number:03d}.png", mask.astype(np.uint8))
+    entries = [
+        {"defect_name": "square", "pixel_value": 255, "saturation_threshold": 30,
+         "relative_saturation": False},
+        {"defect_name": "scratch", "pixel_value": 254, "saturation_threshold": 0.5,
+         "relative_saturation": True},
+    ]  # fmt: skip
+    (category / "defects_config.json").write_text(json.dumps(entries))
+    return category
+
+
+def draw_btad_category(
+    root: Path, name: str = "01", *, suffix: str = ".bmp", seed: int = 0
+) -> Path:
+    """Draws `root/name` in the layout of BTAD and returns it; masks are .png, images as said."""
+    rng = np.random.default_rng(seed)
+    category = root / name
+    for folder, count in (("train/ok", 4), ("test/ok", 2)):
+        for index in range(count):
+            save(category / f"{folder}/{index:04d}{suffix}", texture(rng, (40, 40)))
+    for index in range(3):
+        image, mask = add_defect(texture(rng, (40, 40)), "hole", rng)
+        save(category / f"test/ko/{index:04d}{suffix}", image)
+        save(category / f"ground_truth/ko/{index:04d}.{'bmp' if index else 'png'}", mask)
+    return category

@@ -12,6 +12,8 @@ from models.method import find_method
 class Bank:
     """Features (N, C, H, W) in memory, as a detector sees them."""
 
+    held_out = None
+
     def __init__(self, features):
         self.features = features
         self.channels = features.shape[1]
@@ -64,9 +66,9 @@ def draw_bank(count=8, channels=6, side=5, seed=1):
     return Bank(torch.randn(count, channels, side, side, generator=seeded(seed)))
 
 
-def draw_images(count, *, low=0, high=256, seed=1):
-    """Images (N, 3, 32, 32), uint8, channels last as banks give them."""
-    images = torch.randint(low, high, (count, 3, 32, 32), generator=seeded(seed)).byte()
+def draw_images(count, *, low=0, high=256, seed=1, side=32):
+    """Images (N, 3, side, side), uint8, channels last as banks give them."""
+    images = torch.randint(low, high, (count, 3, side, side), generator=seeded(seed)).byte()
     return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -146,6 +146,6 @@ class FitMonitor:
 
 def merged(image: Measured, pixel: Measured) -> Measured:
     """Return the metrics of images of one state of a head, and those of pixels of another."""
-    source = {"images": image, "pixels": pixel}
-    values = {m.name: source[m.of].values[m.name] for m in metrics.METRICS}
+    of = {m.name: pixel if m.of in metrics.OF_PIXELS else image for m in metrics.METRICS}
+    values = {name: of[name].values[name] for name in image.values}
     return Measured(values, image.undefined | pixel.undefined, image.pixel_f1_threshold)

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.detector import Detector, HasObjective, KnowsSteps
+from models.detector import Detector, HasObjective, HasParts, KnowsSteps
 from utils.evaluation.smoothing import image_scores, upsample_and_blur
 from utils.features.features import Features
 
@@ -97,6 +97,17 @@ def score_all(
     )
     check_finite(scores)
     return scores
+
+
+@torch.inference_mode()
+def part_maps(detector: HasParts, bank: Features, scoring: Scoring) -> Tensor:
+    """Return the maps that a detector's own is the mean of, (L, N, S, S) float32, on the CPU."""
+    assert isinstance(detector, Detector)
+    found = []
+    for stages in bank.stage_batches(scoring.batch_size):
+        parts = [_smooth(part, detector, scoring) for part in detector.score_parts(stages)]
+        found.append(torch.stack(parts).cpu())
+    return torch.cat(found, dim=1)
 
 
 @torch.inference_mode()

@@ -1,12 +1,13 @@
 """A test set: what is known of its images, and the metrics of their scores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from datasets.samples import Region
 from models.detector import Detector
 from utils.evaluation.scoring import Scores, Scoring, score_all
 from utils.features.features import Features
@@ -22,6 +23,8 @@ class TestSet:
         names: (N,) file or position of each image, for the scores file.
         kinds: (N,) kind of defect or class of each image.
         masks: (N, S, S) bool, or None where there are none; looked at where the maps are made.
+        regions: the defects of the masks with their saturations, where the data set has these.
+        groups: "logical" and "structural" -> kinds of such anomalies; empty where it does not tell.
         without_mask: (N,) bool, images that lack one although others have some: pixel metrics
             leave them out. None for no image.
         scoring: how maps become scores.
@@ -37,6 +40,8 @@ class TestSet:
         names: Sequence[Path | str],
         kinds: Sequence[str],
         masks: Tensor | None = None,
+        regions: Sequence[Region] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
         without_mask: Tensor | None = None,
         scoring: Scoring,
     ) -> None:
@@ -47,6 +52,11 @@ class TestSet:
         self.kinds = list(kinds)
         self.masks = None if masks is None else masks[:, ::stride, ::stride]
         self.scoring = scoring
+        self.regions = regions
+        self.groups = {
+            name: torch.tensor([kind in members for kind in self.kinds])
+            for name, members in (groups or {}).items()
+        }
         # (M,) positions of the images whose masks are known; None for all of them.
         self._known: Tensor | None = None
         if without_mask is not None and without_mask.any():
@@ -58,7 +68,15 @@ class TestSet:
 
     def measure(self, scores: Scores) -> Measured:
         """Compute all metrics; those that need masks are nan without them."""
-        return evaluate(scores.images, self.labels, scores.maps, self.masks, known=self._known)
+        return evaluate(
+            scores.images,
+            self.labels,
+            scores.maps,
+            self.masks,
+            known=self._known,
+            regions=self.regions,
+            groups=self.groups,
+        )
 
     def aurocs(self, scores: Scores) -> tuple[float, float]:
         """Return image and pixel AUROC alone: the criterion of a choice, without the other metrics.

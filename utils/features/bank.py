@@ -134,7 +134,7 @@ class FeatureBank(Features):
         wanted = torch.as_tensor(rows, dtype=torch.long)
         chosen = self._rows[wanted]
         indices = [self.indices[i] for i in wanted.tolist()]
-        return FeatureBank(
+        found = FeatureBank(
             self.stages,
             indices,
             assemble=self._assemble,
@@ -145,6 +145,8 @@ class FeatureBank(Features):
             skipped=self.skipped,
             thumbnails=None if self.thumbnails is None else self.thumbnails[wanted],
         )
+        found.held_out = self.held_out
+        return found
 
     def join(self, other: "FeatureBank") -> "FeatureBank":
         """Return a bank of the images of both, copied; `indices` counts them anew."""

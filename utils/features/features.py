@@ -26,9 +26,11 @@ class Features(ABC):
         pass_seconds: time the backbone took for what is stored, be it in an earlier run.
         skipped: unreadable images that were left out, with the reason.
         thumbnails: (N, 32, 32) uint8, of `utils.features.thumbnails`; None where none are kept.
+        held_out: normal images beside these, for scales and thresholds; None where there are none.
     """
 
     thumbnails: Tensor | None = None
+    held_out: "Features | None" = None
 
     def __init__(
         self,

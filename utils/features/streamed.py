@@ -109,7 +109,7 @@ class StreamedFeatures(Features):
     def subset(self, rows: Rows) -> "StreamedFeatures":
         """Return the images at `rows` of these, which are the only ones it reads."""
         wanted = torch.as_tensor(rows, dtype=torch.long)
-        return StreamedFeatures(
+        found = StreamedFeatures(
             self._sources,
             self._owners[wanted],
             self._rows[wanted],
@@ -117,6 +117,8 @@ class StreamedFeatures(Features):
             extract_seconds=self.extract_seconds,
             skipped=self.skipped,
         )
+        found.held_out = self.held_out
+        return found
 
     def join(self, other: "StreamedFeatures") -> "StreamedFeatures":
         """Return the images of both, first these; `indices` counts them anew."""

@@ -19,8 +19,8 @@ class Curve:
         normal_above: (K,) int64, normal scores > threshold.
         false_positives: (K,) int64, normal scores >= threshold.
         num_normal: how many scores are normal.
-        region_weights: (P,), of pixels: 1 / area of the defect that each anomalous one belongs to,
-            in the order of the masks; None of images.
+        region_weights: (P,), of pixels: what each anomalous one adds to the overlap of the defect
+            it belongs to, 1 / its area, in the order of the masks; None of images.
     """
 
     order: np.ndarray

@@ -4,6 +4,7 @@ float64 is ranked as float64, and half precision is widened, which is exact.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.samples import Region
 from utils.metrics import metrics
 from utils.metrics.counting import count_at_thresholds, threaded_map, threads_for
 from utils.metrics.curve import Curve
@@ -53,6 +55,8 @@ def evaluate(
     masks: Tensor | None,
     *,
     known: Tensor | None = None,
+    regions: Sequence[Region] | None = None,
+    groups: Mapping[str, Tensor] | None = None,
 ) -> Measured:
     """Computes every metric of one category's test set.
 
@@ -70,6 +74,10 @@ def evaluate(
         masks: (N, H, W) bool, True on defects; None without masks.
         known: (M,) positions of the images whose masks are known, the only ones whose pixels are
             measured; None for all.
+        regions: The defects of all masks, each with its saturation: only then metrics of "regions"
+            are measured.
+        groups: "logical" and "structural" -> which images are such anomalies, (N,) bool: only then
+            the metrics of these are measured.
 
     Raises:
         TypeError: Scores that are not floating point, masks that are not bool.
@@ -78,26 +86,99 @@ def evaluate(
     """
     labels = _binary_labels(labels)
     image_scores = _checked_scores(image_scores, labels, "image scores")
-    curves: dict[str, Curve | None] = {"pixels": None}
-    curves["images"], image_reason = _ranked(image_scores, labels, "images")
-    pixel_reason = "no masks"
+    curves: dict[str, tuple[Curve, ...]] = {}
+    reasons: dict[str, str] = {}
+    _add(curves, reasons, "images", *_ranked(image_scores, labels, "images"))
+    for name, members in (groups or {}).items():
+        ranked = ~labels | members  # (N,)
+        found = _ranked(
+            image_scores[ranked.to(image_scores.device)], labels[ranked], f"{name} images"
+        )
+        _add(curves, reasons, name, *found)
+    if groups:
+        missing = [name for name in groups if name not in curves]
+        reasons["kinds"] = reasons[missing[0]] if missing else ""
+        if not missing:
+            curves["kinds"] = tuple(curves[name][0] for name in groups)
+    pixels, pixel_reason = None, "no masks"
     if masks is not None:
         _check_masks(masks, labels)
         pixel_reason = "no anomaly maps"
         if anomaly_maps is not None and known is not None:
             anomaly_maps, masks = anomaly_maps[known.to(anomaly_maps.device)], masks[known]
         if anomaly_maps is not None:
-            curves["pixels"], pixel_reason = _ranked_pixels(anomaly_maps, masks)
-    reasons = {"images": image_reason, "pixels": pixel_reason}
+            pixels, pixel_reason = _ranked_pixels(anomaly_maps, masks)
+    _add(curves, reasons, "pixels", pixels, pixel_reason)
+    if regions is not None:
+        defects = None
+        if pixels is not None and masks is not None:
+            weights = saturated_weights(
+                pixels.order, masks.cpu().numpy(), _of_known(regions, known)
+            )
+            defects = replace(pixels, region_weights=weights)
+        _add(curves, reasons, "regions", defects, pixel_reason)
     values, undefined = {}, {}
     for metric in metrics.METRICS:
-        curve = curves[metric.of]
-        values[metric.name] = math.nan if curve is None else metric.value(curve)
-        if curve is None:
+        if metric.of not in reasons:
+            continue
+        values[metric.name] = math.nan
+        if metric.of in curves:
+            values[metric.name] = metric.value(*curves[metric.of])
+        else:
             undefined[metric.name] = reasons[metric.of]
-    pixels = curves["pixels"]
     threshold = None if pixels is None else metrics.f1_threshold(pixels)
     return Measured(values, undefined, threshold)
+
+
+def _add(
+    curves: dict[str, tuple[Curve, ...]],
+    reasons: dict[str, str],
+    name: str,
+    curve: Curve | None,
+    reason: str,
+) -> None:
+    """Note a curve, or why there is none."""
+    reasons[name] = reason
+    if curve is not None:
+        curves[name] = (curve,)
+
+
+def saturated_weights(
+    order: np.ndarray, masks: np.ndarray, regions: Sequence[Region]
+) -> np.ndarray:
+    """Return what each anomalous pixel adds to the overlap of the defects it belongs to.
+
+    In the order of the scores each pixel of a defect counts 1 / saturation until as many are found;
+    the one beyond counts for what is left, all others nothing. So sPRO (Bergmann et al., IJCV 2022)
+    is `pro_area` with these weights, exact for any threshold.
+
+    Args:
+        order: (P,), ranks the anomalous pixels from the highest down.
+        masks: (N, H, W) bool.
+        regions: the defects of these masks.
+
+    Returns:
+        (P,), in the order of the masks.
+    """
+    rank_of = np.empty_like(order)
+    rank_of[order] = np.arange(len(order))
+    anomalous = np.flatnonzero(masks)  # (P,)
+    size = masks[0].size
+    weights = np.zeros(len(order))
+    for region in regions:
+        places = np.searchsorted(anomalous, region.image * size + region.pixels)  # (A,)
+        places = places[np.argsort(rank_of[places])]  # the first found comes first
+        left = region.saturation - np.arange(len(places))
+        weights[places] += left.clip(0, 1) / region.saturation
+    return weights
+
+
+def _of_known(regions: Sequence[Region], known: Tensor | None) -> Sequence[Region]:
+    """Return the regions of the images whose masks are known, these counted anew."""
+    if known is None:
+        return regions
+    place_of = {image: place for place, image in enumerate(known.tolist())}
+    return [replace(r, image=place_of[r.image]) for r in regions if r.image in place_of]
 
 
 def ranking_metrics(scores: Tensor, labels: Tensor) -> Ranking:

@@ -5,7 +5,8 @@ threshold, and scores are never squashed, normalised or rounded on the way. A me
 here is measured, recorded, shown in tables and compared by evaluate.py; nothing else names all.
 """
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,11 @@ import numpy as np
 
 from utils.metrics.curve import Curve
 
+Ranked = Literal["images", "logical", "structural", "kinds", "pixels", "regions"]
+"""What is ranked: all images; the normal ones with the logical or with the structural anomalies,
+or these two one after the other; pixels, each weighing by its connected region; or by the defect it
+belongs to, up to the defect's saturation. The last, and the kinds, only some data sets have."""
+OF_PIXELS = ("pixels", "regions")
 # The limit of Bergmann et al., "Uninformed Students" (CVPR 2020), and of MVTec's evaluation code.
 FPR_LIMIT = 0.3
 
@@ -24,15 +30,16 @@ class Metric:
     Attributes:
         name: in results.csv and metrics.jsonl.
         heading: in tables.
-        of: whether images are ranked or pixels.
-        value: its value, in [0, 1], for curves on which both classes occur.
+        of: what is ranked.
+        value: its value, in [0, 1], for curves on which both classes occur: of "kinds" two, else
+            one.
         in_table: stands in a run's table; all are in results.csv.
     """
 
     name: str
     heading: str
-    of: Literal["images", "pixels"]
-    value: Callable[[Curve], float]
+    of: Ranked
+    value: Callable[..., float]
     in_table: bool = True
 
 
@@ -71,7 +78,7 @@ def pro_area(curve: Curve, fpr_limit: float = FPR_LIMIT) -> float:
     straight to the next point (normal pixels that tie with anomalous ones; vertical without any).
 
     Args:
-        curve: of pixels, with region weights.
+        curve: of pixels, with region weights; those of `saturated_weights` make it sPRO.
         fpr_limit: upper end of the integration, in (0, 1].
     """
     assert curve.region_weights is not None
@@ -88,6 +95,11 @@ def pro_area(curve: Curve, fpr_limit: float = FPR_LIMIT) -> float:
     return float((flat.sum() + (tied_within * mean_overlap).sum() + all_found) / limit)
 
 
+def mean_auroc(*curves: Curve) -> float:
+    """Return the mean of the AUROC of each curve."""
+    return statistics.fmean(map(auroc, curves))
+
+
 METRICS = (
     Metric("image_auroc", "image AUROC", "images", auroc),
     Metric("image_ap", "image AP", "images", average_precision),
@@ -96,6 +108,16 @@ METRICS = (
     Metric("pixel_ap", "pixel AP", "pixels", average_precision),
     Metric("pixel_f1_max", "pixel F1-max", "pixels", f1_max, in_table=False),
     Metric("aupro", "AUPRO", "pixels", pro_area),
+    Metric("image_auroc_logical", "logical AUROC", "logical", auroc),
+    Metric("image_auroc_structural", "structural AUROC", "structural", auroc),
+    Metric("image_auroc_mean", "mean of both", "kinds", mean_auroc),
+    # MVTec LOCO: a defect's overlap is the part of its saturation area that is found.
+    Metric("spro", "sPRO 0.05", "regions", lambda curve: pro_area(curve, 0.05)),
+    Metric(
+        "spro_0.01", "sPRO 0.01", "regions", lambda curve: pro_area(curve, 0.01), in_table=False
+    ),
+    Metric("spro_0.1", "sPRO 0.1", "regions", lambda curve: pro_area(curve, 0.1), in_table=False),
+    Metric("spro_0.3", "sPRO 0.3", "regions", lambda curve: pro_area(curve, 0.3), in_table=False),
 )
 
 
@@ -104,9 +126,10 @@ def metric_names() -> tuple[str, ...]:
     return tuple(metric.name for metric in METRICS)
 
 
-def table_metrics(*, has_maps: bool) -> tuple[Metric, ...]:
-    """Return the metrics of a run's table: those of pixels only where there are maps."""
-    return tuple(m for m in METRICS if m.in_table and (has_maps or m.of == "images"))
+def table_metrics(measured: Collection[str], *, has_maps: bool) -> tuple[Metric, ...]:
+    """Return the metrics of a run's table, of those measured: of pixels only where maps are."""
+    shown = (m for m in METRICS if m.in_table and m.name in measured)
+    return tuple(m for m in shown if has_maps or m.of not in OF_PIXELS)
 
 
 def heading_of(name: str) -> str:

@@ -49,6 +49,8 @@ class Shown:
         defects: (N,), the defect types, which group the sample; all normals are one group.
         names: (N,), file names for the titles.
         threshold: where the map's contour is drawn; None draws none.
+        part_names: of maps that the anomaly map is the mean of, drawn beside it; mostly none.
+        parts: gives these of image i, (H, W) each; called only for those drawn.
 
     Raises:
         ValueError: the arrays differ in length or size.
@@ -62,6 +64,8 @@ class Shown:
     defects: Sequence[str]
     names: Sequence[str]
     threshold: float | None = None
+    part_names: Sequence[str] = ()
+    parts: Callable[[int], Sequence[np.ndarray]] = lambda _: ()
 
     def __post_init__(self) -> None:
         N = len(self.anomaly_maps)
@@ -90,7 +94,8 @@ def save_overlays(
     """Write the three sheets of one category and return their paths.
 
     Each line of a sheet is one test image: the image; with the true mask's contour; its anomaly
-    map; the map over the image with its contour at the threshold. The colours mean the same on all
+    map; the map over the image with its contour at the threshold; and the maps that the anomaly map
+    is the mean of, where there are some. The colours mean the same on all
     three sheets: from the median of the normal images' maps to the 99.9th percentile of all maps,
     so that neither one hot pixel nor the number of defects sets the scale; beyond it they saturate.
 
@@ -161,7 +166,8 @@ def _sheet(subject: _Subject, chosen: Sequence[int], heading: str) -> Figure:
     # Whole factors keep pixels crisp; only images wider than the widest panel are shrunk.
     scale = PANEL / map_width if map_width > MAX_PANEL else max(1, round(PANEL / map_width))
     width, height = round(scale * map_width), round(scale * map_height)
-    lefts = [GAP + column * (width + GAP) for column in range(4)]
+    columns = 4 + len(subject.shown.part_names)
+    lefts = [GAP + column * (width + GAP) for column in range(columns)]
     tops = [HEADER + TITLE + line * (height + TITLE + GAP) for line in range(len(chosen))]
     canvas = np.full((tops[-1] + height + GAP, lefts[-1] + width + GAP, 3), 255, dtype=np.uint8)
     figure, axes = _pixel_axes(canvas)
@@ -194,20 +200,21 @@ def _sheet(subject: _Subject, chosen: Sequence[int], heading: str) -> Figure:
 
 
 def _panels(subject: _Subject, place: int, width: int, height: int) -> list[np.ndarray]:
-    """Return the four panels of one image without their contours, each (height, width, 3)."""
+    """Return the panels of one image without their contours, each (height, width, 3)."""
     image, anomaly_map = subject.shown.images(place), as_array(subject.shown.anomaly_maps[place])
     if image.shape != (*anomaly_map.shape, 3) or image.dtype != np.uint8:
         raise ValueError(
             f"overlays: image {subject.shown.names[place]} is {image.shape} {image.dtype}, "
             f"its anomaly map {anomaly_map.shape}"
         )
-    level = (anomaly_map.astype(np.float32) - subject.low) / (subject.high - subject.low)
-    level = _resized(level.clip(0, 1), width, height)
-    heat = mpl.colormaps[_COLOUR_MAP](level)[..., :3] * 255
+    maps = [anomaly_map, *subject.shown.parts(place)]
+    levels = [(m.astype(np.float32) - subject.low) / (subject.high - subject.low) for m in maps]
+    levels = [_resized(level.clip(0, 1), width, height) for level in levels]
+    heat, *parts = (mpl.colormaps[_COLOUR_MAP](level)[..., :3] * 255 for level in levels)
     image = _resized(image, width, height)
     truth = np.full_like(image, 225) if subject.shown.masks is None else image
-    blend = 0.75 * level[..., None]  # cold places keep the image
-    return [image, truth, heat, (1 - blend) * image + blend * heat]
+    blend = 0.75 * levels[0][..., None]  # cold places keep the image
+    return [image, truth, heat, (1 - blend) * image + blend * heat, *parts]
 
 
 def _pixel_axes(canvas: np.ndarray) -> tuple[Figure, Axes]:
@@ -244,6 +251,7 @@ def _draw_header(
         "true mask" if subject.shown.masks is None else "true mask (cyan)",
         "anomaly map",
         "map over image",
+        *(f"{name} map" for name in subject.shown.part_names),
     ]
     if subject.shown.threshold is not None:
         names[3] = f"contour at {subject.shown.threshold:.4g} (white)"

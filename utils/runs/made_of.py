@@ -34,8 +34,9 @@ class MadeOf:
     backbone: str = WHATEVER
 
     def of_test(self) -> "MadeOf":
-        """Return it without the training images, which an evaluation does not see."""
-        images = {g: files for g, files in self.images.items() if not g.startswith("train/")}
+        """Return it without the images for training, which an evaluation does not see."""
+        left_out = ("train/", "validation/")
+        images = {g: files for g, files in self.images.items() if not g.startswith(left_out)}
         return MadeOf(images, self.weights, self.backbone)
 
     @property

@@ -1,8 +1,8 @@
 """The scores of a test set by one head, raw, as the metrics saw them: a file of arrays."""
 
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ class TestScores:
         masks: (N, H, W) bool, of the size of the maps.
         norms: (N,), of the projection where the map is highest.
         angles: (N,), in radians, of that projection to the objective.
+        parts: name -> (N, H, W), maps that `maps` are the mean of.
     """
 
     __test__ = False  # no test class, whatever its name makes pytest think
@@ -41,6 +42,7 @@ class TestScores:
     masks: "ArrayLike | Tensor | None" = None
     norms: "ArrayLike | Tensor | None" = None
     angles: "ArrayLike | Tensor | None" = None
+    parts: "Mapping[str, ArrayLike | Tensor]" = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what the file holds, by name; what is None is left out."""
@@ -51,6 +53,7 @@ class TestScores:
             "score": as_array(self.scores),
             "defect": np.array(list(self.defects), dtype=np.str_),
             **{name: as_array(values) for name, values in optional.items() if values is not None},
+            **{f"map_{name}": as_array(values) for name, values in self.parts.items()},
         }
 
 
@@ -68,7 +71,7 @@ def write_scores(path: Path, scores: TestScores) -> None:
         for name, array in arrays.items():
             member = zipfile.ZipInfo(f"{name}.npy")
             # Names and masks compress well; float maps hardly do, and would take seconds.
-            stored = name == "map"
+            stored = name.startswith("map")
             member.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
             with archive.open(member, "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
@@ -77,7 +80,8 @@ def write_scores(path: Path, scores: TestScores) -> None:
 def read_scores(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays `path`, `label`, `score`, `defect`, and those of the others there are.
 
-    `map` and `mask` with `--save-maps`; `norm` and `angle` of methods with an objective.
+    `map`, `map_NAME` of each part and `mask` with `--save-maps`; `norm` and `angle` of methods with
+    an objective.
 
     Raises:
         RunError: the file is corrupt.

@@ -18,7 +18,8 @@ from PIL import ExifTags, Image, ImageFile
 
 from datasets.data_set import StructuredSet, find_data_sets
 from datasets.reading.images import MAX_PIXELS, read_image, read_mask, read_size
-from datasets.reading.loading import BatchLoader, ImageDataset, images_of, read_masks
+from datasets.reading.loading import BatchLoader, ImageDataset, images_of
+from datasets.reading.masks import read_masks
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError
 from datasets.tasks.structured import list_categories, structured_tasks

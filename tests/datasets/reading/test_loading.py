@@ -22,8 +22,8 @@ from datasets.reading.loading import (
     BatchLoader,
     ImageDataset,
     images_of,
-    read_masks,
 )
+from datasets.reading.masks import read_masks
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError, ImageSet
 from datasets.synthetic import SyntheticDataset, cutpaste, rotate

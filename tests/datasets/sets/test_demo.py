@@ -11,7 +11,7 @@ from scipy import ndimage
 from skimage import data
 
 from datasets.reading.images import read_image, read_mask
-from datasets.reading.loading import read_masks
+from datasets.reading.masks import read_masks
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError
 from datasets.sets.demo import demo

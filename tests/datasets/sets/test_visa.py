@@ -1,6 +1,6 @@
 import pytest
 
-from datasets.reading.loading import read_masks
+from datasets.reading.masks import read_masks
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError, Sample
 from datasets.sets.visa import DATA_SET, VisaOptions, read_category

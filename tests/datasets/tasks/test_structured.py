@@ -9,7 +9,7 @@ from PIL import Image
 
 from datasets.data_set import StructuredSet, find_data_sets
 from datasets.reading.images import read_image, read_mask
-from datasets.reading.loading import read_masks
+from datasets.reading.masks import read_masks
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError, Sample
 from datasets.tasks import structured
