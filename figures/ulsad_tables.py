@@ -96,7 +96,7 @@ def _table(
             for c in columns
         ]
         rows.append(Row(label, f"ours: {label}", tuple(cells), "ours", is_ours=True))
-    below = ["-: missing.", *_incomplete(rows, columns), *data_notes(series), *notes]
+    below = ["-: missing.", *_incomplete(rows, columns), *data_notes(series, DATA), *notes]
     return Table("method", caption, tuple(columns), tuple(rows), tuple(below), "column", hole="-")
 
 

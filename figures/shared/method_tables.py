@@ -1,6 +1,6 @@
 """Rows and notes of tables with a line for each method: NoCo's Table II, SimpleNet's Table 5."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from datasets.data_set import num_categories
 from figures.shared.own_results import (
@@ -102,10 +102,15 @@ def hole_notes(
     return notes
 
 
-def data_notes(series: Sequence[Series]) -> list[str]:
-    """Name data sets the papers lack, seeds that are left out, and random backbones."""
+def data_notes(series: Sequence[Series], papers: Collection[str] = ()) -> list[str]:
+    """Name data sets the papers lack, seeds that are left out, and random backbones.
+
+    Args:
+        series: ours.
+        papers: data sets of the table's paper; those of NoCo's by default.
+    """
     notes = []
-    papers = {*papers_data(structured=True), *papers_data(structured=False)}
+    papers = papers or {*papers_data(structured=True), *papers_data(structured=False)}
     foreign = dict.fromkeys(one.data for one in series if one.data not in papers)
     if foreign:
         counted = [name for name in foreign if not num_categories(name)]
