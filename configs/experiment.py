@@ -107,7 +107,7 @@ class Experiment:
     extract_batch_size: Beside[PositiveInt] = 32
     """Images per forward pass of the backbone, and per scoring step."""
     device: How[str] = "auto"
-    """auto, cpu, cuda, cuda:1."""
+    """auto ($NOCO_DEVICE, else a GPU where there is one), cpu, cuda, cuda:1."""
     workers: How[NotNegativeInt] = 2
     """Processes (with a GPU) or threads (without) that decode images ahead; 0 for none."""
     cache: How[Literal["auto", "device", "host", "disk", "none"]] = "auto"

@@ -46,7 +46,7 @@ class PredictOptions:
     """Print one JSON object per image on stdout, and nothing else there."""
 
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1."""
+    """auto ($NOCO_DEVICE, else a GPU where there is one), cpu, cuda, cuda:1."""
     weights: str | None = None
     """File of the backbone's weights, where it is no longer where the run had it."""
     batch_size: int | None = None

@@ -1,6 +1,7 @@
 """The device that a command line names, and what a process keeps of its memory there."""
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -14,11 +15,14 @@ M_MMAP_MAX = -4
 def pick_device(name: str) -> torch.device:
     """Return the device `name` stands for: "auto", "cpu", "cuda", "cuda:1".
 
-    On the CPU, freed memory stays in the process from here on (see `keep_freed_memory`).
+    "auto" is what $NOCO_DEVICE names, or else a GPU where there is one. On the CPU, freed memory
+    stays in the process from here on (see `keep_freed_memory`).
 
     Raises:
         UsageError: unknown, or CUDA asked for and absent.
     """
+    if name == "auto":
+        name = os.environ.get("NOCO_DEVICE", "auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -64,10 +64,22 @@ def test_interrupt_says_that_nothing_is_lost(capsys):
     assert "the same command continues" in capsys.readouterr().err
 
 
-def test_devices():
+def test_devices(monkeypatch):
     assert pick_device("cpu") == torch.device("cpu")
     expected = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.delenv("NOCO_DEVICE")
     assert pick_device("auto").type == expected
+
+
+def test_the_environment_names_the_device_where_none_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("NOCO_DEVICE", "cpu")
+    assert pick_device("auto").type == "cpu"
+    assert pick_device("cuda").type == "cuda"
+    monkeypatch.setenv("NOCO_DEVICE", "cude")
+    with pytest.raises(UsageError, match="--device cude is unknown"):
+        pick_device("auto")
 
 
 @pytest.mark.parametrize(
