@@ -30,7 +30,7 @@ from figures.shared.run_log import (
 )
 from utils.cli import exits_cleanly
 from utils.errors import RunError
-from utils.metrics.metrics import heading_of, metric_names
+from utils.metrics.metrics import heading_of, is_of_all_data, metric_names
 from utils.runs.files import corrupt
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
@@ -40,7 +40,10 @@ CAPTION = (
     "Methods compared: metrics in percent, means over categories, ± sample standard deviation over "
     "seeds."
 )
-NOT_IN_LINE = ("image_ap", "image_f1_max", "pixel_ap", "pixel_f1_max")
+NOT_IN_LINE = (
+    *("image_ap", "image_f1_max", "pixel_ap", "pixel_f1_max"),
+    *("spro_0.01", "spro_0.1", "spro_0.3"),
+)
 """Metrics that a comparison does not show."""
 
 
@@ -123,7 +126,7 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
     _check_numbers(run.run, rows)
     metrics = {
         name: [
-            100 * statistics.fmean(float(r[name]) for r in rows if r["seed"] == seed)
+            100 * statistics.fmean(float(r.get(name, math.nan)) for r in rows if r["seed"] == seed)
             for seed in seeds
         ]
         for name in shown_metrics()
@@ -148,8 +151,10 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
 def _check_numbers(run: Run, rows: Sequence[dict[str, Any]]) -> None:
     """Refuse a results.csv, which anyone may have written, without the numbers needed here."""
     optional = {"score_seconds", "pass_test_seconds", "head_bytes", "num_test"}
+    optional |= {name for name in shown_metrics() if not is_of_all_data(name)}
+    needed = [name for name in shown_metrics() if name not in optional]
     for row in rows:
-        for name in (*shown_metrics(), "fit_seconds", *(optional & set(row))):
+        for name in (*needed, "fit_seconds", *(optional & set(row))):
             if not isinstance(row.get(name), int | float):
                 what = f"{row['category']}, seed {row['seed']}: {name} is {row.get(name)!r}"
                 raise corrupt(run.folder / "results.csv", what)
@@ -186,11 +191,20 @@ def draw(lines: Sequence[Line], *, metric: str) -> Figure:
 
 
 def table_of(lines: Sequence[Line]) -> Table:
-    """Return the table, the best image AUROC of a data set first."""
+    """Return the table, the best image AUROC of a data set first.
+
+    Metrics that only some data sets have are left out where no line has one.
+    """
+    shown = [
+        name
+        for name in shown_metrics()
+        if is_of_all_data(name)
+        or any(not math.isnan(seed) for line in lines for seed in line.metrics[name])
+    ]
     columns = (
         Column("method", "method"),
         Column("select", "selection"),
-        *(Column(name, heading_of(name), "", name) for name in shown_metrics()),
+        *(Column(name, heading_of(name), "", name) for name in shown),
         Column("fit_seconds", "fit s", digits=".3g"),
         Column("images_per_second", "images/s", digits=".3g"),
         Column("head_megabytes", "head MB", digits=".3g"),
@@ -205,7 +219,7 @@ def table_of(lines: Sequence[Line]) -> Table:
                 Cell(text=SELECT_LABELS[line.select]),
                 *(
                     Cell(statistics.fmean(seeds), _std(seeds) if len(seeds) > 1 else None)
-                    for seeds in line.metrics.values()
+                    for seeds in (line.metrics[name] for name in shown)
                 ),
                 Cell(line.fit_seconds),
                 Cell(line.images_per_second),

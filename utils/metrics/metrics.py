@@ -121,6 +121,11 @@ METRICS = (
 )
 
 
+def is_of_all_data(name: str) -> bool:
+    """Tell whether every data set has a metric, if with nan for a value."""
+    return next(metric.of in ("images", "pixels") for metric in METRICS if metric.name == name)
+
+
 def metric_names() -> tuple[str, ...]:
     """Return the names of all metrics, in order."""
     return tuple(metric.name for metric in METRICS)

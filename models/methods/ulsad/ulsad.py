@@ -33,14 +33,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from configs.options import (
-    Fraction,
-    MethodOptions,
-    NotNegative,
-    OnlyWith,
-    Positive,
-    PositiveInt,
-)
+from configs.options import Fraction, MethodOptions, NotNegative, OnlyWith, Positive, PositiveInt
 from models.deployment.memory import normalised_pixels
 from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scored
 from models.errors import ModelError
