@@ -51,6 +51,19 @@ def test_a_rate_counts_the_backbone_in_either_of_its_columns(tmp_path):
     assert line.images_per_second == 50.0
 
 
+def test_metrics_that_only_some_data_have_are_shown_where_a_line_has_them(tmp_path):
+    kinds = {"image_auroc_logical": 0.5, "spro": 0.25, "spro_0.3": 0.75}
+    runs = [
+        make_run(tmp_path / "a", "noco", [[0.8]], dataset="mvtec_loco", **kinds),
+        make_run(tmp_path / "b", "padim", [[0.7]]),
+    ]
+    table = compare.table_of(lines_of(*runs))
+    heads = [column.name for column in table.columns]
+    assert heads[5:7] == ["logical AUROC", "sPRO 0.05"]
+    assert "sPRO 0.3" not in heads
+    assert [row[5:7] for row in table.texts()] == [["–", "–"], ["50.0", "25.0"]]
+
+
 def test_table_has_the_best_first_and_a_dash_where_nothing_is_defined(tmp_path):
     runs = [
         make_run(tmp_path / "a", "noco", [[0.8, 0.9]]),

@@ -86,7 +86,9 @@ def test_without_features_the_options_of_their_extraction_do_nothing(takes, feat
         takes=frozenset(takes),
         ignores=frozenset({"weights"}),
     )
-    assert method.ignored == {"weights"} | (set() if features_count else OF_FEATURES)
+    idle = {"weights", "scale_on"} | (set() if features_count else OF_FEATURES)
+    assert method.ignored == idle
+    assert replace(method, scales_on_held_out=True).ignored == idle - {"scale_on"}
 
 
 def test_a_new_file_is_a_new_method_in_any_folder(write_methods):
