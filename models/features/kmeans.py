@@ -105,11 +105,15 @@ def apart(centres: Tensor, features: Tensor, share: float) -> Tensor:
     Returns:
         (at most K, C), at least one.
     """
-    nearest = torch.cdist(features, centres).min(dim=1)
-    limit = share * nearest.values.square().mean()
-    sizes = torch.bincount(nearest.indices, minlength=len(centres))
+    with full_precision(features.device):
+        lengths = centres.square().sum(dim=1)  # (K,)
+        owner = linear(features, -2 * centres, lengths).argmin(dim=1)  # (S,)
+    limit = share * (features - centres[owner]).square().sum(dim=1).mean()
+    sizes = torch.bincount(owner, minlength=len(centres))
     order = sizes.argsort(descending=True, stable=True)
-    is_near = (torch.cdist(centres, centres).square() <= limit).cpu()
+    # Not by products, which round where centres nearly coincide.
+    gaps = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")  # (K, K)
+    is_near = (gaps.square() <= limit).cpu()
     kept: list[int] = []
     for k in order.tolist():
         if not is_near[k, kept].any():
