@@ -12,20 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures.shared.drawing import parser
-from figures.shared.method_tables import OUR_PROTOCOL, data_notes
-from figures.shared.own_results import (
-    Series,
-    by_setting,
-    describe,
-    pool,
-    summarise,
-    unfinished_notes,
-)
+from figures.shared.method_tables import OUR_PROTOCOL, data_notes, method_rows, own_rows
+from figures.shared.own_results import Series, pool, unfinished_notes
 from figures.shared.table_files import stem_of, write_table
 from utils.cli import exits_cleanly
 from utils.metrics.metrics import heading_of
 from utils.tables.published import published_table
-from utils.tables.table import Cell, Column, Row, Table
+from utils.tables.table import Column, Row, Table
 
 DATA = ("btad", "mvtec", "mvtec_loco", "mpdd", "visa")
 SOURCE = "ULSAD listing"
@@ -83,21 +76,15 @@ def _columns(data: Sequence[str], metrics: Sequence[str]) -> list[Column]:
 def _table(
     caption: str, columns: Sequence[Column], series: Sequence[Series], notes: Sequence[str]
 ) -> Table:
-    published = published_table(SOURCE)
-    rows = []
-    for method in dict.fromkeys(method for method, *_ in published):
-        values = [published.get((method, c.group, "mean", c.metric)) for c in columns]
-        if any(value is not None for value in values):
-            rows.append(Row(method, method, tuple(map(Cell, values)), "published"))
-    for by_data in by_setting(series).values():
-        label = describe(by_data.values())
-        cells = [
-            summarise(by_data[c.group], c.metric) if c.group in by_data else Cell(None)
-            for c in columns
-        ]
-        rows.append(Row(label, f"ours: {label}", tuple(cells), "ours", is_ours=True))
+    published = method_rows(published_table(SOURCE), columns, _data_of)
+    told = [row for row in published if any(cell.mean is not None for cell in row.cells)]
+    rows = [*told, *own_rows(series, columns, _data_of)]
     below = ["-: missing.", *_incomplete(rows, columns), *data_notes(series, DATA), *notes]
     return Table("method", caption, tuple(columns), tuple(rows), tuple(below), "column", hole="-")
+
+
+def _data_of(column: Column) -> str:
+    return column.group
 
 
 def _incomplete(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:

@@ -101,10 +101,10 @@ def read_mask(path: Path, reading: Reading = PLAIN) -> np.ndarray:
         DataError: As for `read_image`, but floating-point values are read if they are numbers, and
             16-bit colours are refused: small values would be lost.
     """
-    values = read_mask_values(path, reading)
     with _opened(path, reading.max_pixels) as image:
+        values = _mask_values(image, path)
         threshold = values.max() // 2 if _is_lossy(image, path) else 0
-    return values > threshold
+        return values > threshold
 
 
 def read_mask_values(path: Path, reading: Reading = PLAIN) -> np.ndarray:
@@ -117,24 +117,28 @@ def read_mask_values(path: Path, reading: Reading = PLAIN) -> np.ndarray:
         DataError: As for `read_mask`.
     """
     with _opened(path, reading.max_pixels) as image:
-        # Pillow keeps the high byte of 16-bit colours; before loading, the tile still tells.
-        if image.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in image.tile):
-            raise ValueError("a mask in 16-bit colours, save it in grey or with 8 bits")
-        _refuse_damage(image, path)
-        upright = ImageOps.exif_transpose(image)
-        alpha = None
-        if upright.mode in {"LA", "La", "PA", "RGBA", "RGBa"}:
-            alpha = np.array(upright.getchannel("A"))  # (H, W)
-        if upright.mode not in {"1", "L", "P", "F", *_DEEP_MODES}:
-            upright = upright.convert("RGB")
-        values = np.array(upright)
-        if upright.mode == "F" and np.isnan(values).any():
-            raise ValueError("it holds values that are not numbers (nan)")
-        if values.ndim == 3:
-            values = values.max(axis=2)  # (H, W)
-        if alpha is not None and np.ptp(values) == 0 and np.ptp(alpha) > 0:
-            return alpha
-        return values
+        return _mask_values(image, path)
+
+
+def _mask_values(image: ImageFile.ImageFile, path: Path) -> np.ndarray:
+    # Pillow keeps the high byte of 16-bit colours; before loading, the tile still tells.
+    if image.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in image.tile):
+        raise ValueError("a mask in 16-bit colours, save it in grey or with 8 bits")
+    _refuse_damage(image, path)
+    upright = ImageOps.exif_transpose(image)
+    alpha = None
+    if upright.mode in {"LA", "La", "PA", "RGBA", "RGBa"}:
+        alpha = np.array(upright.getchannel("A"))  # (H, W)
+    if upright.mode not in {"1", "L", "P", "F", *_DEEP_MODES}:
+        upright = upright.convert("RGB")
+    values = np.array(upright)
+    if upright.mode == "F" and np.isnan(values).any():
+        raise ValueError("it holds values that are not numbers (nan)")
+    if values.ndim == 3:
+        values = values.max(axis=2)  # (H, W)
+    if alpha is not None and np.ptp(values) == 0 and np.ptp(alpha) > 0:
+        return alpha
+    return values
 
 
 def read_size(path: Path, reading: Reading = PLAIN) -> tuple[int, int]:

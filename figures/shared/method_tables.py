@@ -1,6 +1,6 @@
 """Rows and notes of tables with a line for each method: NoCo's Table II, SimpleNet's Table 5."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from datasets.data_set import num_categories
 from figures.shared.own_results import (
@@ -28,16 +28,24 @@ OUR_PROTOCOL = (
 
 
 def method_rows(
-    published: dict[tuple[str, str, str, str], float], columns: Sequence[Column]
+    published: dict[tuple[str, str, str, str], float],
+    columns: Sequence[Column],
+    data_of: Callable[[Column], str] = lambda column: column.key,
 ) -> list[Row]:
-    """Return a row for each published method, in the paper's order."""
+    """Return a row for each published method, in the paper's order.
+
+    Args:
+        published: a table of the paper.
+        columns: of the table.
+        data_of: the data set of a column.
+    """
     rows = []
     for method in dict.fromkeys(key[0] for key in published):
         cells = [
             Cell(
                 published.get((method, "-", "-", "trainable_params_millions"))
                 if column.metric == "trainable"
-                else published.get((method, column.key, "mean", column.metric))
+                else published.get((method, data_of(column), "mean", column.metric))
             )
             for column in columns
         ]
@@ -45,8 +53,18 @@ def method_rows(
     return rows
 
 
-def own_rows(series: Sequence[Series], columns: Sequence[Column]) -> list[Row]:
-    """Return a row for each of our settings, in the order of the run folders."""
+def own_rows(
+    series: Sequence[Series],
+    columns: Sequence[Column],
+    data_of: Callable[[Column], str] = lambda column: column.key,
+) -> list[Row]:
+    """Return a row for each of our settings, in the order of the run folders.
+
+    Args:
+        series: ours.
+        columns: of the table.
+        data_of: the data set of a column.
+    """
     rows = []
     for by_data in by_setting(series).values():
         label = describe(by_data.values())
@@ -54,8 +72,8 @@ def own_rows(series: Sequence[Series], columns: Sequence[Column]) -> list[Row]:
         for column in columns:
             if column.metric == "trainable":
                 cells.append(Cell(trainable(by_data.values())))
-            elif column.key in by_data:
-                cells.append(summarise(by_data[column.key], column.metric))
+            elif data_of(column) in by_data:
+                cells.append(summarise(by_data[data_of(column)], column.metric))
             else:
                 cells.append(Cell(None))
         rows.append(Row(label, f"ours: {label}", tuple(cells), "ours", is_ours=True))

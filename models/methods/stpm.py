@@ -31,6 +31,7 @@ from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.errors import ModelError
 from models.method import Method
 from models.training.epochs import epochs, mean_of_finite
+from models.training.hold_out import hold_out
 from models.training.mixed_precision import bfloat16_autocast
 
 EXAMPLE_SIDE = 224
@@ -160,16 +161,13 @@ class Stpm(Detector):
         self, bank: FeatureSource, generator: torch.Generator
     ) -> tuple[FeatureSource, FeatureSource | None]:
         """Split the images into those trained on and those that choose the epoch."""
-        num_held = round(self.options.validation_share * len(bank))
-        if num_held == 0:
-            return bank, None
-        if num_held == len(bank):
+        training, held = hold_out(bank, self.options.validation_share, generator)
+        if len(training) == 0:
             raise ModelError(
                 f"the validation share {self.options.validation_share} leaves no image to train on",
                 {"validation_share": "lower"},
             )
-        order = torch.randperm(len(bank), generator=generator)
-        return bank.subset(order[num_held:]), bank.subset(order[:num_held])
+        return training, held
 
     def _loss(self, images: Tensor) -> Tensor:
         """Return the mean over images and positions, summed over the stages."""

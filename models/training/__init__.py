@@ -1,1 +1,1 @@
-"""What methods that train share: epochs, initial weights, mixed precision, augmentations."""
+"""What methods that train share: epochs, hold-outs, initial weights, augmentations, precision."""

@@ -116,18 +116,13 @@ def _around(rectangle: Sequence[int], W: int, H: int) -> Box:
     longer = max(H, W)
     half = max(int(max(w, h) * MARGIN * 0.5), int(SMALLEST * longer))
     half = min(half, int(LARGEST * longer))
-    left, top = x + w // 2 - half, y + h // 2 - half
-    return Box(*_inside(left, half, W, top, H))
+    left = _inside(x + w // 2 - half, 2 * half, W)
+    top = _inside(y + h // 2 - half, 2 * half, H)
+    return Box(left, top, left + 2 * half, top + 2 * half)
 
 
-def _inside(left: int, half: int, W: int, top: int, H: int) -> tuple[int, int, int, int]:
-    side = 2 * half
-    if left < 0:
-        left = 0
-    elif left + side > W:
-        left = W - side
-    if top < 0:
-        top = 0
-    elif top + side > H:
-        top = H - side
-    return left, top, left + side, top + side
+def _inside(start: int, side: int, size: int) -> int:
+    """Return where a side begins, moved inside the image; where it is longer it may end outside."""
+    if start < 0:
+        return 0
+    return size - side if start + side > size else start

@@ -43,6 +43,7 @@ from models.methods.ulsad.losses import attend, patch_distance
 from models.methods.ulsad.networks import FeatureAutoencoder, ImageAutoencoder
 from models.methods.ulsad.scales import blurred, quantiles_of
 from models.training.epochs import epochs, mean_of_finite
+from models.training.hold_out import hold_out
 from models.training.mixed_precision import bfloat16_autocast
 
 LOCAL = OnlyWith("branches", "both or local", lambda branches: branches != "global")
@@ -258,10 +259,7 @@ class Ulsad(Detector):
         """Return the images to train on, and those whose maps give the quantiles."""
         training, held = bank, bank.held_out
         if held is None and self.options.quantiles != "none":
-            num_held = round(self.options.validation_share * len(bank))
-            if num_held:
-                order = torch.randperm(len(bank), generator=generator)
-                training, held = bank.subset(order[num_held:]), bank.subset(order[:num_held])
+            training, held = hold_out(bank, self.options.validation_share, generator)
         if len(training) < 2 or self.options.batch_size < 2:
             # Batch norm sees a single number of each channel at the bottleneck.
             raise ModelError(
