@@ -1,5 +1,6 @@
 """A run folder ready to score: what predict.py, evaluate.py and export.py start from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,7 @@ class FinishedRun:
                 f"{path}: was fitted on features of other backbone weights ({digest}, now "
                 f"{self.extractor.weights_digest}); give the same ones (--weights FILE)"
             )
-        chosen = chosen_options(self.run, category, seed, suffix, metadata)
-        try:
-            method = with_options(self.experiment.method, chosen)
-        except ValueError as error:
-            raise RunError(f"{path}: {error}; train the pair again") from error
-        head = build_detector(self.experiment.method_name, self.extractor, method)
+        head = self._built(category, seed, suffix, metadata)
         try:
             head.load_state_dict(state)
         # What a head makes of tensors of other shapes is its own affair.
@@ -80,6 +76,28 @@ class FinishedRun:
             reason = " ".join(str(error).split())
             raise RunError(f"{path}: does not fit this run ({reason}); train it again") from error
         return head.to(self.device).eval()
+
+    def unfitted(self, category: str, seed: int) -> Detector:
+        """Return the detector of a pair on the device, as it was before its fit.
+
+        Raises:
+            RunError: there is no such head, or it is not one of this run.
+            ModelError: the method cannot be built.
+        """
+        _, metadata = self.run.load_head(category, seed, "")
+        return self._built(category, seed, "", metadata).to(self.device)
+
+    def _built(
+        self, category: str, seed: int, suffix: str, metadata: Mapping[str, str]
+    ) -> Detector:
+        """Build a pair's detector with the options that were chosen for it."""
+        chosen = chosen_options(self.run, category, seed, suffix, metadata)
+        try:
+            method = with_options(self.experiment.method, chosen)
+        except ValueError as error:
+            path = self.run.head_path(category, seed, suffix)
+            raise RunError(f"{path}: {error}; train the pair again") from error
+        return build_detector(self.experiment.method_name, self.extractor, method)
 
     @torch.inference_mode()
     def score(self, detector: Detector, images: Tensor) -> Scores:

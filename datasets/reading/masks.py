@@ -36,7 +36,7 @@ def read_masks(
     for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
         if mask is not None:
             read[index] = torch.from_numpy(
-                transform.mask(_read_checked_mask(image, mask, transform.reading))
+                transform.mask(read_checked_mask(image, mask, transform.reading))
             )
     return read
 
@@ -80,7 +80,12 @@ def read_regions(
     return found
 
 
-def _read_checked_mask(image: Path, path: Path, reading: Reading) -> np.ndarray:
+def read_checked_mask(image: Path, path: Path, reading: Reading) -> np.ndarray:
+    """Reads the mask of an image, a file or a folder of files that are joined: (H, W) bool.
+
+    Raises:
+        DataError: It cannot be read, or its size differs from that of its upright image.
+    """
     parts = [_read_checked_part(image, part, reading) for part in mask_files(path)]
     return parts[0] if len(parts) == 1 else np.any(parts, axis=0)  # (H, W)
 
