@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     require_device(options.device)
 
     from pipeline.discovery.looking import look  # only now: it imports torch
-    from pipeline.discovery.summary import folder_of, write_summary
+    from pipeline.discovery.summary import folder_of, require_found, write_summary
 
     folder = folder_of(options)
     if options.assign:
+        require_found(folder)
         for looked in look(options, needs_levels=False):
             assign_category(options, looked, folder / looked.category)
         return folder
@@ -74,12 +75,20 @@ def find_category(options: DiscoverOptions, looked: "Looked", folder: Path) -> d
     scale = None
     if options.needs_scale:
         scale = scale_of(looked, guarded=options.masks_by != "mebin_released")
-    cut = cutter_of(options, looked, scale)
-    collected = Collector(options, looked, cut, standard, scale, folder).collect()
+    cut = cutter_of(options.masks_by, options.most_regions, looked, scale)
+    collected = Collector(options.method, looked, cut, standard, scale, folder).collect()
     found = renumbered(find(options, looked, collected, folder), looked, folder)
     row = write_found(options, looked, collected, found, folder)
     kept = Kept(
-        options, standard, looked.levels, scale, found.state, found.num_kinds, backbone_of(looked)
+        options.method,
+        options.masks_by,
+        options.most_regions,
+        standard,
+        looked.levels,
+        scale,
+        found.state,
+        found.num_kinds,
+        backbone_of(looked),
     )
     keep(folder, kept)
     return row
@@ -92,12 +101,14 @@ def assign_category(options: DiscoverOptions, looked: "Looked", folder: Path) ->
     from pipeline.discovery.cutting import cutter_of
     from pipeline.discovery.writing import names_of, write_rows
 
-    kept = read_kept(options, looked, folder)
+    kept = read_kept(looked, folder)
     looked = replace(looked, levels=kept.levels)
-    cut = cutter_of(kept.options, looked, kept.scale)
+    cut = cutter_of(kept.masks, kept.most_regions, looked, kept.scale)
     out = folder / "assigned"
-    collected = Collector(kept.options, looked, cut, kept.standard, kept.scale, out).collect()
-    write_rows(out, looked, collected, assign(kept, collected), names_of(options, folder))
+    collected = Collector(kept.method, looked, cut, kept.standard, kept.scale, out).collect()
+    write_rows(
+        out, looked, collected, assign(kept, collected, options.device), names_of(options, folder)
+    )
     sys.stdout.write(f"{out / 'images.csv'}\n")
 
 

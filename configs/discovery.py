@@ -1,6 +1,7 @@
 """The options of discover.py, and of the methods that tell kinds of defects apart."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,15 +9,17 @@ import tyro
 from tyro.conf import Positional
 
 from configs.anomalyncd import AnomalyNcdOptions
-from configs.options import Between0And1, Fraction, MethodOptions, PositiveInt, check_bounds
+from configs.options import (
+    Between0And1,
+    Fraction,
+    MethodOptions,
+    PositiveInt,
+    check_bounds,
+    option_name,
+)
 
-MASKS = Literal["normal", "mebin", "mebin_released", "true"]
+Masks = Literal["normal", "mebin", "mebin_released", "true"]
 """How maps become masks: what normal images do not reach, MEBin, or the data set's own masks."""
-
-Kinds = Annotated[
-    int | Literal["auto", "known"],
-    tyro.conf.arg(metavar="K|auto|known"),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class DiscoverOptions:
 
     run: Positional[Path | None] = None
     """Run folder of train_mvtec.py; may be left out with --maps and --images."""
-    kinds: Kinds = "auto"
+    kinds: Annotated[int | Literal["auto", "known"], tyro.conf.arg(metavar="K|auto|known")] = "auto"
     """Kinds of defects, "good" not counted: a number, auto (estimated), or known (as many as the
     folders of the test set have names: what published figures assume)."""
     method: Annotated[
@@ -50,6 +53,7 @@ class DiscoverOptions:
         | Annotated[WholeImageOptions, tyro.conf.subcommand("whole_image", prefix_name=False)],
         tyro.conf.arg(name="method"),
     ] = field(default_factory=ContrastOptions)
+    """How kinds are told apart."""
 
     images: tuple[str, ...] = ()
     """Images to look at (files, folders, quoted patterns); by default the run's test images."""
@@ -72,7 +76,7 @@ class DiscoverOptions:
     out: Path | None = None
     """Folder instead of RUN/discovery; needed without a run."""
 
-    masks: MASKS | None = None
+    masks: Masks | None = None
     """How maps become masks. normal: above what maps of held-out normal images reach, and no mask
     for images that score like them (the default of contrast); mebin (of anomalyncd, and with
     --maps); mebin_released; true: the data set's masks, an upper bound that uses labels."""
@@ -89,6 +93,8 @@ class DiscoverOptions:
     """File of the backbone's weights, where it is no longer where the run had it."""
     device: str = "auto"
     """auto ($NOCO_DEVICE, else a GPU where there is one), cpu, cuda, cuda:1."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, each named, instead of ending."""
     workers: int = 2
     """Processes that decode images."""
     cache: Literal["auto", "device", "host", "disk", "none"] = "disk"
@@ -122,6 +128,27 @@ class DiscoverOptions:
             raise ValueError("--assign brings its own images; leave --images and --maps out")
         if self.workers < 0:
             raise ValueError("--workers cannot be negative")
+        for option, why in self._idle():
+            raise ValueError(f"{option} does nothing {why}; leave it out")
+
+    def _idle(self) -> Iterator[tuple[str, str]]:
+        """Yield options that were given and change nothing, and why."""
+        given = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        if self.run is None:
+            for name in sorted(given & {"category", "seed", "data_root", "name"}):
+                yield option_name(name), "without a run"
+        elif "backbone" in given:
+            yield "--backbone", "with a run, which has its own"
+        if self.assign:
+            for name in sorted(
+                given & {"kinds", "masks", "false_alarm_rate", "most_regions", "base"}
+            ):
+                yield option_name(name), "with --assign: kinds and masks are those found before"
+            return
+        if "false_alarm_rate" in given and self.masks_by != "normal":
+            yield "--false-alarm-rate", f"with --masks {self.masks_by}"
+        if "most_regions" in given and self.masks_by not in {"normal", "true"}:
+            yield "--most-regions", f"with --masks {self.masks_by}"
 
     @property
     def method_name(self) -> str:
@@ -136,7 +163,7 @@ class DiscoverOptions:
         return self.name or self.method_name
 
     @property
-    def masks_by(self) -> MASKS:
+    def masks_by(self) -> Masks:
         """How maps become masks, the method's own way where none is asked for."""
         if self.masks is not None:
             return self.masks

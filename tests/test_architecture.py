@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.anomalyncd import AnomalyNcdOptions
+from configs.discovery import ContrastOptions, DiscoverOptions
 from configs.semantic import SemanticExperiment
 from configs.structured import StructuredExperiment
 from datasets.data_set import SemanticSet, StructuredSet, find_data_sets
@@ -297,6 +299,20 @@ def test_every_option_of_a_method_is_read(method):
     assert not unread, f"no code reads {sorted(unread)} of {kind.__name__}"
 
 
+DISCOVERY = [
+    *(ROOT / "pipeline/discovery").rglob("*.py"),
+    *(ROOT / "models/discovery").rglob("*.py"),
+    ROOT / "discover.py",
+]
+
+
+@pytest.mark.parametrize("kind", [DiscoverOptions, ContrastOptions, AnomalyNcdOptions])
+def test_every_option_of_discovery_is_read(kind):
+    owners = ("options", "self.options", "method", "network.options", "kept.options")
+    unread = unread_fields(kind, [tree_of(path) for path in DISCOVERY], *owners)
+    assert not unread, f"no code reads {sorted(unread)} of {kind.__name__}"
+
+
 DATA_SETS = [*find_data_sets(StructuredSet).values(), *find_data_sets(SemanticSet).values()]
 
 
@@ -318,6 +334,7 @@ OPTIONS: set[type] = {
         for parent in kind.__mro__[:-1]
     ),
     *(parent for name in METHODS for parent in type(find_method(name).options).__mro__[:-1]),
+    *(DiscoverOptions, ContrastOptions, AnomalyNcdOptions),
 }
 
 

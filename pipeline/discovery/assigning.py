@@ -1,7 +1,7 @@
 """What is kept of a finding, and how new images get the kinds that were found."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.anomalyncd import AnomalyNcdOptions
-from configs.discovery import ContrastOptions, DiscoverOptions, WholeImageOptions
+from configs.discovery import ContrastOptions, Masks, WholeImageOptions
 from models.discovery.anomalyncd.anomalyncd import AnomalyNcd
 from pipeline.discovery.collecting import Collected
 from pipeline.discovery.cutting import Scale
@@ -20,12 +20,12 @@ from pipeline.discovery.finding import NORMAL, Found, anomalyncd_kinds
 from pipeline.discovery.looking import Looked
 from utils.device import pick_device
 from utils.discovery.contrast import Standard
+from utils.discovery.files import FACTS, TENSORS
 from utils.discovery.kinds import nearest
 from utils.discovery.levels import Levels
 from utils.errors import RunError, UsageError
 from utils.runs.files import atomic_path, corrupt, read_object, write_text
 
-TENSORS, FACTS = "state.safetensors", "state.json"
 METHODS = {
     "contrast": ContrastOptions,
     "anomalyncd": AnomalyNcdOptions,
@@ -38,7 +38,9 @@ class Kept:
     """A finding, as far as new images need it.
 
     Attributes:
-        options: those it was made with.
+        method: options of the method.
+        masks: how maps became masks.
+        most_regions: of an image.
         standard: of features.
         levels: of normal images; None where masks need none.
         scale: of maps; likewise.
@@ -47,7 +49,9 @@ class Kept:
         backbone: see `backbone_of`.
     """
 
-    options: DiscoverOptions
+    method: ContrastOptions | AnomalyNcdOptions | WholeImageOptions
+    masks: Masks
+    most_regions: int
     standard: Standard
     levels: Levels | None
     scale: Scale | None
@@ -66,10 +70,10 @@ def keep(folder: Path, kept: Kept) -> None:
             {name: one.detach().cpu().contiguous() for name, one in tensors.items()}, temporary
         )
     facts = {
-        "method": kept.options.method_name,
-        "options": asdict(kept.options.method),
-        "masks": kept.options.masks_by,
-        "most_regions": kept.options.most_regions,
+        "method": next(name for name, kind in METHODS.items() if isinstance(kept.method, kind)),
+        "options": asdict(kept.method),
+        "masks": kept.masks,
+        "most_regions": kept.most_regions,
         "levels": None if kept.levels is None else asdict(kept.levels),
         "scale": None if kept.scale is None else asdict(kept.scale),
         "kinds": kept.num_kinds,
@@ -83,11 +87,10 @@ def backbone_of(looked: Looked) -> str:
     return looked.extractor.weights_digest
 
 
-def read_kept(options: DiscoverOptions, looked: Looked, folder: Path) -> Kept:
+def read_kept(looked: Looked, folder: Path) -> Kept:
     """Read the state of a finding.
 
     Args:
-        options: of the command line, for images and device.
         looked: the new images.
         folder: that discover.py wrote.
 
@@ -96,7 +99,7 @@ def read_kept(options: DiscoverOptions, looked: Looked, folder: Path) -> Kept:
         UsageError: the masks were the data set's own, which new images lack.
     """
     if not (folder / FACTS).is_file():
-        raise RunError(f"{folder}: no kinds were found yet; run discover.py without --assign first")
+        raise RunError(f"{folder}: no kinds were found; run discover.py without --assign first")
     facts = read_object(folder / FACTS)
     try:
         tensors = load_file(folder / TENSORS)
@@ -107,9 +110,9 @@ def read_kept(options: DiscoverOptions, looked: Looked, folder: Path) -> Kept:
                 "lack; run discover.py with other --masks first"
             )
         kept = Kept(
-            replace(
-                options, method=method, masks=facts["masks"], most_regions=facts["most_regions"]
-            ),
+            method,
+            facts["masks"],
+            int(facts["most_regions"]),
             Standard(_listed(tensors, "mean"), _listed(tensors, "std")),
             None if facts["levels"] is None else Levels(**facts["levels"]),
             None if facts["scale"] is None else Scale(**facts["scale"]),
@@ -131,17 +134,17 @@ def read_kept(options: DiscoverOptions, looked: Looked, folder: Path) -> Kept:
     return kept
 
 
-def assign(kept: Kept, collected: Collected) -> Found:
-    """Give new images the kinds that were found before."""
+def assign(kept: Kept, collected: Collected, device: str) -> Found:
+    """Give new images the kinds that were found before, a network on a device by its name."""
     owners = [region.image for region in collected.regions]
-    if isinstance(kept.options.method, AnomalyNcdOptions):
-        network = _network(kept, kept.options.method)
+    if isinstance(kept.method, AnomalyNcdOptions):
+        network = _network(kept, kept.method).to(pick_device(device))
         pieces = [region.piece for region in collected.regions]
         kinds, confidences, own, tokens = anomalyncd_kinds(network, pieces, owners)
         region_confidences, region_kinds = (one.numpy() for one in own.max(dim=1))
         return _found(kept, kinds, confidences, region_kinds, region_confidences, tokens)
     centres = kept.state["centres"].numpy()
-    if isinstance(kept.options.method, ContrastOptions):
+    if isinstance(kept.method, ContrastOptions):
         inside = np.array(collected.has_mask)
         kinds, confidences = nearest(np.stack(collected.image_vectors), centres)
         kinds, confidences = np.where(inside, kinds, NORMAL), np.where(inside, confidences, np.nan)
@@ -196,7 +199,7 @@ def _network(kept: Kept, method: AnomalyNcdOptions) -> AnomalyNcd:
             if name.startswith("network.")
         }
     )
-    return network.to(pick_device(kept.options.device))
+    return network
 
 
 def _listed(tensors: dict[str, Any], name: str) -> tuple[Tensor, ...]:

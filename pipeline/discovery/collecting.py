@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.discovery import ContrastOptions, DiscoverOptions
+from configs.anomalyncd import AnomalyNcdOptions
+from configs.discovery import ContrastOptions
+from configs.options import MethodOptions
 from datasets.reading.images import read_image
 from models.discovery.pieces import Piece
 from pipeline.discovery.cutting import Cut, Cutter, Scale
@@ -67,7 +69,7 @@ class Collector:
     """Takes images apart.
 
     Attributes:
-        options: of the method.
+        method: options of the method.
         looked: the images.
         cut: what is inside.
         standard: of their features.
@@ -75,7 +77,7 @@ class Collector:
         folder: for the pieces, `images/` and `masks/`.
     """
 
-    options: DiscoverOptions
+    method: MethodOptions
     looked: Looked
     cut: Cutter
     standard: Standard
@@ -85,13 +87,13 @@ class Collector:
     @property
     def ring(self) -> float:
         """Width of the surroundings, as a share of the image's side."""
-        method = self.options.method
-        return (method if isinstance(method, ContrastOptions) else ContrastOptions()).surroundings
+        method = self.method if isinstance(self.method, ContrastOptions) else ContrastOptions()
+        return method.surroundings
 
     @property
     def wants_whole(self) -> bool:
         """Whether an image without a mask is a piece too."""
-        return self.options.method_name == "anomalyncd"
+        return isinstance(self.method, AnomalyNcdOptions)
 
     @torch.inference_mode()
     def collect(self) -> Collected:

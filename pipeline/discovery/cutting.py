@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.discovery import DiscoverOptions
+from configs.discovery import Masks
 from datasets.reading.masks import read_checked_mask
 from pipeline.discovery.looking import Looked
 from utils.discovery.binarise import TOP, binarise, range_of
@@ -82,15 +82,22 @@ def scale_of(looked: Looked, *, guarded: bool) -> Scale:
     return Scale(low, high, floor, top)
 
 
-def cutter_of(options: DiscoverOptions, looked: Looked, scale: Scale | None) -> Cutter:
-    """Return what `--masks` names."""
-    if options.masks_by == "normal":
+def cutter_of(masks: Masks, most_regions: int, looked: Looked, scale: Scale | None) -> Cutter:
+    """Return what `--masks` names.
+
+    Args:
+        masks: the way.
+        most_regions: kept of an image, where MEBin does not say.
+        looked: the images; by what normal ones reach, their levels.
+        scale: of their maps, for MEBin.
+    """
+    if masks == "normal":
         assert looked.levels is not None
-        return _by_levels(looked, looked.levels, options.most_regions)
-    if options.masks_by == "true":
-        return _given(looked, options.most_regions)
+        return _by_levels(looked, looked.levels, most_regions)
+    if masks == "true":
+        return _given(looked, most_regions)
     assert scale is not None
-    return _by_mebin(looked, scale, is_released=options.masks_by == "mebin_released")
+    return _by_mebin(looked, scale, is_released=masks == "mebin_released")
 
 
 def _by_levels(looked: Looked, levels: Levels, most: int) -> Cutter:

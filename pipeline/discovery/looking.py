@@ -1,8 +1,10 @@
 """What is looked at: images with their features and maps, of a run or of other software."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +140,11 @@ def look(options: DiscoverOptions, *, needs_levels: bool) -> Iterator[Looked]:
     if options.run is None:
         yield _of_other_software(options)
         return
-    changes = {} if options.data_root is None else {"data_root": options.data_root}
+    changes: dict[str, Any] = {}
+    if options.data_root is not None:
+        changes["data_root"] = options.data_root
+    if options.skip_unreadable:  # a run that did stays one that does
+        changes["skip_unreadable"] = True
     finished = load_run(
         options.run,
         device=options.device,
@@ -180,7 +186,7 @@ def _of_run(
         levels = _levels(finished, normals, category, seed, options.false_alarm_rate)
     words = options.assign or options.images
     test = ImageSet("test", paths=tuple(find_images(words))) if words else task.test
-    features = extraction.features_of(task, test)
+    features = _images_of(extraction, task, test)
     assert test.paths is not None
     rows = [int(i) for i in features.indices]
     paths = [test.paths[i] for i in rows]
@@ -200,6 +206,14 @@ def _of_run(
         finished.experiment.extract_batch_size,
         levels,
     )
+
+
+def _images_of(extraction: Extraction, task: Task, images: ImageSet) -> Features:
+    """Return the features of images; those that cannot be read are named."""
+    features = extraction.features_of(task, images)
+    for reason in features.skipped:
+        sys.stderr.write(f"not looked at: {reason}\n")
+    return features
 
 
 def _fitted_on(finished: FinishedRun, extraction: Extraction, task: Task) -> Features:
@@ -244,11 +258,12 @@ def _of_other_software(options: DiscoverOptions) -> Looked:
         workers=options.workers,
         cache=options.cache,
         weights=options.weights or default.weights,
+        skip_unreadable=options.skip_unreadable,
     )
     paths = tuple(find_images(options.images))
     extraction = Extraction(experiment, extractor_of(experiment))
     images = ImageSet("test", paths=paths)
-    features = extraction.features_of(_task_of(images), images)
+    features = _images_of(extraction, _task_of(images), images)
     found = [paths[int(i)] for i in features.indices]
     return Looked(
         options.maps.name,

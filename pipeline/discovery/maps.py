@@ -107,7 +107,8 @@ def read_map(path: Path) -> np.ndarray:
         raise DataError(f"the map {path} cannot be read: {error}") from error
     if values is None:
         raise DataError(f"the map {path} cannot be read: no image that OpenCV knows")
-    values = np.squeeze(values)
+    if values.ndim == 3 and len(values) == 1:
+        values = values[0]  # (1, H, W), as networks return it
     if values.ndim == 3 and (values == values[..., :1]).all():
         values = values[..., 0]  # grey, saved in colours
     if values.ndim != 2:

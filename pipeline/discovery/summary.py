@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.discovery import DiscoverOptions
-from utils.discovery.files import write_table
+from utils.discovery.files import FACTS, write_table
 from utils.discovery.measures import METRICS, kinds_table
+from utils.errors import RunError
 from utils.runs.files import read_object, write_text
 from utils.tables.formats import to_markdown, to_text
 
@@ -24,6 +25,16 @@ def folder_of(options: DiscoverOptions) -> Path:
         return options.out
     assert options.run is not None
     return options.run / "discovery" / options.folder_name
+
+
+def require_found(folder: Path) -> None:
+    """Refuse to give new images kinds before any were found.
+
+    Raises:
+        RunError: the folder has no finding.
+    """
+    if not any(folder.glob(f"*/{FACTS}")):
+        raise RunError(f"{folder}: no kinds were found yet; run discover.py without --assign first")
 
 
 def write_summary(

@@ -29,8 +29,6 @@ from utils.discovery.measures import METRICS, confusion, measured
 from utils.discovery.naming import carried_over, kind_label, read_names, write_names
 from utils.pictures.kinds import Shown, save_confusion, save_map, save_sheet
 
-FACTS = ("category", "method", "masks", "kinds", "was_estimated", "names", "images", "regions")
-
 
 def renumbered(found: Found, looked: Looked, folder: Path) -> Found:
     """Give kinds the numbers that they had when the folder was written before, if it was."""

@@ -21,6 +21,7 @@ from utils.errors import RunError
 from utils.runs.files import corrupt, write_text
 
 IMAGES, ASSIGNMENTS, NAMES = "images.csv", "assignments.csv", "names.csv"
+TENSORS, FACTS = "state.safetensors", "state.json"
 GOOD = "good"
 """The kind of an image without a mask, and the name of a normal image."""
 

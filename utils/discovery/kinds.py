@@ -89,8 +89,8 @@ def nearest(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _most_apart(vectors: np.ndarray, how: Clustering, random_seed: int) -> np.ndarray:
-    """Return the kinds of the number whose silhouette is highest; one kind where few vectors."""
-    best, highest = np.zeros(len(vectors), dtype=np.int64), -np.inf
+    """Return the kinds whose silhouette is highest; one kind where none is above 0."""
+    best, highest = np.zeros(len(vectors), dtype=np.int64), 0.0
     for number in range(2, min(MOST, len(vectors) // FEWEST_EACH) + 1):
         kinds = _joined(vectors, number, how, random_seed)
         # Vectors that are all alike fall into fewer kinds than were asked for.

@@ -7,7 +7,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from utils.pictures.words import without_formulas
@@ -128,10 +127,10 @@ def _write_numbers(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
 def _in_two_dimensions(vectors: np.ndarray, random_seed: int) -> np.ndarray:
     """Lay vectors (R, D) out as (R, 2)."""
     if len(vectors) < _FEWEST:
-        centred = vectors - vectors.mean(axis=0)
-        padded = np.zeros((max(2, len(vectors)), max(2, vectors.shape[1])))
-        padded[: len(vectors), : vectors.shape[1]] = centred
-        return PCA(2, svd_solver="full").fit_transform(padded)[: len(vectors)]
+        rotated, sizes, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
+        places = np.zeros((len(vectors), 2))
+        places[:, : len(sizes)] = (rotated * sizes)[:, :2]
+        return places
     perplexity = min(_PERPLEXITY, (len(vectors) - 1) / 3)
     layout = TSNE(2, perplexity=perplexity, init="pca", random_state=random_seed)
     return layout.fit_transform(vectors)
