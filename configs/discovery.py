@@ -67,6 +67,8 @@ class DiscoverOptions:
     names: Path | None = None
     """Your names of kinds, a csv with the columns kind,name; they stay with the kinds."""
 
+    leave_out: tuple[str, ...] = ()
+    """Names of test folders that are not looked at; published figures leave out "combined"."""
     category: str | None = None
     """One category; by default all of the run."""
     seed: int | None = None

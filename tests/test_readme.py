@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import discover
 from configs.sweep import sweep_options
 from pipeline.experiments import SCRIPTS, Script
 
@@ -129,6 +130,29 @@ def test_a_wrong_command_would_be_found(parse_only):
         parse_only(*command)
 
 
+DISCOVERIES = {
+    shlex.join(words[1:]): words[2:]
+    for words in [*fenced(README), *fenced(GUIDE), *in_docstrings()]
+    if words[:2] == ["python", "discover.py"]
+}
+
+
+@pytest.mark.parametrize("words", DISCOVERIES.values(), ids=DISCOVERIES)
+def test_command_of_discover_parses(words, monkeypatch):
+    def stop(device):
+        raise Parsed
+
+    monkeypatch.setattr(discover, "require_device", stop)
+    with pytest.raises(Parsed):
+        discover.main(words)
+
+
+def test_commands_of_discover_are_shown():
+    assert {"--assign", "--maps", "anomalyncd"} <= {
+        w for words in DISCOVERIES.values() for w in words
+    }
+
+
 MADE = {
     target
     for words in fenced(README)
@@ -183,5 +207,5 @@ def test_the_guide_names_every_table_and_no_other_command():
             assert sweep_options(words[2:])[0].datasets
         else:
             script = words[1] if words[0] == "python" else ""
-            is_known = script == "-m" or re.fullmatch(r"train_\w+\.py", script)
+            is_known = script == "-m" or re.fullmatch(r"(train_\w+|discover)\.py", script)
             assert words[0] == "make" or is_known, words

@@ -188,6 +188,8 @@ def _of_run(
     test = ImageSet("test", paths=tuple(find_images(words))) if words else task.test
     features = _images_of(extraction, task, test)
     assert test.paths is not None
+    if options.leave_out:
+        features = features.subset(_others(task, features.indices, options.leave_out))
     rows = [int(i) for i in features.indices]
     paths = [test.paths[i] for i in rows]
     maps: Maps = MapsOfRun(detector, finished)
@@ -214,6 +216,18 @@ def _images_of(extraction: Extraction, task: Task, images: ImageSet) -> Features
     for reason in features.skipped:
         sys.stderr.write(f"not looked at: {reason}\n")
     return features
+
+
+def _others(task: Task, indices: Sequence[int], names: Sequence[str]) -> list[int]:
+    """Return the rows of images whose folder has none of some names.
+
+    Raises:
+        UsageError: no image is left.
+    """
+    rows = [row for row, i in enumerate(indices) if task.kinds[i] not in names]
+    if not rows:
+        raise UsageError(f"{task.category}: --leave-out {' '.join(names)} leaves no image")
+    return rows
 
 
 def _fitted_on(finished: FinishedRun, extraction: Extraction, task: Task) -> Features:

@@ -156,6 +156,13 @@ def test_images_without_labels_have_kinds_and_no_measure(run, root):
     assert not (folder / "sheet/confusion.csv").exists()
 
 
+def test_names_that_are_left_out_are_not_looked_at(run, capsys):
+    folder = found_in(run, "--leave-out", "bar")
+    assert {row.name for row in read_images(folder / "sheet")} == {"good", "dot"}
+    assert metrics_of(folder)[0]["names"] == "1"
+    assert "leaves no image" in refused(capsys, run, "--leave-out", "bar", "dot", "good")
+
+
 @pytest.fixture(scope="module")
 def maps(root, tmp_path_factory):
     """Maps of other software of all test images: soft masks, of 16 bits."""
