@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     require_device(options.device)
 
     from pipeline.discovery.looking import look  # only now: it imports torch
-    from pipeline.discovery.summary import folder_of, require_found, write_summary
+    from pipeline.discovery.summary import folder_of, require_found, say, write_row, write_summary
 
     folder = folder_of(options)
     if options.assign:
@@ -53,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
             assign_category(options, looked, folder / looked.category)
         return folder
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     for looked in look(options, needs_levels=options.needs_levels):
         row = find_category(options, looked, folder / looked.category)
-        rows.append({**row, "seconds": time.perf_counter() - start})
+        row["seconds"] = time.perf_counter() - start
+        rows = write_row(row, folder)
+        say(row, folder)
         start = time.perf_counter()
     write_summary(options, rows, folder)
     return folder

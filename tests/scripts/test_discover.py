@@ -139,6 +139,16 @@ def test_the_same_command_gives_the_same_files(run):
     assert {path.name: path.read_bytes() for path in folder.glob("*.csv")} == before
 
 
+def test_categories_add_up_in_one_table(run, root):
+    folder = found_in(run, "--kinds", "known")
+    text = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text("\n".join([*text, text[1].replace("sheet", "cloth"), ""]))
+    found_in(run, "--kinds", "3")
+    rows = {row["category"]: row for row in metrics_of(folder)}
+    assert (rows["cloth"]["kinds"], rows["sheet"]["kinds"]) == ("2", "3")
+    assert "mean" in (folder / "table.md").read_text()
+
+
 def test_true_masks_are_an_upper_bound_and_say_so(run, tmp_path, capsys):
     folder = found_in(run, "--kinds", "known", "--masks", "true", "--name", "bound")
     assert folder.name == "bound"
