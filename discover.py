@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def find_category(options: DiscoverOptions, looked: "Looked", folder: Path) -> dict[str, Any]:
     """Find the kinds of a category, write them down, and return its row of metrics.csv."""
-    from pipeline.discovery.assigning import Kept, backbone_of, keep
+    from pipeline.discovery.assigning import Kept, keep, made_by
     from pipeline.discovery.collecting import Collector
     from pipeline.discovery.cutting import cutter_of, scale_of
     from pipeline.discovery.finding import find
@@ -90,7 +90,7 @@ def find_category(options: DiscoverOptions, looked: "Looked", folder: Path) -> d
         scale,
         found.state,
         found.num_kinds,
-        backbone_of(looked),
+        made_by(looked),
     )
     keep(folder, kept)
     return row

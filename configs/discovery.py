@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from configs.anomalyncd import AnomalyNcdOptions
 from configs.options import (
     Between0And1,
+    Bound,
     Fraction,
     MethodOptions,
     PositiveInt,
@@ -31,6 +32,9 @@ class ContrastOptions(MethodOptions):
     surroundings: Fraction = 0.107
     """Width of the ring around a mask that it is compared with, as a share of the image's side; 0
     compares with normal images alone."""
+    turns: Annotated[int, Bound("1, 2 or 4", lambda value: value in (1, 2, 4))] = 4
+    """Quarter turns of an image over which a defect's vector is averaged, so that it says little of
+    how the defect lies; each beyond 1 is a pass of the backbone over the images with a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -308,7 +308,7 @@ DISCOVERY = [
 
 @pytest.mark.parametrize("kind", [DiscoverOptions, ContrastOptions, AnomalyNcdOptions])
 def test_every_option_of_discovery_is_read(kind):
-    owners = ("options", "self.options", "method", "network.options", "kept.options")
+    owners = ("options", "self.options", "method", "self.contrast", "network.options")
     unread = unread_fields(kind, [tree_of(path) for path in DISCOVERY], *owners)
     assert not unread, f"no code reads {sorted(unread)} of {kind.__name__}"
 

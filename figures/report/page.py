@@ -6,8 +6,8 @@ Writes RUN/report.html, a single file below about 15 MB that needs no network an
 itself: pictures are inside it, made smaller; what had to be left out is counted. The page is made
 from the run folder; only the thumbnails come from the test images, where these are still in place.
 Images are sorted by how wrong they are: an anomaly by the share of normal images that score higher,
-a normal image by the share of anomalies that score lower. A run that is not finished gives a report
-of what is there.
+a normal image by the share of anomalies that score lower. What discover.py found in the run is
+shown too. A run that is not finished gives a report of what is there.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from figures.report.charts import (
     selection_chart,
     step_chart,
 )
+from figures.report.kinds import CategoryKinds, Finding, kinds_of, read_findings, sheet_width
 from figures.report.pictures import MAX_BYTES, Budget, Overlays, Picture, overlays_of, thumbnail
 from figures.report.scores import LAST, Ranked, Scored, image_auroc, ranked, read_scores
 from figures.report.tables import false_alarms, other_facts, results_table, unfinished_pairs
@@ -39,6 +40,9 @@ from utils.runs.files import corrupt, flat, read_object, write_text
 from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
 
+KINDS_SHARE = 1 / 3
+"""Of the bytes of all pictures, at most, for those of kinds of defects."""
+FEW_KINDS = 12  # whose sheets are open
 _HERE = Path(__file__).parent
 
 
@@ -116,7 +120,8 @@ def build(folder: Path, *, num_images: int = 20, thumbnails: bool = True) -> str
     rows = run.run.rows()
     pairs = list(dict.fromkeys([*((row["category"], row["seed"]) for row in rows), *_logged(run)]))
     names = list(dict.fromkeys(category for category, _ in pairs))
-    share = MAX_BYTES // max(1, len(names))
+    found, kinds_budget = _found(folder)
+    share = (MAX_BYTES - kinds_budget.spent) // max(1, len(names))
     budgets = {name: Budget(share) for name in names}
     categories = [
         _category(
@@ -147,11 +152,22 @@ def build(folder: Path, *, num_images: int = 20, thumbnails: bool = True) -> str
         kinds=sorted({kind for category in categories for kind in category.kinds}),
         several_seeds=len({seed for _, seed in pairs}) > 1,
         num_refused=sum(budget.num_refused for budget in budgets.values()),
+        found=found,
+        few_kinds=sum(len(one.kinds) for _, shown in found for one in shown) <= FEW_KINDS,
+        num_kinds_refused=kinds_budget.num_refused,
         disagreements=[pair for category in categories for pair in category.disagreements],
         false_alarms=false_alarms(rows),
         other=other_facts(rows),
         side=SIDE,
     )
+
+
+def _found(folder: Path) -> tuple[list[tuple[Finding, list[CategoryKinds]]], Budget]:
+    """Return each finding of a run with what is shown of it, and what their pictures took."""
+    findings = read_findings(folder / "discovery")
+    num_bytes = int(MAX_BYTES * KINDS_SHARE)
+    budget, width = Budget(num_bytes), sheet_width(findings, num_bytes)
+    return [(finding, kinds_of(finding, width, budget)) for finding in findings], budget
 
 
 def _render(**values: Any) -> str:

@@ -32,6 +32,10 @@ class Picture:
     height: int
 
 
+Shown = tuple[Picture | None, str]
+"""A picture, or None and why there is none."""
+
+
 @dataclass(frozen=True)
 class Strip:
     """The panels of one image, cut from an overlay sheet, and how wrong the image is."""
@@ -56,7 +60,7 @@ class Overlays:
 
 
 class Budget:
-    """How many bytes the pictures of a category may take; what does not fit is counted.
+    """How many bytes the pictures of a part of the page may take; what does not fit is counted.
 
     Args:
         num_bytes: of the encoded pictures.
@@ -64,6 +68,7 @@ class Budget:
 
     def __init__(self, num_bytes: int) -> None:
         self._left = num_bytes
+        self.spent = 0
         self.num_refused = 0
 
     def encode(self, image: Image.Image, max_side: int, kind: str = "webp") -> Picture | None:
@@ -76,6 +81,7 @@ class Budget:
             self.num_refused += 1
             return None
         self._left -= len(buffer.getvalue())
+        self.spent += len(buffer.getvalue())
         text = base64.b64encode(buffer.getvalue()).decode("ascii")
         return Picture(f"data:image/{kind};base64,{text}", *image.size)
 
@@ -117,14 +123,25 @@ def overlays_of(folder: Path, images: Sequence[Ranked], num_worst: int, budget: 
                 strips.append(Strip(picture, ranked))
     sheets = []
     for title, sheet in whole:
-        ratio = min(1.0, SHEET_WIDTH / sheet.width)
-        picture = budget.encode(sheet, math.ceil(ratio * max(sheet.size)))
+        picture = _no_wider(sheet, SHEET_WIDTH, budget)
         if picture is not None:
             sheets.append((title, picture))
     return Overlays(sorted(strips, key=lambda strip: strip.image.urgency), scale, sheets)
 
 
-def thumbnail(path: Path, budget: Budget) -> tuple[Picture | None, str]:
+def drawing(path: Path, width: int, budget: Budget) -> Shown:
+    """Return a drawing of the run folder, no wider than `width`, or None and why there is none.
+
+    Raises:
+        RunError: it is there and cannot be read.
+    """
+    if not path.is_file():
+        return None, f"{path.name} is missing"
+    picture = _no_wider(_opened(path), width, budget)
+    return picture, "" if picture else f"{path.name} is left out for size"
+
+
+def thumbnail(path: Path, budget: Budget) -> Shown:
     """Return a small picture of an image file, or None and why there is none."""
     if not path.is_file():
         return None, "image not found"
@@ -150,6 +167,12 @@ def _visible(image: Image.Image) -> Image.Image:
     values = np.asarray(image, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
     return Image.fromarray((255 * (values - low) / ((high - low) or 1.0)).astype(np.uint8))
+
+
+def _no_wider(image: Image.Image, width: int, budget: Budget) -> Picture | None:
+    """Return the picture with its width, and not its height, bounded."""
+    ratio = min(1.0, width / image.width)
+    return budget.encode(image, math.ceil(ratio * max(image.size)))
 
 
 def _opened(path: Path) -> Image.Image:

@@ -24,7 +24,7 @@ from utils.discovery.files import FACTS, TENSORS
 from utils.discovery.kinds import nearest
 from utils.discovery.levels import Levels
 from utils.errors import RunError, UsageError
-from utils.runs.files import atomic_path, corrupt, read_object, write_text
+from utils.runs.files import atomic_path, corrupt, file_digest, read_object, write_text
 
 METHODS = {
     "contrast": ContrastOptions,
@@ -46,7 +46,7 @@ class Kept:
         scale: of maps; likewise.
         state: of the method; see `Found`.
         num_kinds: that were found.
-        backbone: see `backbone_of`.
+        made_by: see `made_by`.
     """
 
     method: ContrastOptions | AnomalyNcdOptions | WholeImageOptions
@@ -57,7 +57,7 @@ class Kept:
     scale: Scale | None
     state: dict[str, Tensor]
     num_kinds: int
-    backbone: str
+    made_by: dict[str, str]
 
 
 def keep(folder: Path, kept: Kept) -> None:
@@ -77,14 +77,15 @@ def keep(folder: Path, kept: Kept) -> None:
         "levels": None if kept.levels is None else asdict(kept.levels),
         "scale": None if kept.scale is None else asdict(kept.scale),
         "kinds": kept.num_kinds,
-        "backbone": kept.backbone,
+        **kept.made_by,
     }
     write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
-def backbone_of(looked: Looked) -> str:
-    """Return the digest of the weights that the features come from."""
-    return looked.extractor.weights_digest
+def made_by(looked: Looked) -> dict[str, str]:
+    """Return digests of the backbone's weights and of the head, where there is one."""
+    head = "" if looked.head is None else file_digest(looked.head)
+    return {"backbone": looked.extractor.weights_digest, "head": head}
 
 
 def read_kept(looked: Looked, folder: Path) -> Kept:
@@ -122,15 +123,16 @@ def read_kept(looked: Looked, folder: Path) -> Kept:
                 if name.startswith("state.")
             },
             int(facts["kinds"]),
-            str(facts["backbone"]),
+            {name: str(facts[name]) for name in ("backbone", "head")},
         )
     except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
         raise corrupt(folder / FACTS, str(error)) from error
-    if kept.backbone != backbone_of(looked):
-        raise RunError(
-            f"{folder}: its kinds were found with other weights of the backbone ({kept.backbone}, "
-            f"now {backbone_of(looked)}); give the same ones (--weights FILE)"
-        )
+    for what, digest in made_by(looked).items():
+        if kept.made_by[what] != digest:
+            raise RunError(
+                f"{folder}: its kinds were found with another {what} than the run has now; find "
+                "them again, without --assign"
+            )
     return kept
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,11 +18,19 @@ from configs.options import MethodOptions
 from datasets.reading.images import read_image
 from models.discovery.pieces import Piece
 from pipeline.discovery.cutting import Cut, Cutter, Scale
-from pipeline.discovery.looking import Batch, Looked
-from utils.discovery.contrast import Standard, contrasts, surroundings, whole_images
+from pipeline.discovery.looking import Batch, Looked, frozen_of
+from utils.discovery.contrast import (
+    Standard,
+    contrasts,
+    surroundings,
+    turned,
+    whatever_way_up,
+    whole_images,
+)
 from utils.discovery.regions import Box, boxes_of, crop
 
 INSIDE = 255
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,21 @@ class Region:
     box: Box
     peak: float
     piece: Piece
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a contrast is taken: of an image's whole mask, or of a region.
+
+    Attributes:
+        row: of the image in its batch.
+        inside: (S, S) float32, how much each pixel counts.
+        around: (S, S) float32, likewise of the surroundings.
+    """
+
+    row: int
+    inside: np.ndarray
+    around: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -85,10 +109,9 @@ class Collector:
     folder: Path
 
     @property
-    def ring(self) -> float:
-        """Width of the surroundings, as a share of the image's side."""
-        method = self.method if isinstance(self.method, ContrastOptions) else ContrastOptions()
-        return method.surroundings
+    def contrast(self) -> ContrastOptions:
+        """How contrasts are made; other methods need some to count kinds by."""
+        return self.method if isinstance(self.method, ContrastOptions) else ContrastOptions()
 
     @property
     def wants_whole(self) -> bool:
@@ -114,26 +137,24 @@ class Collector:
         return found
 
     def _take(self, batch: Batch, found: Collected) -> None:
-        inside: list[np.ndarray] = []  # (S, S) each, of images, then of regions
-        around: list[np.ndarray] = []
-        rows: list[int] = []
+        places: list[Place] = []  # of each image, then of its regions
         is_region: list[bool] = []
+        seen: list[np.ndarray] = []
         for row, number in enumerate(batch.numbers):
             image = read_image(self.looked.paths[number], self.looked.transform.reading)
             score, anomaly_map = batch.scores[row], batch.maps[row]
             size = image.shape[0], image.shape[1]
             cut = self.cut(number, anomaly_map, score, size)
             regions, masks = self._regions(number, image, cut, anomaly_map)
-            ring = surroundings(self.looked.transform.mask(cut.mask), self.ring)
+            ring = surroundings(self.looked.transform.mask(cut.mask), self.contrast.surroundings)
             for mask in (cut.mask, *masks):
-                inside.append(self._weights(mask, cut))
-                around.append(ring.astype(np.float32))
-                rows.append(row)
+                places.append(Place(row, self._weights(mask, cut), ring.astype(np.float32)))
+            seen.append(self.looked.transform.image(image))
             is_region += [False] + [True] * len(masks)
             found.scores.append(score)
             found.has_mask.append(bool(cut.mask.any()))
             found.regions.extend(regions)
-        vectors = self._vectors(batch.stages, rows, inside, around)  # (images + regions, D)
+        vectors = self._vectors(batch.stages, np.stack(seen), places)  # (images + regions, D)
         chosen = np.array(is_region)
         found.image_vectors.extend(vectors[~chosen])
         found.region_vectors.extend(vectors[chosen])
@@ -180,26 +201,51 @@ class Collector:
         return self.looked.transform.mask(_thickened(box, len(weights))).astype(np.float32)
 
     def _vectors(
+        self, stages: Sequence[Tensor], images: np.ndarray, places: Sequence[Place]
+    ) -> np.ndarray:
+        """Return the contrast of each place, (P, D); 0 where nothing is inside.
+
+        Args:
+            stages: (B, C_l, H_l, W_l) features.
+            images: (B, S, S, 3) uint8, what they are of.
+            places: P of them.
+        """
+        channels = [stage.shape[1] for stage in stages]
+        found = np.zeros((len(places), sum(channels)), dtype=np.float32)
+        filled = [i for i, place in enumerate(places) if place.inside.any()]
+        for start in range(0, len(filled), self.looked.batch_size):
+            some = filled[start : start + self.looked.batch_size]
+            found[some] = self._contrast(stages, images, [places[i] for i in some], channels)
+        return found
+
+    def _contrast(
         self,
         stages: Sequence[Tensor],
-        rows: Sequence[int],
-        inside: Sequence[np.ndarray],
-        around: Sequence[np.ndarray],
+        images: np.ndarray,
+        places: Sequence[Place],
+        channels: Sequence[int],
     ) -> np.ndarray:
         device = stages[0].device
-        parts = []
-        for start in range(0, len(rows), self.looked.batch_size):
-            some = slice(start, start + self.looked.batch_size)
-            index = torch.tensor(rows[some], device=device)
-            parts.append(
+        rows = sorted({place.row for place in places})
+        index = torch.tensor([rows.index(place.row) for place in places], device=device)
+        inside = torch.from_numpy(np.stack([place.inside for place in places])).to(device)
+        around = torch.from_numpy(np.stack([place.around for place in places])).to(device)
+        pixels = rearrange(torch.from_numpy(images[rows]), "b h w c -> b c h w")
+        vectors = []
+        for turn in range(0, QUARTERS, QUARTERS // self.contrast.turns):
+            if turn == 0:
+                shown = [stage[rows] for stage in stages]
+            else:
+                shown = frozen_of(self.looked.extractor).stage_maps(turned(pixels, turn))
+            vectors.append(
                 contrasts(
-                    [stage[index] for stage in stages],
-                    torch.from_numpy(np.stack(inside[some])).to(device),
-                    torch.from_numpy(np.stack(around[some])).to(device),
+                    [stage[index] for stage in shown],
+                    turned(inside, turn),
+                    turned(around, turn),
                     self.standard,
-                ).cpu()
+                )
             )
-        return torch.cat(parts).numpy()
+        return whatever_way_up(vectors, channels).cpu().numpy()
 
 
 def _within(box: Box, size: tuple[int, int]) -> np.ndarray:

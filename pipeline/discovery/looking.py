@@ -69,6 +69,7 @@ class Looked:
         extractor: what made the features.
         batch_size: images at once.
         levels: what maps of held-out normal images reach; None where nothing asks for it.
+        head: file of the head whose maps they are; None for maps of other software.
     """
 
     category: str
@@ -82,6 +83,7 @@ class Looked:
     extractor: Extractor
     batch_size: int
     levels: Levels | None = None
+    head: Path | None = None
 
     @torch.inference_mode()
     def batches(self) -> Iterator[Batch]:
@@ -117,12 +119,23 @@ def frozen_stages(extractor: Extractor, stages: Sequence[Tensor]) -> list[Tensor
         return list(stages)
     if extractor.features is not None:
         return list(stages[:-1])
-    if extractor.network is None:
+    return frozen_of(extractor).stage_maps(stages[-1].to(torch.uint8))
+
+
+def frozen_of(extractor: Extractor) -> Extractor:
+    """Return the frozen backbone alone.
+
+    Raises:
+        UsageError: the method has none.
+    """
+    if not isinstance(extractor, RawImages):
+        return extractor
+    if (frozen := extractor.features or extractor.network) is None:
         raise UsageError(
             "the run's method has a network of its own and no frozen backbone, whose features tell "
             "kinds apart; write its maps with predict.py and give them by --maps and --images"
         )
-    return extractor.network.stage_maps(stages[-1].to(torch.uint8))
+    return frozen
 
 
 def look(options: DiscoverOptions, *, needs_levels: bool) -> Iterator[Looked]:
@@ -207,6 +220,7 @@ def _of_run(
         finished.extractor,
         finished.experiment.extract_batch_size,
         levels,
+        None if options.maps is not None else finished.run.head_path(category, seed),
     )
 
 

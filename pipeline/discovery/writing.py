@@ -72,6 +72,8 @@ def write_found(
         folder / "map.png", title, found.points, region_labels, random_seed=options.random_seed
     )
     values = dict.fromkeys(METRICS, float("nan"))
+    for name in ("confusion.png", "confusion.csv"):
+        (folder / name).unlink(missing_ok=True)  # of images that had names
     if looked.names is not None:
         owners = [region.image for region in collected.regions]
         values = measured(found.kinds, looked.names, found.region_kinds, owners)

@@ -1,6 +1,7 @@
 """discover.py end to end on tiny runs: what it finds, writes and refuses."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 import discover
 from tests.scripts.runs import refusal, train
 from utils.discovery.files import read_assignments, read_images
+from utils.runs.files import delete_run
 
 COLOURS = {"dot": (250, 30, 30), "bar": (20, 30, 240)}
 SIZE = 80
@@ -139,6 +141,16 @@ def test_the_same_command_gives_the_same_files(run):
     assert {path.name: path.read_bytes() for path in folder.glob("*.csv")} == before
 
 
+def test_kinds_of_another_head_are_not_given_to_new_images(run, root, capsys):
+    folder = found_in(run, "--kinds", "known")
+    facts = folder / "sheet/state.json"
+    facts.write_text(re.sub(r'"head": "\w+"', '"head": "0"', facts.read_text()))
+    said = refused(capsys, run, "--assign", root / "sheet/test/dot")
+    assert "another head than the run has now" in said
+    facts.write_text("{}")
+    assert "state.json" in refused(capsys, run, "--assign", root / "sheet/test/dot")
+
+
 def test_categories_add_up_in_one_table(run, root):
     folder = found_in(run, "--kinds", "known")
     text = (folder / "metrics.csv").read_text().splitlines()
@@ -164,6 +176,26 @@ def test_images_without_labels_have_kinds_and_no_measure(run, root):
     assert row["images"] == "19"
     assert not (folder / "table.md").exists()
     assert not (folder / "sheet/confusion.csv").exists()
+
+
+def test_each_way_of_contrast_tells_these_kinds_apart(run):
+    for number, words in enumerate(
+        (
+            ("--method.turns", "1"),
+            ("--method.clustering", "kmeans"),
+            ("--method.surroundings", "0"),
+        )
+    ):
+        folder = found_in(run, "--kinds", "known", "--name", number, "contrast", *words)
+        assert float(metrics_of(folder)[0]["f1_without_good"]) == 1
+
+
+def test_a_run_that_starts_again_forgets_what_was_found(run):
+    folder = found_in(run, "--kinds", "known")
+    delete_run(run)
+    assert not (folder / "metrics.csv").exists()
+    assert not (folder / "sheet/state.json").exists()
+    assert (folder / "sheet/names.csv").exists()
 
 
 def test_names_that_are_left_out_are_not_looked_at(run, capsys):
@@ -253,6 +285,7 @@ def test_anomalyncd_learns_beside_labelled_defects_and_assigns(run, root, tmp_pa
         (("{run}", "--kinds", "many"), "many"),
         (("{run}", "anomalyncd"), "--base FOLDER"),
         (("{run}", "--base", "x"), "--base does nothing"),
+        (("{run}", "contrast", "--method.turns", "3"), "--method.turns 3 must be 1, 2 or 4"),
         (("{run}", "--assign", "x.png"), "no kinds were found yet"),
         (("{run}", "--maps", "maps"), "--maps needs --images"),
         (("--maps", "maps", "--images", "x"), "--out"),

@@ -98,6 +98,28 @@ def contrasts(
     return torch.cat(found, dim=1)  # (B, D)
 
 
+def turned(values: Tensor, quarters: int) -> Tensor:
+    """Return images or masks (..., S, S) turned by quarters."""
+    return torch.rot90(values, quarters, (-2, -1)).contiguous()
+
+
+def whatever_way_up(vectors: Sequence[Tensor], stage_channels: Sequence[int]) -> Tensor:
+    """Return what contrasts of the same defects have in common, turned by quarters.
+
+    A scratch is a scratch across and along; its features are not the same.
+
+    Args:
+        vectors: (B, D) each, of `contrasts`.
+        stage_channels: of the stages that D is made of.
+
+    Returns:
+        (B, D), their mean, each stage of unit length.
+    """
+    mean = torch.stack(list(vectors)).mean(dim=0)  # (B, D)
+    parts = mean.split(list(stage_channels), dim=1)
+    return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)  # (B, D)
+
+
 def whole_images(stages: Sequence[Tensor], standard: Standard) -> Tensor:
     """Return the averages of whole images (B, D), standardised, each stage of unit length."""
     found = [

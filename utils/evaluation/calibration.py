@@ -10,7 +10,6 @@ calibration images together: with one draw of few calibration images the rate se
 calibration/<category>-seed<k>.json of a run folder holds the scores, by head.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -25,7 +24,7 @@ from scipy.stats import betabinom
 
 from utils.errors import RunError, UsageError
 from utils.evaluation.selection import split_off
-from utils.runs.files import corrupt, file_stem, read_object, write_text
+from utils.runs.files import corrupt, file_digest, file_stem, read_object, write_text
 
 UNLIKELY = 1e-3
 """Probability of as many false alarms as seen below which a table remarks on them."""
@@ -188,7 +187,7 @@ def save_calibration(
         scores: (n,), finite.
     """
     record = {
-        "head": _digest(head),
+        "head": file_digest(head),
         "source": source,
         "images": [str(name) for name in names],
         "scores": [float(score) for score in scores],
@@ -213,7 +212,7 @@ def load_calibration(path: Path, *, head: Path) -> Calibration | None:
         raise corrupt(path, "its scores are not finite numbers, one or more")
     if record.get("source") not in SOURCES:
         raise corrupt(path, f"its source is none of {', '.join(SOURCES)}")
-    if record.get("head") != _digest(head):
+    if record.get("head") != file_digest(head):
         raise RunError(
             f"{path}: made with another head than {head}; delete it, and calibrate again "
             "(predict.py RUN IMAGES... --calibrate)"
@@ -287,11 +286,3 @@ def chance_of_alarms(row: Mapping[str, Any]) -> float:
 def _allowed(num_images: int, rate: float) -> int:
     """Return how many of the p-values 1/(n+1), 2/(n+1), ... are at most `rate`."""
     return int((np.arange(1, num_images + 2) / (num_images + 1) <= rate).sum())
-
-
-def _digest(head: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with head.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

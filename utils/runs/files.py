@@ -116,6 +116,9 @@ def file_stem(category: str, seed: int, suffix: str = "") -> str:
     return f"{name}-seed{seed}{suffix}"
 
 
+_FINDINGS = ("*/metrics.csv", "*/table.md", "*/*/state.json", "*/*/state.safetensors")
+
+
 def delete_leftovers(folder: Path) -> None:
     """Delete the temporary files a killed run left behind."""
     below = (folder / name for name in ("scores", "heads", "calibration", "online", "data"))
@@ -135,6 +138,8 @@ def delete_run(folder: Path) -> None:
         *(p for p in folder.glob("data/*.json") if re.fullmatch(_STEM, p.stem)),
         *(p for p in folder.glob("overlays/*/*.png") if re.fullmatch(_STEM, p.parent.name)),
         *(p for p in folder.glob("online/*") if re.fullmatch(_STEM, p.stem)),
+        # What was found with the heads; the user's names of kinds stay for those found next.
+        *(p for name in _FINDINGS for p in folder.glob(f"discovery/{name}")),
         folder / _TOP_FILES[-1],
     ]
     delete_leftovers(folder)
@@ -146,6 +151,15 @@ def delete_run(folder: Path) -> None:
     ):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
+
+
+def file_digest(path: Path) -> str:
+    """Return a short hash of a file's content."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def corrupt(path: Path, reason: str) -> RunError:

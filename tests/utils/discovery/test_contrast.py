@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from utils.discovery.contrast import contrasts, standard_of, surroundings, whole_images
+from utils.discovery.contrast import (
+    contrasts,
+    standard_of,
+    surroundings,
+    turned,
+    whatever_way_up,
+    whole_images,
+)
 
 
 @pytest.fixture
@@ -98,3 +105,28 @@ def test_whole_images_are_standardised_averages(stages):
     found = whole_images(stages, standard)
     first = (stages[0].mean((2, 3)) - standard.means[0]) / standard.deviations[0]
     assert torch.allclose(found[:, :4], first / first.norm(dim=1, keepdim=True), atol=1e-5)
+
+
+def test_a_defect_is_the_same_whichever_way_it_lies():
+    """Of a backbone that sees rows and columns differently."""
+    kernel = torch.tensor([[1.0, 0, -1]])[None, None]
+
+    def stage(images):
+        rows = torch.nn.functional.conv2d(images[:, None], kernel, padding=(0, 1))
+        columns = torch.nn.functional.conv2d(images[:, None], kernel.mT, padding=(1, 0))
+        return torch.cat([rows.square(), 3 * columns.square(), images[:, None]], dim=1)
+
+    bars = torch.zeros(2, 16, 16)
+    bars[0, 6:9, 2:14] = 1
+    bars[1] = torch.rot90(bars[0])
+    inside = (bars > 0).float()
+    standard = standard_of([[stage(torch.rand(20, 16, 16))]])
+    once = contrasts([stage(bars)], inside, 1 - inside, standard)
+    assert (once[0] - once[1]).norm() > 0.1
+    every = [
+        contrasts([stage(turned(bars, i))], turned(inside, i), 1 - turned(inside, i), standard)
+        for i in range(4)
+    ]
+    found = whatever_way_up(every, [3])
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    assert torch.allclose(found.norm(dim=1), torch.ones(2))
