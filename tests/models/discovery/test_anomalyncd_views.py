@@ -68,7 +68,7 @@ def test_no_change_is_the_central_view():
         ({"turns": 1}, lambda a: np.rot90(a[4:36, 4:36])),
         ({"turns": 3, "is_mirrored": True}, lambda a: np.rot90(a[4:36, 4:36][:, ::-1], 3)),
     ],
-    ids=str,
+    ids=["right", "left", "mirrored", "upturned", "turned", "mirrored and turned"],
 )
 def test_image_and_mask_move_together(changes, expected):
     image, mask = pattern()
