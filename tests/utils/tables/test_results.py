@@ -201,7 +201,8 @@ def test_published_lookup():
 def test_every_published_dataset_says_how_many_categories_its_mean_is_over():
     with published.PUBLISHED_FILE.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert all(num_categories(name) for name in {row["dataset"] for row in rows} - {"-"})
+    means = {row["dataset"] for row in rows if row["category"].startswith("mean")}
+    assert all(map(num_categories, means))
     mvtec = {row["category"] for row in rows if row["dataset"] == "mvtec"}
     assert len({name for name in mvtec if not name.startswith("mean")}) == num_categories("mvtec")
 
