@@ -133,12 +133,8 @@ class Extraction:
         experiment = self.experiment
         self._keep(task)
         train = self.features_of(task, task.train)
-        normals = _rows_at(train, task.train_indices)
         test = self.test_set_of(task)
-        fitted, calibration = normals, None
-        if experiment.calibration_share:
-            kept, held = calibration_split(experiment, task, len(normals))
-            fitted, calibration = normals.subset(kept), normals.subset(held)
+        fitted, calibration = self.normals_of(task)
         fitted.held_out = self._held_out(task, test)
         validation = None
         if experiment.select == "synthetic":
@@ -149,6 +145,14 @@ class Extraction:
             remarks.append("Leaks were not looked for: --cache none keeps no thumbnails.")
         leaks = self._leaks.of(task, train, fitted, calibration, test.bank)
         return TaskData(task, fitted, test, validation, calibration, skipped, remarks, leaks)
+
+    def normals_of(self, task: Task) -> tuple[Features, Features | None]:
+        """Return the normal images that heads are fitted on, and those that set thresholds."""
+        normals = _rows_at(self.features_of(task, task.train), task.train_indices)
+        if not self.experiment.calibration_share:
+            return normals, None
+        kept, held = calibration_split(self.experiment, task, len(normals))
+        return normals.subset(kept), normals.subset(held)
 
     def features_of(self, task: Task, images: ImageSet) -> Features:
         """Return the features of all images of one of a task's sets."""

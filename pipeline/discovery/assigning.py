@@ -16,7 +16,7 @@ from configs.discovery import ContrastOptions, Masks, WholeImageOptions
 from models.discovery.anomalyncd.anomalyncd import AnomalyNcd
 from pipeline.discovery.collecting import Collected
 from pipeline.discovery.cutting import Scale
-from pipeline.discovery.finding import NORMAL, Found, anomalyncd_kinds
+from pipeline.discovery.finding import NORMAL, Found, anomalyncd_kinds, numbered
 from pipeline.discovery.looking import Looked
 from utils.device import pick_device
 from utils.discovery.contrast import Standard
@@ -169,9 +169,9 @@ def _found(
 ) -> Found:
     numbers = kept.state["numbers"].numpy()
     return Found(
-        np.where(kinds < 0, kinds, numbers[kinds]),
+        numbered(kinds, numbers),
         confidences,
-        np.where(region_kinds < 0, region_kinds, numbers[region_kinds]),
+        numbered(region_kinds, numbers),
         region_confidences,
         points,
         kept.num_kinds,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from datasets.reading.finding import find_copies
@@ -12,7 +11,7 @@ from datasets.reading.labelled_defects import LabelledDefect, read_labelled_defe
 from datasets.samples import DataError
 from models.discovery.pieces import Piece
 from utils.discovery.files import ASSIGNMENTS, read_assignments
-from utils.discovery.regions import boxes_of, crop
+from utils.discovery.regions import boxes_of, crop, save_png
 from utils.errors import UsageError
 
 MOST = 2
@@ -98,7 +97,7 @@ def _pieces(defect: LabelledDefect, stem: Path) -> list[Piece]:
         shown = crop(mask.astype(np.uint8) * 255, box)
         files = [stem.with_name(f"{stem.name}_{place}_{what}.png") for what in ("image", "mask")]
         stem.parent.mkdir(parents=True, exist_ok=True)
-        for path, pixels in zip(files, (crop(image, box)[..., ::-1], shown), strict=True):
-            path.write_bytes(cv2.imencode(".png", np.ascontiguousarray(pixels))[1].tobytes())
+        for path, pixels in zip(files, (crop(image, box), shown), strict=True):
+            save_png(path, pixels)
         found.append(Piece(files[0], files[1], 1.0, int((shown > 0).sum())))
     return found

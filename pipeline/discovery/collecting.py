@@ -1,7 +1,7 @@
 """Once over all images: what is inside each, its pieces as files, and a vector of each."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.anomalyncd import AnomalyNcdOptions
-from configs.discovery import ContrastOptions
+from configs.discovery import ContrastOptions, WholeImageOptions
 from configs.options import MethodOptions
 from datasets.reading.images import read_image
 from models.discovery.pieces import Piece
@@ -27,7 +27,7 @@ from utils.discovery.contrast import (
     whatever_way_up,
     whole_images,
 )
-from utils.discovery.regions import Box, boxes_of, crop
+from utils.discovery.regions import Box, boxes_of, crop, save_png
 
 INSIDE = 255
 QUARTERS = 4
@@ -139,7 +139,7 @@ class Collector:
     def _take(self, batch: Batch, found: Collected) -> None:
         places: list[Place] = []  # of each image, then of its regions
         is_region: list[bool] = []
-        seen: list[np.ndarray] = []
+        seen: dict[int, np.ndarray] = {}  # row -> (S, S, 3) uint8, to be turned
         for row, number in enumerate(batch.numbers):
             image = read_image(self.looked.paths[number], self.looked.transform.reading)
             score, anomaly_map = batch.scores[row], batch.maps[row]
@@ -149,12 +149,13 @@ class Collector:
             ring = surroundings(self.looked.transform.mask(cut.mask), self.contrast.surroundings)
             for mask in (cut.mask, *masks):
                 places.append(Place(row, self._weights(mask, cut), ring.astype(np.float32)))
-            seen.append(self.looked.transform.image(image))
+            if self.contrast.turns > 1 and cut.mask.any():
+                seen[row] = self.looked.transform.image(image)
             is_region += [False] + [True] * len(masks)
             found.scores.append(score)
             found.has_mask.append(bool(cut.mask.any()))
             found.regions.extend(regions)
-        vectors = self._vectors(batch.stages, np.stack(seen), places)  # (images + regions, D)
+        vectors = self._vectors(batch.stages, seen, places)  # (images + regions, D)
         chosen = np.array(is_region)
         found.image_vectors.extend(vectors[~chosen])
         found.region_vectors.extend(vectors[chosen])
@@ -176,8 +177,8 @@ class Collector:
             mask = cut.mask & _within(box, size)
             stem = f"{number:05d}_{place}"
             piece = Piece(
-                _save(self.folder / "images" / f"{stem}.png", crop(image, box)),
-                _save(
+                save_png(self.folder / "images" / f"{stem}.png", crop(image, box)),
+                save_png(
                     self.folder / "masks" / f"{stem}.png",
                     crop(mask.astype(np.uint8) * INSIDE, box),
                 ),
@@ -201,17 +202,19 @@ class Collector:
         return self.looked.transform.mask(_thickened(box, len(weights))).astype(np.float32)
 
     def _vectors(
-        self, stages: Sequence[Tensor], images: np.ndarray, places: Sequence[Place]
+        self, stages: Sequence[Tensor], images: Mapping[int, np.ndarray], places: Sequence[Place]
     ) -> np.ndarray:
         """Return the contrast of each place, (P, D); 0 where nothing is inside.
 
         Args:
             stages: (B, C_l, H_l, W_l) features.
-            images: (B, S, S, 3) uint8, what they are of.
+            images: row -> (S, S, 3) uint8, those that are looked at turned.
             places: P of them.
         """
         channels = [stage.shape[1] for stage in stages]
         found = np.zeros((len(places), sum(channels)), dtype=np.float32)
+        if isinstance(self.method, WholeImageOptions):
+            return found  # which looks at nothing inside
         filled = [i for i, place in enumerate(places) if place.inside.any()]
         for start in range(0, len(filled), self.looked.batch_size):
             some = filled[start : start + self.looked.batch_size]
@@ -221,7 +224,7 @@ class Collector:
     def _contrast(
         self,
         stages: Sequence[Tensor],
-        images: np.ndarray,
+        images: Mapping[int, np.ndarray],
         places: Sequence[Place],
         channels: Sequence[int],
     ) -> np.ndarray:
@@ -230,13 +233,15 @@ class Collector:
         index = torch.tensor([rows.index(place.row) for place in places], device=device)
         inside = torch.from_numpy(np.stack([place.inside for place in places])).to(device)
         around = torch.from_numpy(np.stack([place.around for place in places])).to(device)
-        pixels = rearrange(torch.from_numpy(images[rows]), "b h w c -> b c h w")
         vectors = []
         for turn in range(0, QUARTERS, QUARTERS // self.contrast.turns):
             if turn == 0:
                 shown = [stage[rows] for stage in stages]
             else:
-                shown = frozen_of(self.looked.extractor).stage_maps(turned(pixels, turn))
+                pixels = rearrange([images[row] for row in rows], "b h w c -> b c h w")
+                shown = frozen_of(self.looked.extractor).stage_maps(
+                    turned(torch.from_numpy(pixels), turn)
+                )
             vectors.append(
                 contrasts(
                     [stage[index] for stage in shown],
@@ -260,11 +265,3 @@ def _thickened(mask: np.ndarray, side: int) -> np.ndarray:
     """Widen a mask (H, W) by as much as a pixel of the transformed image shows of it."""
     by = 2 * int(np.ceil(max(mask.shape) / side)) + 1
     return cv2.dilate(mask.astype(np.uint8), np.ones((by, by), np.uint8)).astype(bool)
-
-
-def _save(path: Path, pixels: np.ndarray) -> Path:
-    """Write a PNG: (H, W, 3) RGB, or (H, W) grey."""
-    shown = pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])
-    _, data = cv2.imencode(".png", shown)
-    path.write_bytes(data.tobytes())
-    return path

@@ -1,6 +1,6 @@
 """From an image's map to its mask, in each of the ways that `--masks` names."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,10 +70,15 @@ def scale_of(looked: Looked, *, guarded: bool) -> Scale:
             which would leave nothing; and where held-out normal images are known, no more than the
             lowest of their peaks does. Otherwise as released.
     """
-    maps = lambda: (one for batch in looked.batches() for one in batch.maps)  # noqa: E731
-    low, high = _extremes(maps())
+    lows: list[float] = []
+    peaks: list[np.ndarray] = []  # (1, 1) each, of the map's own type
+    for batch in looked.batches():
+        lows += [float(one.min()) for one in batch.maps]
+        peaks += [one.max(keepdims=True) for one in batch.maps]
+    low, high = min(lows), max(float(peak[0, 0]) for peak in peaks)
     raw = Scale(low, high, 0, TOP)
-    floor, top = range_of(raw.eight_bits(one) for one in maps())
+    # Eight bits keep the order of values: a map's peak stays its peak.
+    floor, top = range_of(map(raw.eight_bits, peaks))
     if guarded and looked.levels is not None:
         # Without a good image among them, the least anomalous one would have no region.
         floor = min(floor, int(raw.eight_bits(np.array([looked.levels.lowest_peak]))[0]))
@@ -133,10 +138,3 @@ def _given(looked: Looked, most: int) -> Cutter:
         return Cut(mask, None, most)
 
     return cut
-
-
-def _extremes(maps: Iterable[np.ndarray]) -> tuple[float, float]:
-    low, high = np.inf, -np.inf
-    for one in maps:
-        low, high = min(low, float(one.min())), max(high, float(one.max()))
-    return low, high

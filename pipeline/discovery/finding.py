@@ -208,6 +208,11 @@ def _numbered_state(num_kinds: int, **tensors: Tensor) -> dict[str, Tensor]:
     return {"numbers": torch.arange(num_kinds), **tensors}
 
 
+def numbered(kinds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Return the numbers of kinds (N,), which stay below 0 where they are."""
+    return np.where(kinds < 0, kinds, numbers[kinds])
+
+
 def certainty(vectors: np.ndarray, centres: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     """Return how sure the kinds of vectors are, (N,); 0 where another centre is nearer."""
     closest, sure = nearest(vectors, centres)

@@ -19,7 +19,7 @@ from models.backbone.raw_images import RawImages
 from models.detector import Extractor
 from pipeline.discovery.maps import Maps, MapsOfFolder, MapsOfRun
 from pipeline.experiments import read_tasks, structured_catalogue
-from pipeline.features import Extraction, calibration_split, extractor_of
+from pipeline.features import Extraction, extractor_of
 from pipeline.finished import FinishedRun, load_run
 from utils.discovery.contrast import Standard, standard_of
 from utils.discovery.files import GOOD
@@ -193,7 +193,7 @@ def _of_run(
     (task,) = read_tasks(finished.experiment, [category])
     extraction = Extraction(finished.experiment, finished.extractor)
     detector = finished.detector(category, seed)
-    normals = _fitted_on(finished, extraction, task)
+    normals, _ = extraction.normals_of(task)
     levels = None
     if needs_levels:
         levels = _levels(finished, normals, category, seed, options.false_alarm_rate)
@@ -242,16 +242,6 @@ def _others(task: Task, indices: Sequence[int], names: Sequence[str]) -> list[in
     if not rows:
         raise UsageError(f"{task.category}: --leave-out {' '.join(names)} leaves no image")
     return rows
-
-
-def _fitted_on(finished: FinishedRun, extraction: Extraction, task: Task) -> Features:
-    """Return the features of the normal images that a head was fitted on."""
-    train = extraction.features_of(task, task.train)
-    normals = train.subset(np.isin(train.indices, task.train_indices).nonzero()[0])
-    if finished.experiment.calibration_share:
-        kept, _ = calibration_split(finished.experiment, task, len(normals))
-        normals = normals.subset(kept)
-    return normals
 
 
 def _levels(

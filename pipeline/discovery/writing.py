@@ -12,7 +12,7 @@ import torch
 from configs.discovery import DiscoverOptions
 from models.discovery.pieces import read_piece
 from pipeline.discovery.collecting import Collected, Region
-from pipeline.discovery.finding import Found
+from pipeline.discovery.finding import Found, numbered
 from pipeline.discovery.looking import Looked
 from utils.discovery.files import (
     GOOD,
@@ -43,11 +43,6 @@ def renumbered(found: Found, looked: Looked, folder: Path) -> Found:
         region_kinds=numbered(found.region_kinds, numbers),
         state={**found.state, "numbers": torch.from_numpy(numbers)},
     )
-
-
-def numbered(kinds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return the numbers of kinds (N,), which stay below 0 where they are."""
-    return np.where(kinds < 0, kinds, numbers[kinds])
 
 
 def names_of(options: DiscoverOptions, folder: Path) -> dict[int, str]:

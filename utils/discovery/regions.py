@@ -7,6 +7,7 @@ is not moved inside: what it shows beyond the image is black, without a mask.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -95,6 +96,14 @@ def merge(boxes: Sequence[Box], distance: float) -> list[Box]:
             first = first.joined(box)
         found.append(first)
     return found
+
+
+def save_png(path: Path, pixels: np.ndarray) -> Path:
+    """Write what `crop` returns, (H, W, 3) RGB or (H, W) grey, uint8; return the path."""
+    shown = pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])
+    _, data = cv2.imencode(".png", shown)
+    path.write_bytes(data.tobytes())
+    return path
 
 
 def crop(image: np.ndarray, box: Box) -> np.ndarray:
