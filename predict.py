@@ -35,6 +35,7 @@ from datasets.samples import DataError
 from pipeline.experiments import read_tasks
 from utils.cli import exits_cleanly
 from utils.errors import UsageError
+from utils.runs.files import file_stem
 from utils.runs.finished import choose_pair
 from utils.runs.made_of import load_made_of, made_of_file
 from utils.runs.predictions import Pictures, Prediction, PredictionFiles
@@ -134,7 +135,7 @@ def open_files(
             threshold=threshold,
             threads=options.workers,
         )
-    folder = run.folder / "predictions" / run.head_path(category, seed, suffix).stem
+    folder = run.folder / "predictions" / file_stem(category, seed, suffix)
     about = {"run": str(run.folder), "category": category, "seed": seed, "head": options.head}
     return PredictionFiles(options.out or folder, pictures, about)
 

@@ -97,11 +97,14 @@ def records(runs: Sequence[PlannedRun]) -> list[JobRecord]:
         JobRecord(
             planned.job.name,
             run.combination.title,
-            *planned.pair,
+            " and ".join(category for category, _ in planned.pairs),
+            planned.pairs[0][1],
             run_folder=str(planned.folder),
             log=planned.job.log,
             command=shlex.join(["python", f"{planned.job.script}.py", *planned.job.argv]),
-            status=DONE if planned.pair in there | finished_pairs(planned.folder) else PENDING,
+            status=DONE
+            if set(planned.pairs) <= there | finished_pairs(planned.folder)
+            else PENDING,
         )
         for run in runs
         for there in [finished_pairs(run.experiment.run_folder)]
@@ -168,7 +171,7 @@ def complete(run: PlannedRun, manifest: Manifest) -> None:
                 run.experiment.to_json(),
                 categories=run.categories,
                 seeds=run.experiment.seeds,
-                parts={planned.pair: planned.folder for planned in run.jobs},
+                parts={pair: planned.folder for planned in run.jobs for pair in planned.pairs},
                 command=run.command,
                 may_differ=MAY_DIFFER,
             )

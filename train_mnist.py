@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     # Only now: torch takes seconds to import, and a mistyped option is told without it.
     from pipeline.features import Extraction, extractor_of
     from pipeline.recording import write_table
-    from pipeline.training import open_run, train_task
+    from pipeline.training import open_run, train_together
 
     extractor = extractor_of(experiment)
     run = open_run(experiment, tasks, extractor, ["train_mnist.py", *words])
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for task in tasks:
         if run.pending(task.category):
             with faults_named(task.category):
-                train_task(experiment, run, extraction, task)
+                train_together(experiment, run, extraction, [task])
     write_table(experiment, run, tasks, extractor)
     return run.folder
 

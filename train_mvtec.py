@@ -8,6 +8,7 @@ Reproduces Tables II and III of the NoCo paper (published training, method `noco
     python train_mvtec.py mvtec --data-root /data/mvtec --seeds 0 1 2          # honest: last epoch
     python train_mvtec.py folder --data-root my_images --categories screws     # your own images
     python train_mvtec.py demo                                                 # no download
+    python train_mvtec.py demo uniad --protocol multi-class    # one head for all categories
 
 The paper's numbers are mean image AUROC in percent (figures/published.csv), each the maximum over
 test-set evaluations after every epoch; `--select best_test` does the same and says so.
@@ -33,15 +34,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     # Only now: torch takes seconds to import, and a mistyped option is told without it.
     from pipeline.features import Extraction, extractor_of
     from pipeline.recording import write_table
-    from pipeline.training import open_run, train_task
+    from pipeline.training import open_run, train_together
 
     extractor = extractor_of(experiment)
     run = open_run(experiment, tasks, extractor, ["train_mvtec.py", *words])
     extraction = Extraction(experiment, extractor)
-    for task in tasks:
-        if run.pending(task.category):
-            with faults_named(task.category):
-                train_task(experiment, run, extraction, task)
+    for together in [tasks] if experiment.is_joint else [[task] for task in tasks]:
+        if run.pending(together[0].category):
+            with faults_named(" and ".join(task.category for task in together)):
+                train_together(experiment, run, extraction, together)
     write_table(experiment, run, tasks, extractor)
     return run.folder
 

@@ -165,6 +165,11 @@ class Experiment:
         raise NotImplementedError
 
     @property
+    def is_joint(self) -> bool:
+        """Whether one head is fitted on all categories; else each has its own."""
+        return False
+
+    @property
     def title(self) -> str:
         """What a table is about."""
         return f"{self.method_name} on {self.dataset}, {self.backbone}"

@@ -30,12 +30,15 @@ class MethodPreset:
         experiment: what changes in the experiment itself (layers, sizes), by place.
         ignores: options of the experiment that do nothing for it, beside those that follow from
             what it takes; setting one is refused.
+        unfitted: models of a library that learn nothing from normal images: one head for all
+            categories is what they always have.
     """
 
     options: MethodOptions
     on: Changes = field(default_factory=dict)
     experiment: Changes = field(default_factory=dict)
     ignores: frozenset[str] = frozenset()
+    unfitted: frozenset[str] = frozenset()
 
     @property
     def ignored(self) -> frozenset[str]:
@@ -108,6 +111,8 @@ class Catalogue(Generic[E]):
             dataset, name = values["dataset"], values["method_name"]
             if dataset not in self.data_sets:
                 raise ValueError(f"unknown data set {dataset!r}")
+            if (task := task_of(values)) != self.kind.task:
+                raise ValueError(f"a run on {task} data, which another script makes")
             experiment = self.kind.from_json(
                 values,
                 data=type(self.data_sets[dataset].options),
@@ -119,11 +124,18 @@ class Catalogue(Generic[E]):
         return experiment
 
     def check(self, experiment: E) -> None:
-        """Check what an experiment asks of its data set.
+        """Check what an experiment asks of its data set and of its method.
 
         Raises:
-            ValueError: it chooses by synthetic anomalies, and there are none.
+            ValueError: it chooses by synthetic anomalies, and there are none; or it is to fit one
+                head on all categories with a method that fits none.
         """
+        model = experiment.method_name.partition(":")[2]
+        if experiment.is_joint and model in self.method(experiment.method_name).unfitted:
+            raise ValueError(
+                f"--protocol multi-class has no meaning for {experiment.method_name}, which learns "
+                "nothing from normal images: its scores are the same; leave it out"
+            )
         can_be_made = self.data_sets[experiment.dataset].has_synthetic
         if experiment.select == "synthetic" and not can_be_made:
             raise ValueError(
@@ -149,6 +161,11 @@ class Catalogue(Generic[E]):
                     needed = f"unless {option_name(mark.option, 'method.')} is {mark.words}"
                     idle.append((option_name(entry.name, "method."), needed))
         return idle
+
+
+def task_of(values: Mapping[str, Any]) -> str:
+    """Return the kind of task of a config.json: only structured experiments have patches."""
+    return "structured" if "patch_size" in values else "semantic"
 
 
 def with_options(method: MethodOptions, options: dict[str, Any]) -> MethodOptions:

@@ -13,6 +13,9 @@ class StructuredExperiment(Experiment):
 
     task: ClassVar[str] = "structured"
 
+    protocol: Annotated[Literal["single-class", "multi-class"], Since.LATER] = "single-class"
+    """A head for each category, or one head for all of them, fitted on the normal images of all;
+    evaluated on each category either way."""
     patch_size: Odd = 3
     """Side of the neighbourhood each feature is averaged over (papers: 3)."""
     blur_sigma: NotNegative = 4.0
@@ -26,10 +29,24 @@ class StructuredExperiment(Experiment):
     save_maps: Beside[bool] = False
     """Keep every anomaly map, and the masks, in the run folder (large)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_joint and self.online:
+            raise ValueError(
+                "--online follows a head of one category; leave it out of --protocol multi-class"
+            )
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether one head is fitted on all categories."""
+        return self.protocol == "multi-class"
+
     @property
     def title(self) -> str:
         """What a table is about, and in which ways it looks at the test set."""
         said = super().title
+        if self.is_joint:
+            said += "; ONE HEAD FOR ALL CATEGORIES (multi-class)"
         if self.scale_on == "test":
             said += "; OPTIMISTIC: scales set on normal test images"
         if self.test_batches:

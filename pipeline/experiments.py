@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from configs.command_line import parse
-from configs.presets import Catalogue
+from configs.presets import Catalogue, task_of
 from configs.semantic import SemanticExperiment
 from configs.structured import StructuredExperiment
 from datasets.data_set import SemanticSet, StructuredSet, find_data_sets
-from datasets.samples import Task
+from datasets.samples import DataError, Task
 from datasets.tasks.one_class import one_class_tasks
 from datasets.tasks.structured import in_whole_batches, structured_tasks
 from models.method import find_methods
@@ -76,9 +76,9 @@ def experiment_of(config: Mapping[str, Any]) -> AnyExperiment:
     Raises:
         ValueError: it is none of this version.
     """
-    if "protocol" in config:
-        return semantic_catalogue().from_json(dict(config))
-    return structured_catalogue().from_json(dict(config))
+    if task_of(config) == "structured":
+        return structured_catalogue().from_json(dict(config))
+    return semantic_catalogue().from_json(dict(config))
 
 
 def read_tasks(experiment: AnyExperiment, categories: Sequence[str] | None = None) -> list[Task]:
@@ -89,13 +89,18 @@ def read_tasks(experiment: AnyExperiment, categories: Sequence[str] | None = Non
         categories: others instead.
 
     Raises:
-        DataError: the data cannot be found, or are missing or inconsistent; or a category is
-            unknown.
+        DataError: the data cannot be found, or are missing or inconsistent; a category is unknown;
+            or there is one category for the head of several.
     """
     wanted = experiment.categories if categories is None else categories
     if isinstance(experiment, StructuredExperiment):
         structured = find_data_sets(StructuredSet)[experiment.dataset]
         tasks = structured_tasks(structured, experiment.data_root, wanted, experiment.data)
+        if categories is None and experiment.is_joint and len(tasks) < 2:
+            raise DataError(
+                "--protocol multi-class wants several categories and there is one, "
+                f"{tasks[0].category}; leave the option out"
+            )
         if experiment.test_batches is None:
             return tasks
         return [in_whole_batches(task, experiment.test_batches) for task in tasks]
@@ -108,3 +113,8 @@ def groups_of(experiment: AnyExperiment) -> Mapping[str, Sequence[str]]:
     if isinstance(experiment, SemanticExperiment):
         return {}
     return find_data_sets(StructuredSet)[experiment.dataset].groups
+
+
+def leaves_one_out(experiment: AnyExperiment) -> bool:
+    """Whether the class that a task is named after is its anomaly."""
+    return isinstance(experiment, SemanticExperiment) and experiment.protocol == "leave-one-out"

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from utils.evaluation.selection import Validation, hold_out, num_copies, validat
 from utils.evaluation.test_set import TestSet
 from utils.features.extraction import extract_features
 from utils.features.features import Features
+from utils.features.joined import join_features
 from utils.features.store import default_folder
 
 LOOKED_AT = 32
@@ -145,6 +146,17 @@ class Extraction:
             remarks.append("Leaks were not looked for: --cache none keeps no thumbnails.")
         leaks = self._leaks.of(task, train, fitted, calibration, test.bank)
         return TaskData(task, fitted, test, validation, calibration, skipped, remarks, leaks)
+
+    def data_together(self, tasks: Sequence[Task]) -> list[TaskData]:
+        """Return the features of tasks that one head is for: each has the normals of all to fit on.
+
+        Raises:
+            DataError: an image or a mask cannot be read.
+            UsageError: too few images for what is asked.
+        """
+        data = [self.data_of(task) for task in tasks]
+        train = join_features([one.train for one in data])
+        return [replace(one, train=train) for one in data]
 
     def normals_of(self, task: Task) -> tuple[Features, Features | None]:
         """Return the normal images that heads are fitted on, and those that set thresholds."""

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.cache import cache_folder
-from datasets.contents import Digests, contents_of
+from datasets.contents import Contents, Digests, contents_of
 from datasets.samples import Task
 from pipeline.experiments import AnyExperiment
-from utils.runs.made_of import WHATEVER, MadeOf
+from utils.runs.made_of import OF_TRAINING, WHATEVER, MadeOf
 
 
 def made_of(
@@ -15,7 +15,8 @@ def made_of(
 ) -> dict[str, MadeOf]:
     """Return what the heads of each task would be made of, by category.
 
-    Files that were digested before, and have the same path, size and time, are not read again.
+    Files that were digested before, and have the same path, size and time, are not read again. A
+    head of several categories is made of the training images of all.
 
     Args:
         experiment: names the data root, and files: of weights, or of what its method takes.
@@ -27,6 +28,12 @@ def made_of(
     files = [Path(text) for text in texts if isinstance(text, str) and Path(text).is_file()]
     weights = " ".join(digests.of(files)) if files else WHATEVER
     root = experiment.data_root
-    return {
-        task.category: MadeOf(contents_of(task, root, digests), weights, backbone) for task in tasks
-    }
+    contents = {task.category: contents_of(task, root, digests) for task in tasks}
+    if experiment.is_joint:
+        trained_on: Contents = {}
+        for found in contents.values():
+            for group, names in found.items():
+                if group.startswith(OF_TRAINING):
+                    trained_on.setdefault(group, {}).update(names)
+        contents = {category: found | trained_on for category, found in contents.items()}
+    return {category: MadeOf(found, weights, backbone) for category, found in contents.items()}

@@ -183,16 +183,22 @@ def _reason(said: str) -> str:
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job, the pair it makes, and where."""
+    """A job, the pairs it makes, and where.
+
+    Attributes:
+        job: the command.
+        pairs: one; where a head is for all categories, each of them with the seed.
+        folder: of the run that it makes.
+    """
 
     job: Job
-    pair: Pair
+    pairs: tuple[Pair, ...]
     folder: Path
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A combination with its categories, and a job for each pair of a category and a seed."""
+    """A combination with its categories, and its jobs: one for each head."""
 
     combination: Combination
     experiment: AnyExperiment
@@ -259,8 +265,9 @@ def plan_run(
     jobs = []
     # Seeds outside: the first seed of each category stores the features that the others read.
     for seed in combination.seeds:
-        for category in listed[key]:
-            words = combination.words_for([category], [seed], output / "jobs")
+        for categories in [listed[key]] if experiment.is_joint else [(c,) for c in listed[key]]:
+            asked = combination.categories if experiment.is_joint else categories
+            words = combination.words_for(asked, [seed], output / "jobs")
             if not any(word.partition("=")[0] == "--cache" for word in combination.words):
                 words = (*words, "--cache", "disk")
             if seed != combination.seeds[0]:
@@ -268,9 +275,10 @@ def plan_run(
             if needs_cuda:
                 words = (*words, "--device", "cuda")
             folder = combination.parse(words).run_folder
-            name = f"{combination.title}, {category}, seed {seed}"
+            name = f"{combination.title}, {' and '.join(categories)}, seed {seed}"
             job = Job(name, combination.script, words, log=str(log_beside(folder)))
-            jobs.append(PlannedJob(job, (category, seed), folder))
+            pairs = tuple((category, seed) for category in categories)
+            jobs.append(PlannedJob(job, pairs, folder))
     return PlannedRun(combination, experiment, listed[key], tuple(jobs))
 
 

@@ -2,26 +2,22 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from configs.semantic import SemanticExperiment
 from configs.structured import StructuredExperiment
 from datasets.data_set import num_categories
 from datasets.reading import unused
-from datasets.reading.images import Reading, read_image
-from datasets.reading.transforms import PairTransform
-from datasets.samples import ImageSet, Task
+from datasets.samples import Task
 from models.detector import Detector, Extractor, HasParts
 from models.method import published_name
-from pipeline.experiments import AnyExperiment, groups_of
-from pipeline.features import TaskData, transform_of
-from pipeline.leaks import in_words, pairs_to_show
+from pipeline.drawing import draw
+from pipeline.experiments import AnyExperiment, groups_of, leaves_one_out
+from pipeline.features import TaskData
+from pipeline.leaks import in_words
 from utils.evaluation.calibration import (
     Calibration,
     calibration_file,
@@ -32,11 +28,7 @@ from utils.evaluation.calibration import (
 from utils.evaluation.monitor import Outcome, State
 from utils.evaluation.online import online_curve, save_online_curve
 from utils.evaluation.scoring import part_maps, score_all
-from utils.evaluation.test_set import TestSet
 from utils.metrics.metrics import table_metrics
-from utils.pictures.galleries import save_gallery
-from utils.pictures.overlays import Shown, save_overlays
-from utils.pictures.pairs import save_pairs
 from utils.runs.files import file_stem
 from utils.runs.run import Run
 from utils.runs.scores import TestScores
@@ -74,11 +66,35 @@ class Fitted:
     backbone_digest: str
 
 
-def record(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) -> None:
-    """Write pictures, scores, heads and calibration of a fitted head, and its rows last of all."""
+def record(
+    experiment: AnyExperiment, run: Run, data: Sequence[TaskData], fits: Sequence[Fitted]
+) -> None:
+    """Write pictures, scores, heads and calibration of a fitted head, and its rows last of all.
+
+    Args:
+        experiment: the settings.
+        run: where it is written.
+        data: of each task that the head is for.
+        fits: what came of it on each; the head is the same.
+    """
+    _save_heads(run, data[0].task.category, fits[0])
+    found = {
+        (one.task.category, fitted.seed): _record_one(experiment, run, one, fitted)
+        for one, fitted in zip(data, fits, strict=True)
+    }
+    run.finish(found)
+    for (category, _), fitted in zip(found, fits, strict=True):
+        tqdm.write(summary_line(category, fitted))
+
+
+def _record_one(
+    experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted
+) -> list[dict[str, Any]]:
+    """Write all of a task but head and rows, and return these."""
     category, seed = data.task.category, fitted.seed
     if experiment.overlays and seed == experiment.seeds[0]:
-        draw(experiment, run, data, fitted)
+        folder = run.overlays_folder(category, seed)
+        draw(experiment, folder, data, fitted.detector, fitted.outcomes[-1])
     if fitted.learner is not None:
         generator = seed_everything(seed)
         curve = online_curve(fitted.learner, data.train, data.test, generator=generator)
@@ -86,7 +102,7 @@ def record(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) 
         save_online_curve(path, curve, title=f"{category}, seed {seed}")
     keep_maps = isinstance(experiment, StructuredExperiment) and experiment.save_maps
     for outcome in fitted.outcomes:
-        _save(run, data, fitted, outcome, keep_maps=keep_maps)
+        _save_scores(run, data, fitted, outcome, keep_maps=keep_maps)
     alarms = {}
     if data.calibration is not None:
         for outcome in fitted.outcomes:
@@ -95,7 +111,7 @@ def record(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) 
             rate = experiment.false_alarm_rate
             alarms[outcome.select] = false_alarm_columns(found, normals, rate)
     facts = _facts(data, fitted)
-    rows = [
+    return [
         {
             "category": category,
             "seed": seed,
@@ -110,95 +126,31 @@ def record(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) 
         }
         for outcome in fitted.outcomes
     ]
-    run.finish(category, seed, rows)
-    tqdm.write(summary_line(category, fitted))
 
 
-def draw(experiment: AnyExperiment, run: Run, data: TaskData, fitted: Fitted) -> None:
-    """Draw the reported outcome: sheets of maps, or a gallery where nothing is localised."""
-    task, test, outcome = data.task, data.test, fitted.outcomes[-1]
-    folder = run.overlays_folder(task.category, fitted.seed)
-    transform: PairTransform = transform_of(experiment)
-    if data.leaks:
-        draw_leaks(folder / "twins.png", data, transform, count=experiment.overlays)
-    if experiment.map_size is None:
-        is_anomaly = _leaves_one_out(experiment)
-        save_gallery(
-            folder / "gallery.png",
-            images=lambda i: stored_image(task.test, test.bank.indices[i], transform.reading),
-            scores=outcome.scores.images.numpy(),
-            labels=test.labels.numpy(),
-            class_names_of_images=test.kinds,
-            title=f"{experiment.dataset}, {'anomalous' if is_anomaly else 'normal'}: "
-            f"{task.category}",
-            auroc=outcome.measured.values["image_auroc"],
-            count=experiment.overlays,
-        )
-        return
-    part_names, parts = parts_of(fitted.detector, test)
-    shown = Shown(
-        images=lambda i: transform.image(
-            stored_image(task.test, test.bank.indices[i], transform.reading)
-        ),
-        masks=test.masks,
-        anomaly_maps=outcome.scores.maps.cpu(),
-        scores=outcome.scores.images.numpy(),
-        labels=test.labels.numpy(),
-        defects=test.kinds,
-        names=[Path(name).name for name in test.names],
-        threshold=outcome.measured.pixel_f1_threshold,
-        part_names=part_names,
-        parts=parts,
-    )
-    save_overlays(folder, shown, num_worst=experiment.overlays, title=task.category)
+def _save_heads(run: Run, category: str, fitted: Fitted) -> None:
+    """Write the states of a head, once where it is for several categories."""
+    for outcome in fitted.outcomes:
+        for suffix, state in outcome.states.items():
+            metadata = {
+                "category": "" if run.is_joint else category,
+                "seed": str(fitted.seed),
+                "select": outcome.select,
+                "options": json.dumps(fitted.options),
+                "backbone_digest": fitted.backbone_digest,
+            }
+            run.save_head(category, fitted.seed, state, metadata, suffix=suffix)
 
 
-def parts_of(
-    detector: Detector, test: TestSet
-) -> tuple[tuple[str, ...], Callable[[int], Sequence[np.ndarray]]]:
-    """Return the names of the maps that a detector's is the mean of, and what gives an image's."""
-    if not isinstance(detector, HasParts) or len(detector.part_names) < 2:
-        return (), lambda _: ()
-    of_parts: HasParts = detector
-
-    def parts(place: int) -> Sequence[np.ndarray]:
-        maps = part_maps(of_parts, test.bank.subset([place]), test.scoring)  # (L, 1, S, S)
-        return list(maps[:, 0].numpy())
-
-    return of_parts.part_names, parts
-
-
-def draw_leaks(path: Path, data: TaskData, transform: PairTransform, *, count: int) -> None:
-    """Draw some near-duplicates of each kind, those looked at on the left."""
-    pairs = []
-    for leak, twin in pairs_to_show(data.leaks, count):
-        sides = ((leak.images, twin.place), (leak.among, twin.other))
-        left, right = (
-            transform.image(stored_image(s.images, s.features.indices[row], transform.reading))
-            for s, row in sides
-        )
-        names = " | ".join(Path(side.name(row)).name for side, row in sides)
-        pairs.append((left, right, f"{names}  {twin.correlation:.3f}"))
-    save_pairs(path, pairs, title=f"{data.task.category}: {in_words(data.leaks)}")
-
-
-def stored_image(images: ImageSet, index: int, reading: Reading) -> np.ndarray:
-    """Return an image as it is stored, (H, W, 3) uint8."""
-    if images.paths is not None:
-        return read_image(images.paths[index], reading)
-    assert images.images is not None
-    image = images.images[index]
-    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)  # (H, W, 3)
-
-
-def _save(run: Run, data: TaskData, fitted: Fitted, outcome: Outcome, *, keep_maps: bool) -> None:
-    """Write the scores and heads of an outcome."""
+def _save_scores(
+    run: Run, data: TaskData, fitted: Fitted, outcome: Outcome, *, keep_maps: bool
+) -> None:
+    """Write the scores of an outcome."""
     test, scores = data.test, outcome.scores
-    category, seed = data.task.category, fitted.seed
-    suffixes = list(outcome.states)
+    suffix, state = next(iter(outcome.states.items()))
     parts = {}
     if keep_maps and isinstance(fitted.detector, HasParts):
-        fitted.detector.load_state_dict(outcome.states[suffixes[0]])
+        fitted.detector.load_state_dict(state)
         found = part_maps(fitted.detector, test.bank, test.scoring)
         parts = dict(zip(fitted.detector.part_names, found, strict=True))
     recorded = TestScores(
@@ -212,16 +164,7 @@ def _save(run: Run, data: TaskData, fitted: Fitted, outcome: Outcome, *, keep_ma
         angles=scores.angles,
         parts=parts,
     )
-    run.save_scores(category, seed, recorded, suffix=suffixes[0])
-    for suffix in suffixes:
-        metadata = {
-            "category": category,
-            "seed": str(seed),
-            "select": outcome.select,
-            "options": json.dumps(fitted.options),
-            "backbone_digest": fitted.backbone_digest,
-        }
-        run.save_head(category, seed, outcome.states[suffix], metadata, suffix=suffix)
+    run.save_scores(data.task.category, fitted.seed, recorded, suffix=suffix)
 
 
 def _calibrate(run: Run, data: TaskData, fitted: Fitted, outcome: Outcome) -> Calibration:
@@ -296,7 +239,7 @@ def write_table(
     has_maps = experiment.map_size is not None
     metrics = [m.name for m in table_metrics(rows[0], has_maps=has_maps)]
     # The papers' numbers are for one class against the rest.
-    is_published = not _leaves_one_out(experiment)
+    is_published = not leaves_one_out(experiment)
     reasons = undefined_reasons(rows)
     notes = [RANDOM_WEIGHTS] if extractor.random_weights else []
     shared = any(task.peers for task in tasks)
@@ -311,6 +254,7 @@ def write_table(
         dataset=experiment.dataset if is_published else None,
         num_categories=num_categories(experiment.dataset),
         published_as=published_name(experiment.method_name),
+        is_joint=experiment.is_joint,
     )
     why = [f"{name}: {reason}" for name, reason in reasons.items() if name in metrics]
     table = build_table(rows, about, notes=notes, nan_reasons=why)
@@ -321,14 +265,15 @@ def write_table(
 
 
 def remarks_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what the fits of a run remark."""
-    found = [(row["category"], row["seed"], row["remarks"]) for row in rows if row["remarks"]]
-    return [f"{category}, seed {seed}: {text}" for category, seed, text in found]
-
-
-def _leaves_one_out(experiment: AnyExperiment) -> bool:
-    """Whether the class that a task is named after is its anomaly."""
-    return isinstance(experiment, SemanticExperiment) and experiment.protocol == "leave-one-out"
+    """Return what the fits of a run remark; what is said of several categories is said once."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for row in rows:
+        if row["remarks"]:
+            found.setdefault((row["seed"], row["remarks"]), []).append(row["category"])
+    return [
+        f"{' and '.join(dict.fromkeys(names))}, seed {seed}: {text}"
+        for (seed, text), names in found.items()
+    ]
 
 
 def _num_bytes(state: State) -> int:

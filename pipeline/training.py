@@ -7,7 +7,7 @@ record. What it is given holds features only: no image is looked at again.
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from pipeline.recording import Fitted, record, unused_in_words
 from utils.device import pick_device
 from utils.errors import UsageError
 from utils.evaluation.monitor import FitMonitor
-from utils.evaluation.selection import choose
+from utils.evaluation.selection import choose, joined_validation
 from utils.runs.run import Run
 from utils.seeding import seed_everything
 
@@ -53,16 +53,22 @@ def open_run(
     )
 
 
-def train_task(experiment: AnyExperiment, run: Run, extraction: Extraction, task: Task) -> None:
-    """Extract a task's features, then train, evaluate and record a head for each pending seed."""
-    tqdm.write(images_line(task))
-    data = extraction.data_of(task)
-    for seed in run.pending(task.category):
+def train_together(
+    experiment: AnyExperiment, run: Run, extraction: Extraction, tasks: Sequence[Task]
+) -> None:
+    """Extract the features of tasks, then train one head for all of them for each pending seed.
+
+    It is fitted on the normal images of all, and evaluated and recorded on each.
+    """
+    for task in tasks:
+        tqdm.write(images_line(task))
+    data = extraction.data_together(tasks)
+    for seed in run.pending(tasks[0].category):
         train_head(experiment, run, extraction.extractor, data, seed)
 
 
 def train_head(
-    experiment: AnyExperiment, run: Run, extractor: Extractor, data: TaskData, seed: int
+    experiment: AnyExperiment, run: Run, extractor: Extractor, data: Sequence[TaskData], seed: int
 ) -> None:
     """Fit a head on normal features with one seed, evaluate it, and write all of it down.
 
@@ -70,51 +76,66 @@ def train_head(
     alone or among others. What is written last makes the pair count: one that is interrupted before
     is run again.
 
+    Args:
+        experiment: the settings.
+        run: where it is written.
+        extractor: the backbone.
+        data: of the task, or of each task that the head is for: all with the same `train`, those
+            of `--select synthetic` with the same images to fit candidates on.
+        seed: of the fit.
+
     Raises:
         FloatingPointError: the fit left the finite numbers; category, seed, epoch and step are
             named.
         UsageError: `best_test` without normal and anomalous test images.
     """
-    category = data.task.category
-    log = functools.partial(run.log, category, seed)
-    empty = [data.test.names[i] for i in data.test.empty_masks]
-    unused = [str(path) for path in data.task.unused]
-    log(event="data", skipped=list(data.skipped), empty_masks=empty, unused=unused)
+    tests, train = [one.test for one in data], data[0].train
+    logs = [functools.partial(run.log, one.task.category, seed) for one in data]
+    for log, one in zip(logs, data, strict=True):
+        _log_data(log, one)
 
     def build(changes: dict[str, Any]) -> Detector:
         options = with_options(experiment.method, changes)
         return build_detector(experiment.method_name, extractor, options).to(extractor.device)
 
-    for leak in data.leaks:
-        log(event="twins", what=leak.words, pairs=leak.pairs())
-
-    with _named(experiment, category, seed):
+    with _named(experiment, " and ".join(one.task.category for one in data), seed):
         options: dict[str, Any] = {}
-        if data.validation is not None:
-            watched = data.test if experiment.monitor_test else None
+        validation = joined_validation([one.validation for one in data])
+        if validation is not None:
+            watched = tests if experiment.monitor_test else ()
             candidates = experiment.candidates()
-            choice = choose(build, candidates, data.validation, seed=seed, log=log, watched=watched)
+            choice = choose(build, candidates, validation, seed=seed, logs=logs, watched=watched)
             options = choice.options
-            log(event="chosen", options=options, synthetic_auroc=choice.auroc)
+            for log in logs:
+                log(event="chosen", options=options, synthetic_auroc=choice.auroc)
 
         generator = seed_everything(seed)
         detector = build(options)
         monitor = FitMonitor(
-            detector, data.test, experiment.select, log, monitor_test=experiment.monitor_test
+            detector, tests, experiment.select, logs, monitor_test=experiment.monitor_test
         )
-        detector.fit(data.train, generator=generator, monitor=monitor)
+        detector.fit(train, generator=generator, monitor=monitor)
         fit_seconds = monitor.fit_seconds
 
         outcomes = monitor.outcomes()
     if detector.diagnostics:
-        log(event="diagnostics", **detector.diagnostics)
+        for log in logs:
+            log(event="diagnostics", **detector.diagnostics)
     learner = build(options) if experiment.online else None
-    record(
-        experiment,
-        run,
-        data,
-        Fitted(seed, detector, options, outcomes, fit_seconds, learner, extractor.weights_digest),
-    )
+    fits = [
+        Fitted(seed, detector, options, found, fit_seconds, learner, extractor.weights_digest)
+        for found in outcomes
+    ]
+    record(experiment, run, data, fits)
+
+
+def _log_data(log: Callable[..., None], data: TaskData) -> None:
+    """Log which images are left out or cannot count, and which have near-duplicates."""
+    empty = [data.test.names[i] for i in data.test.empty_masks]
+    unused = [str(path) for path in data.task.unused]
+    log(event="data", skipped=list(data.skipped), empty_masks=empty, unused=unused)
+    for leak in data.leaks:
+        log(event="twins", what=leak.words, pairs=leak.pairs())
 
 
 def images_line(task: Task) -> str:

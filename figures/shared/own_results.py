@@ -25,6 +25,8 @@ PAPER_BACKBONES = {True: "wide_resnet50_2.tv_in1k", False: "resnet152.tv_in1k"}
 OF_SERIES = frozenset({"dataset", "method_name", "select", "backbone", "protocol"})
 """Options with a field of their own in `Series`."""
 
+JOINT = "multi-class"
+"""Protocol of a head for all categories, which structured experiments may have."""
 _COMPARED = ("image_auroc", "pixel_auroc", "trainable")
 
 
@@ -146,15 +148,21 @@ def papers_data(*, structured: bool) -> tuple[str, ...]:
 
 
 def is_structured(config: Mapping[str, Any]) -> bool:
-    """Tell a structured experiment from a semantic one: only the latter has a protocol."""
-    return "protocol" not in config
+    """Tell a structured experiment from a semantic one, which always names its protocol."""
+    return config.get("protocol", JOINT) == JOINT
 
 
 def data_of(config: Mapping[str, Any]) -> str:
-    """Name the images and tasks of a run: folders of one's own by their last part."""
+    """Name the images and tasks of a run: folders of one's own by their last part.
+
+    A head that is for some categories only is measured on other tasks than one for all.
+    """
     name = images_of(config)
     protocol = config.get("protocol", "one-vs-rest")
-    return name if protocol == "one-vs-rest" else f"{name} ({protocol})"
+    if protocol == "one-vs-rest":
+        return name
+    some = config.get("categories") if protocol == JOINT else None
+    return f"{name} ({protocol}{' of ' + ', '.join(some) if some else ''})"
 
 
 def by_setting(series: Sequence[Series]) -> dict[tuple[str, ...], dict[str, Series]]:

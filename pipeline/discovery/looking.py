@@ -28,6 +28,7 @@ from utils.errors import UsageError
 from utils.evaluation.scoring import score_all
 from utils.evaluation.selection import split_off
 from utils.features.features import Features
+from utils.features.joined import join_features
 from utils.runs.finished import choose_pair, finished_pairs
 from utils.seeding import seed_everything
 
@@ -196,7 +197,12 @@ def _of_run(
     normals, _ = extraction.normals_of(task)
     levels = None
     if needs_levels:
-        levels = _levels(finished, normals, category, seed, options.false_alarm_rate)
+        others = []
+        if finished.experiment.is_joint:
+            names = dict.fromkeys(name for name, _ in finished_pairs(finished.run))
+            others = read_tasks(finished.experiment, [name for name in names if name != category])
+        beside = [extraction.normals_of(other)[0] for other in others]
+        levels = _levels(finished, normals, beside, (category, seed), options.false_alarm_rate)
     words = options.assign or options.images
     test = ImageSet("test", paths=tuple(find_images(words))) if words else task.test
     features = _images_of(extraction, task, test)
@@ -245,13 +251,25 @@ def _others(task: Task, indices: Sequence[int], names: Sequence[str]) -> list[in
 
 
 def _levels(
-    finished: FinishedRun, normals: Features, category: str, seed: int, rate: float
+    finished: FinishedRun,
+    normals: Features,
+    others: Sequence[Features],
+    pair: tuple[str, int],
+    rate: float,
 ) -> Levels:
     """Fit the head again without some of the images, and measure these.
+
+    Args:
+        finished: the run.
+        normals: of the category.
+        others: those of the other categories that the head is for.
+        pair: category and seed.
+        rate: of false alarms.
 
     Raises:
         UsageError: fewer normal images than five.
     """
+    category, seed = pair
     num_held = round(HELD_OUT_SHARE * len(normals))
     if num_held == 0:
         raise UsageError(
@@ -260,7 +278,7 @@ def _levels(
     kept, held = split_off(len(normals), num_held)
     generator = seed_everything(seed)
     detector = finished.unfitted(category, seed).to(finished.device)
-    detector.fit(normals.subset(kept), generator=generator)
+    detector.fit(join_features([normals.subset(kept), *others]), generator=generator)
     scores = score_all(detector.eval(), normals.subset(held), finished.scoring)
     return levels_of(scores.maps.cpu().numpy(), scores.images.numpy(), rate)
 

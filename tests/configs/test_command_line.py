@@ -266,9 +266,9 @@ def test_run_of_the_other_kind_of_task_is_refused(tmp_path, capsys):
     run = write_run(tmp_path, SEMANTIC.compose("cifar10", "noco"))
     assert "unknown data set 'cifar10'" in refused(capsys, "--from-run", run)
     run = write_run(tmp_path, SEMANTIC.compose("folder", "noco"))  # a name that both kinds have
-    text = refused(capsys, "--from-run", run)
-    assert "not a configuration of this version" in text
-    assert "'protocol'" in text
+    assert "a run on semantic data, which another script makes" in refused(
+        capsys, "--from-run", run
+    )
     run = write_run(tmp_path, STRUCTURED.compose("visa", "noco"))
     text = refused(capsys, "--from-run", run, prog="train_cifar10")
     assert "unknown data set 'visa'" in text

@@ -37,7 +37,7 @@ def write_run(folder, config, values, *, select="last", **columns):
     for (category, seed), value in values.items():
         row = {"category": category, "seed": seed, "select": select, "image_auroc": value}
         row |= {name: of(value) if callable(of) else of for name, of in columns.items()}
-        run.finish(category, seed, [row])
+        run.finish({(category, seed): [row]})
     (folder / "metrics.jsonl").touch()
     return folder
 

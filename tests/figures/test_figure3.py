@@ -37,11 +37,10 @@ def make_run(folder, *, norm=1.0, categories=("frog",), select="last", labels=LA
             )
             row = {"category": category, "seed": seed, "image_auroc": 0.9, "pixel_auroc": math.nan}
             selects = ["last", "best_test"] if select == "best_test" else [select]
-            run.finish(
-                category,
-                seed,
-                [row | {"select": s, "image_auroc": 0.8 + i / 10} for i, s in enumerate(selects)],
-            )
+            lines = [
+                row | {"select": s, "image_auroc": 0.8 + i / 10} for i, s in enumerate(selects)
+            ]
+            run.finish({(category, seed): lines})
     return Run.read(folder)
 
 

@@ -50,7 +50,7 @@ def make_run(tmp_path, name="run", *, maps=True, masks=True, categories=("wood",
         )  # fmt: skip
         run.save_scores(category, 0, scores)
         row = {"category": category, "seed": 0, "select": "last", "image_auroc": 1.0}
-        run.finish(category, 0, [row | {"pixel_auroc": math.nan}])
+        run.finish({(category, 0): [row | {"pixel_auroc": math.nan}]})
     return Run.read(tmp_path / name)
 
 

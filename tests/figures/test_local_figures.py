@@ -31,7 +31,7 @@ def run_of(folder, kind):
     config = {"dataset": "demo", "method_name": "noco_cf", "method": {"filter": kind}}
     run = Run.open(folder, config, categories=("a",), seeds=[0], command=["x"], device="cpu")
     run.save_head("a", 0, detector.state_dict(), {})
-    run.finish("a", 0, [{"category": "a", "seed": 0, "select": "last", "image_auroc": 0.9}])
+    run.finish({("a", 0): [{"category": "a", "seed": 0, "select": "last", "image_auroc": 0.9}]})
     return folder
 
 

@@ -126,7 +126,7 @@ def make_run(folder, categories=("a", "b"), *, finished=None, columns=(), paths=
         run.save_head(category, 0, {"w": torch.zeros(1)}, {})
         row = {"category": category, "seed": 0, "select": "last"}
         row |= {"image_auroc": roc_auc_score(labels, scores), "pixel_auroc": math.nan}
-        run.finish(category, 0, [row | {"num_test": 30, "undefined": ""} | dict(columns)])
+        run.finish({(category, 0): [row | {"num_test": 30, "undefined": ""} | dict(columns)]})
     return folder
 
 

@@ -57,7 +57,7 @@ def make_run(
             log(event="diagnostics", **spread)
         auroc = aurocs[-1] if chosen is None else 0.77
         row = {"category": category, "seed": seed, "select": select, "step": chosen or 3}
-        run.finish(category, seed, [{**row, "image_auroc": auroc, "pixel_auroc": auroc / 2}])
+        run.finish({(category, seed): [{**row, "image_auroc": auroc, "pixel_auroc": auroc / 2}]})
     return folder
 
 

@@ -16,7 +16,7 @@ from pipeline import recording, training
 from pipeline.experiments import structured_catalogue
 from pipeline.features import TaskData
 from pipeline.recording import remarks_of, summary_line, write_table
-from pipeline.training import open_run, train_head, train_task
+from pipeline.training import open_run, train_head, train_together
 from tests.utils.banks import constant_bank, set_of
 from tests.utils.evaluation import test_selection as selection
 from utils.errors import RunError, UsageError
@@ -118,15 +118,19 @@ def builds(monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What is drawn of each head, in place of the pictures."""
+    """Folder and outcome of what is drawn, in place of the pictures."""
     found = []
-    monkeypatch.setattr(recording, "draw", lambda *arguments: found.append(arguments[-1]))
+
+    def note(experiment, folder, data, detector, outcome):
+        found.append((folder.name, outcome))
+
+    monkeypatch.setattr(recording, "draw", note)
     return found
 
 
 def train(run, category, seed=0, *, experiment=None, data=None, **changes):
     experiment = experiment or experiment_of(seeds=run.seeds, **changes)
-    train_head(experiment, run, EXTRACTOR, data or data_of(category), seed)
+    train_head(experiment, run, EXTRACTOR, [data or data_of(category)], seed)
 
 
 def train_all(run, **options):
@@ -174,7 +178,7 @@ def test_everything_is_written_down(tmp_path, run, builds, drawn, capsys):
     expected = torch.tensor([1.0, 2.0, 3.0, 4.0]) * state["weight"] + state["offset"]
     np.testing.assert_array_equal(scores["score"], expected.numpy())
 
-    ((outcome,),) = [fitted.outcomes for fitted in drawn]
+    ((_, outcome),) = drawn
     np.testing.assert_array_equal(outcome.scores.images, scores["score"])
     assert "tile  seed 0:  image_auroc 100.00" in capsys.readouterr().out
 
@@ -184,7 +188,7 @@ def test_the_first_seed_is_drawn_where_pictures_are_asked_for(tmp_path, builds, 
     for seed in (3, 1):
         train(run, "tile", seed, overlays=2)
         train(run, "wood", seed)
-    assert [fitted.seed for fitted in drawn] == [3]
+    assert [folder for folder, _ in drawn] == ["tile-seed3"]
 
 
 def test_best_on_test_writes_the_last_state_beside_it(run, builds, drawn, capsys):
@@ -193,7 +197,7 @@ def test_best_on_test_writes_the_last_state_beside_it(run, builds, drawn, capsys
     for select, suffix in (("last", "-last"), ("best_test", "")):
         assert run.load_head("tile", 0, suffix)[1]["select"] == select
         assert run.load_scores("tile", 0, suffix)["score"].shape == (4,)
-    assert [fitted.outcomes[-1].select for fitted in drawn] == ["best_test"]
+    assert [outcome.select for _, outcome in drawn] == ["best_test"]
     assert "best on test (optimistic): image_auroc" in capsys.readouterr().out
 
 
@@ -262,9 +266,10 @@ def test_only_pending_seeds_are_trained_on_features_extracted_once(tmp_path, bui
     run, asked = new_run(tmp_path, (0, 1, 2)), []
     train(run, "tile", 1)
     extraction = SimpleNamespace(
-        extractor=EXTRACTOR, data_of=lambda task: asked.append(task) or data_of(task.category)
+        extractor=EXTRACTOR,
+        data_together=lambda tasks: asked.extend(tasks) or [data_of(t.category) for t in tasks],
     )
-    train_task(experiment_of(seeds=(0, 1, 2)), run, extraction, task_of("tile"))
+    train_together(experiment_of(seeds=(0, 1, 2)), run, extraction, [task_of("tile")])
     assert [task.category for task in asked] == ["tile"]
     assert [row["seed"] for row in run.rows()] == [0, 1, 2]
 
@@ -340,9 +345,11 @@ def test_what_a_fit_remarks_stands_below_the_table(run, builds):
     assert "wood, seed 0: stuck" in finish(run).notes
 
 
-def test_summary_line_leaves_out_what_is_undefined(tmp_path, builds, drawn):
-    train(new_run(tmp_path), "tile", overlays=1)
-    (fitted,) = drawn
+def test_summary_line_leaves_out_what_is_undefined(tmp_path, builds, monkeypatch):
+    found = []
+    monkeypatch.setattr(recording, "summary_line", lambda _, fitted: found.append(fitted) or "")
+    train(new_run(tmp_path), "tile")
+    (fitted,) = found
     assert math.isnan(fitted.outcomes[0].measured.values["pixel_auroc"])
     line = summary_line("tile", dataclasses.replace(fitted, fit_seconds=1.25))
     assert line == "tile  seed 0:  image_auroc 100.00  (fit 1.2 s)"

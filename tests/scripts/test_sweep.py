@@ -51,7 +51,7 @@ def test_the_plain_command_finds_nothing_left_to_do(swept, digits, monkeypatch):
         raise AssertionError("something was computed")
 
     monkeypatch.setattr(FrozenExtractor, "stage_maps", refuse)
-    monkeypatch.setattr(pipeline.training, "train_task", refuse)
+    monkeypatch.setattr(pipeline.training, "train_together", refuse)
     run = manifest(swept)["runs"]["digits noco"]
     command = shlex.split(run["command"])
     assert command[:2] == ["python", "train_mnist.py"]

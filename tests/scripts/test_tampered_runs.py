@@ -59,7 +59,7 @@ def folder(tmp_path):
     )
     run.save_scores("wood", 0, scores)
     run.save_head("wood", 0, {"r": torch.ones(3)}, {"category": "wood"})
-    run.finish("wood", 0, [ROW])
+    run.finish({("wood", 0): [ROW]})
     return folder
 
 

@@ -1,10 +1,10 @@
 """What becomes of a fit: its steps are logged, and the states of the head that count are kept."""
 
 import copy
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class _Best:
     value: float
     step: int
     state: State
-    measured: Measured
+    measured: list[Measured]
 
 
 class FitMonitor:
@@ -53,30 +53,31 @@ class FitMonitor:
 
     With `best_test` every step is evaluated on the test set, as the papers' released code does, and
     the image and the pixel maximum are kept separately. That is optimistic, and said wherever the
-    numbers stand; the last state is reported beside them.
+    numbers stand; the last state is reported beside them. A head of several categories has a test
+    set for each, and the step that counts is the best of their mean.
 
     Args:
         detector: the head being fitted.
-        test: its test set.
+        tests: its test sets, one for each category.
         select: how the detector's options were chosen: "last", "synthetic" (before this fit) or
             "best_test" (during it).
-        log: takes the values of a step.
+        logs: one for each category, takes the values of a step.
         monitor_test: log the test metrics of every step; chooses nothing.
     """
 
     def __init__(
         self,
         detector: Detector,
-        test: TestSet,
+        tests: Sequence[TestSet],
         select: str,
-        log: Callable[..., None],
+        logs: Sequence[Callable[..., None]],
         *,
         monitor_test: bool = False,
     ) -> None:
         self._detector = detector
-        self._test = test
+        self._tests = list(tests)
         self._select = select
-        self._log = log
+        self._logs = list(logs)
         self._step = 0
         self.scores_steps = monitor_test or select == "best_test"
         self._best: dict[str, _Best] = {}
@@ -85,59 +86,60 @@ class FitMonitor:
         self._start = time.perf_counter()
         if select == "best_test":
             self._watched = {"image": "image_auroc"}
-            if test.labels.unique().numel() < 2:
+            if any(test.labels.unique().numel() < 2 for test in tests):
                 raise UsageError("--select best_test needs normal and anomalous test images")
-            if test.masks is not None and test.masks.any():
+            if all(test.masks is not None and test.masks.any() for test in tests):
                 self._watched["pixel"] = "pixel_auroc"
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Record the end of a step (an epoch) and evaluate it if asked for."""
         self._step = step
-        record: dict[str, Any] = dict(values)
-        if self.scores_steps:
-            record |= self._evaluate_step(step).values
-        self._log(event="step", step=step, **record)
+        measured = self._evaluate_step(step) if self.scores_steps else []
+        for place, log in enumerate(self._logs):
+            found = measured[place].values if measured else {}
+            log(event="step", step=step, **values, **found)
 
-    def outcomes(self) -> list[Outcome]:
-        """Evaluate what was kept: the last state, then the best on the test set if asked for."""
+    def outcomes(self) -> list[list[Outcome]]:
+        """Evaluate what was kept on each test set: the last state, then the best if asked for."""
         last = self._snapshot()
         if not self._watched:
-            return [self._outcome_of_last(self._select, "", last)]
-        outcomes = [self._outcome_of_last("last", "-last", last)]
+            return [[self._outcome_of_last(test, self._select, "", last)] for test in self._tests]
+        of_last = [self._outcome_of_last(test, "last", "-last", last) for test in self._tests]
         image, pixel = self._best["image"], self._best.get("pixel", self._best["image"])
         self._detector.load_state_dict(image.state)
-        best = merged(image.measured, pixel.measured)
         states = {"": image.state, "-pixel": pixel.state}
         steps = {"step": image.step, "pixel_step": pixel.step}
-        scores, seconds = self._score()
-        outcomes.append(Outcome("best_test", best, scores, states, steps, seconds))
-        return outcomes
+        of_best = []
+        for test, *measured in zip(self._tests, image.measured, pixel.measured, strict=True):
+            scores, seconds = self._score(test)
+            of_best.append(Outcome("best_test", merged(*measured), scores, states, steps, seconds))
+        return [list(pair) for pair in zip(of_last, of_best, strict=True)]
 
     @property
     def fit_seconds(self) -> float:
         """Seconds since the monitor was made, without those spent on the test set."""
         return time.perf_counter() - self._start - self._seconds
 
-    def _evaluate_step(self, step: int) -> Measured:
+    def _evaluate_step(self, step: int) -> list[Measured]:
         start = time.perf_counter()
-        measured = self._test.measure(self._test.score(self._detector))
+        measured = [test.measure(test.score(self._detector)) for test in self._tests]
         for kind, name in self._watched.items():
-            value = measured.values[name]
+            value = statistics.fmean(one.values[name] for one in measured)
             if kind not in self._best or value > self._best[kind].value:
                 self._best[kind] = _Best(value, step, self._snapshot(), measured)
         self._seconds += time.perf_counter() - start
         return measured
 
-    def _outcome_of_last(self, select: str, suffix: str, state: State) -> Outcome:
-        scores, seconds = self._score()
+    def _outcome_of_last(self, test: TestSet, select: str, suffix: str, state: State) -> Outcome:
+        scores, seconds = self._score(test)
         steps = {"step": self._step, "pixel_step": self._step}
-        measured = self._test.measure(scores)
+        measured = test.measure(scores)
         return Outcome(select, measured, scores, {suffix: state}, steps, seconds)
 
-    def _score(self) -> tuple[Scores, float]:
+    def _score(self, test: TestSet) -> tuple[Scores, float]:
         start = time.perf_counter()
         # Its check of all scores waits for the device.
-        scores = self._test.score(self._detector, geometry=True)
+        scores = test.score(self._detector, geometry=True)
         return scores, time.perf_counter() - start
 
     def _snapshot(self) -> State:

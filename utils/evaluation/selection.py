@@ -1,9 +1,9 @@
 """Choosing epoch, time and options on synthetic anomalies, without one test image."""
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from utils.errors import UsageError
 from utils.evaluation.scoring import Scores, Scoring, score_all_steps
 from utils.evaluation.test_set import TestSet
 from utils.features.features import Features
+from utils.features.joined import join_features
 from utils.seeding import seed_everything
 
 HELD_OUT_SHARE = 0.2
@@ -26,11 +27,12 @@ class Validation:
 
     Attributes:
         kept: the normals that are not held out.
-        test: held-out normals (label 0) and synthetic anomalies made from them (label 1).
+        tests: of each category, held-out normals (label 0) and synthetic anomalies made from them
+            (label 1).
     """
 
     kept: Features
-    test: TestSet
+    tests: Sequence[TestSet]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,16 @@ def validation_set(
         masks=masks,
         scoring=replace(scoring, stride=1 if scoring.map_size is None else STRIDE),
     )
-    return Validation(normals.subset(kept), test)
+    return Validation(normals.subset(kept), [test])
+
+
+def joined_validation(parts: Sequence[Validation | None]) -> Validation | None:
+    """Return what a head of several categories is chosen by; None where one has none."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    kept = join_features([part.kept for part in known])
+    return Validation(kept, [test for part in known for test in part.tests])
 
 
 def choose(
@@ -112,8 +123,8 @@ def choose(
     validation: Validation,
     *,
     seed: int,
-    log: Callable[..., None],
-    watched: TestSet | None = None,
+    logs: Sequence[Callable[..., None]],
+    watched: Sequence[TestSet] = (),
 ) -> Choice:
     """Fit every candidate on the kept normals and return the one that finds most anomalies.
 
@@ -122,20 +133,21 @@ def choose(
     maximum over a map of a rich texture hardly sees a pasted patch (measured: the image AUROC of
     such a hold-out is near chance where the pixel AUROC still ranks times as the test set does).
     Without masks, on a 1 x 1 grid, it is the image AUROC. Every step is logged as event
-    "selection".
+    "selection". Of a head of several categories the mean of theirs is the criterion.
 
     Args:
         build: makes an unfitted detector from changed options.
         candidates: changed options, one per point of the grid.
         validation: what to fit on and to judge by.
         seed: of every fit.
-        log: takes the values of a step.
-        watched: a test set whose metrics are logged beside, and choose nothing.
+        logs: one for each category, takes the values of a step.
+        watched: test sets whose metrics are logged beside, and choose nothing; none, or one for
+            each category.
     """
     choices: list[Choice] = []
     for options in candidates:
         generator = seed_everything(seed)
-        judge = _Judge(build(options), options, validation, choices, log, watched)
+        judge = _Judge(build(options), options, validation, choices, logs, watched)
         detector = judge.detector
         steps = detector.steps() if isinstance(detector, KnowsSteps) else []
         if not steps:
@@ -143,18 +155,15 @@ def choose(
             continue
         assert isinstance(detector, KnowsSteps)
         detector.fit(validation.kept, generator=generator)
-        test = validation.test
-        scores = score_all_steps(detector, test.bank, test.scoring)
-        beside = (
-            repeat(None)
-            if watched is None
-            else score_all_steps(detector, watched.bank, watched.scoring)
-        )
-        for step, (values, found, seen) in enumerate(
-            zip(steps, scores, beside, strict=False), start=1
-        ):
-            judge.record(step, values, found, seen)
+        scores = _score_steps(detector, [*validation.tests, *watched])
+        for step, (values, found) in enumerate(zip(steps, scores, strict=False), start=1):
+            judge.record(step, values, found)
     return max(choices, key=lambda choice: (choice.auroc, choice.tie_break))
+
+
+def _score_steps(detector: KnowsSteps, tests: Sequence[TestSet]) -> Iterator[tuple[Scores, ...]]:
+    """Yield the scores of each test set, step after step."""
+    return zip(*(score_all_steps(detector, t.bank, t.scoring) for t in tests), strict=True)
 
 
 @dataclass(frozen=True)
@@ -165,33 +174,40 @@ class _Judge:
     options: dict[str, Any]
     validation: Validation
     choices: list[Choice]
-    log: Callable[..., None]
-    watched: TestSet | None
+    logs: Sequence[Callable[..., None]]
+    watched: Sequence[TestSet]
     scores_steps: bool = True
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Score the detector as it is now; see `models.detector.Monitor`."""
-        watched = None if self.watched is None else self.watched.score(self.detector)
-        self.record(step, values, self.validation.test.score(self.detector), watched)
+        tests = [*self.validation.tests, *self.watched]
+        self.record(step, values, [test.score(self.detector) for test in tests])
 
-    def record(
-        self, step: int, values: dict[str, float], scores: Scores, watched: Scores | None
-    ) -> None:
-        """Add what scores of the validation set say, and log it with those of the test set."""
-        image, pixel = self.validation.test.aurocs(scores)
-        auroc = image if math.isnan(pixel) else pixel
+    def record(self, step: int, values: dict[str, float], scores: Sequence[Scores]) -> None:
+        """Add what scores of the validation sets say, and log it with those of the test sets.
+
+        Args:
+            step: of the fit.
+            values: to log.
+            scores: of each validation set, then of each watched one.
+        """
+        tests = self.validation.tests
+        found = [test.aurocs(one) for test, one in zip(tests, scores, strict=False)]
+        aurocs = [image if math.isnan(pixel) else pixel for image, pixel in found]
         options = self.options | self.detector.stopped_at(step)
-        self.choices.append(Choice(options, auroc, image))
-        beside: dict[str, float] = {}
-        if self.watched is not None and watched is not None:
-            measured = self.watched.measure(watched)
-            beside = {f"test_{name}": value for name, value in measured.values.items()}
-        self.log(
-            event="selection",
-            step=step,
-            options=self.options,
-            synthetic_auroc=auroc,
-            synthetic_image_auroc=image,
-            **values,
-            **beside,
-        )
+        by_image = statistics.fmean(image for image, _ in found)
+        self.choices.append(Choice(options, statistics.fmean(aurocs), by_image))
+        beside: list[dict[str, float]] = [{} for _ in tests]
+        for place, test in enumerate(self.watched):
+            measured = test.measure(scores[len(tests) + place])
+            beside[place] = {f"test_{name}": value for name, value in measured.values.items()}
+        for place, log in enumerate(self.logs):
+            log(
+                event="selection",
+                step=step,
+                options=self.options,
+                synthetic_auroc=aurocs[place],
+                synthetic_image_auroc=found[place][0],
+                **values,
+                **beside[place],
+            )

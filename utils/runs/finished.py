@@ -50,7 +50,8 @@ def chosen_options(
         RunError: neither says so, or they are no object.
     """
     path = run.head_path(category, seed, suffix)
-    if (metadata.get("category"), metadata.get("seed")) != (category, str(seed)):
+    of = "" if run.is_joint else category
+    if (metadata.get("category"), metadata.get("seed")) != (of, str(seed)):
         raise RunError(f"{path}: not the head of {category!r}, seed {seed}; train it again")
     if "options" in metadata:
         try:

@@ -14,6 +14,8 @@ from utils.errors import RunError
 from utils.runs.files import corrupt, file_stem, read_object, write_text
 
 Images = Mapping[str, Mapping[str, str]]
+OF_TRAINING = ("train/", "validation/")
+"""How groups of images begin that a fit looks at."""
 WHATEVER = ""
 """A digest that is not known: any other is taken for equal."""
 
@@ -35,8 +37,7 @@ class MadeOf:
 
     def of_test(self) -> "MadeOf":
         """Return it without the images for training, which an evaluation does not see."""
-        left_out = ("train/", "validation/")
-        images = {g: files for g, files in self.images.items() if not g.startswith(left_out)}
+        images = {g: files for g, files in self.images.items() if not g.startswith(OF_TRAINING)}
         return MadeOf(images, self.weights, self.backbone)
 
     @property

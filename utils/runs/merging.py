@@ -46,17 +46,17 @@ def merge(
     run = Run.open(
         folder, dict(config), categories=categories, seeds=seeds, command=command, device="cpu"
     )
-    merged = []
-    for category in categories:
-        for seed in run.pending(category):
-            if (category, seed) not in parts:
-                raise RunError(f"{folder}: nothing to merge for {category!r}, seed {seed}")
-            part = Run.read(parts[category, seed])
-            _check_same(part, run, may_differ)
-            _bring(part, run, category, seed)
-            merged.append(part.folder)
-    if merged:
-        _record_origins(folder, merged, command if is_new else None)
+    missing: dict[Path, list[Pair]] = {}  # a part has several pairs where they share a head
+    for pair in ((category, seed) for category in categories for seed in run.pending(category)):
+        if pair not in parts:
+            raise RunError(f"{folder}: nothing to merge for {pair[0]!r}, seed {pair[1]}")
+        if parts[pair] not in missing:
+            _check_same(Run.read(parts[pair]), run, may_differ)
+        missing.setdefault(parts[pair], []).append(pair)
+    for place, pairs in missing.items():
+        _bring(Run.read(place), run, pairs)
+    if missing:
+        _record_origins(folder, list(missing), command if is_new else None)
     return run
 
 
@@ -72,10 +72,14 @@ def _check_same(part: Run, whole: Run, may_differ: Collection[str]) -> None:
         )
 
 
-def _bring(part: Run, whole: Run, category: str, seed: int) -> None:
-    rows = [row for row in part.rows() if (row["category"], row["seed"]) == (category, seed)]
-    if not rows:
-        raise RunError(f"{part.folder}: {category!r}, seed {seed} is not finished")
+def _bring(part: Run, whole: Run, pairs: Sequence[Pair]) -> None:
+    rows: dict[Pair, list[dict[str, Any]]] = {pair: [] for pair in pairs}
+    for row in part.rows():
+        if (row["category"], row["seed"]) in rows:
+            rows[row["category"], row["seed"]].append(row)
+    for (category, seed), found in rows.items():
+        if not found:
+            raise RunError(f"{part.folder}: {category!r}, seed {seed} is not finished")
     for path in sorted(part.folder.rglob("*")):
         name = path.relative_to(part.folder)
         # What lies beside results.csv belongs to a run, what lies deeper to a pair.
@@ -86,9 +90,9 @@ def _bring(part: Run, whole: Run, category: str, seed: int) -> None:
     with (whole.folder / "metrics.jsonl").open("ab") as file:
         for line in lines:
             record = json.loads(line)
-            if (record["category"], record["seed"]) == (category, seed):
+            if (record["category"], record["seed"]) in rows:
                 file.write(line)
-    whole.finish(category, seed, rows)
+    whole.finish(rows)
 
 
 def _link(source: Path, target: Path) -> None:

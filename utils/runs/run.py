@@ -5,7 +5,8 @@ environment.json  command, commit, versions, device; one record more for each co
 metrics.jsonl     one JSON object per logged step, each with its category and seed
 scores/           <category>-seed<k>.npz: path, label, score, defect of each test image, and
                   what else there is (`utils.runs.scores`)
-heads/            <category>-seed<k>.safetensors: the trained head
+heads/            <category>-seed<k>.safetensors: the trained head; seed<k>.safetensors where one is
+                  for all categories (`--protocol multi-class`)
 calibration/      scores of normal images that a head has not seen (`utils.evaluation.calibration`)
 data/             <category>-seed<k>.json: what images and weights a pair was made of
 results.csv       one row per (category, seed, select); a pair is finished when its rows are here
@@ -229,47 +230,49 @@ class Run:
         except Exception as error:  # SafetensorError, and PyTorch's own where it reads a tensor
             raise RunError(f"{path}: corrupt ({error}); train the pair again") from error
 
-    def finish(self, category: str, seed: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add the rows of a pair to results.csv; call it last, the pair then counts as finished.
+    def finish(self, found: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> None:
+        """Add the rows of pairs to results.csv; call it last, all of them then count as finished.
 
         Args:
-            category: A requested category.
-            seed: A requested seed.
-            rows: One per `select`; each has category, seed, select and the same further columns,
-                whose values are ints, floats or strings.
+            found: Rows of each requested (category, seed), one per `select`; each row has category,
+                seed, select and the same further columns, whose values are ints, floats or strings.
 
         Raises:
             RunError: The columns differ from those of the rows already there.
         """
-        self._check_pair(category, seed)
-        selects = [row["select"] for row in rows]
-        if not rows or len(set(selects)) != len(selects) or not set(selects) <= set(SELECTS):
-            raise ValueError(f"rows of {category!r}, seed {seed}: selects {selects}")
-        if any((row["category"], row["seed"]) != (category, seed) for row in rows):
-            raise ValueError(f"rows of {category!r}, seed {seed} name another pair")
         existing = self.rows()
-        if any((row["category"], row["seed"]) == (category, seed) for row in existing):
-            raise ValueError(f"{category!r}, seed {seed} is finished already")
-        columns = list(dict.fromkeys(["category", "seed", "select", *(existing or rows)[0]]))
-        for row in rows:
-            if set(row) != set(columns):
+        finished = {(row["category"], row["seed"]) for row in existing}
+        for (category, seed), rows in found.items():
+            self._check_pair(category, seed)
+            selects = [row["select"] for row in rows]
+            if not rows or len(set(selects)) != len(selects) or not set(selects) <= set(SELECTS):
+                raise ValueError(f"rows of {category!r}, seed {seed}: selects {selects}")
+            if any((row["category"], row["seed"]) != (category, seed) for row in rows):
+                raise ValueError(f"rows of {category!r}, seed {seed} name another pair")
+            if (category, seed) in finished:
+                raise ValueError(f"{category!r}, seed {seed} is finished already")
+        added = [row for rows in found.values() for row in rows]
+        columns = list(dict.fromkeys(["category", "seed", "select", *(existing or added)[0]]))
+        for row in added:
+            if differing := sorted(set(row) ^ set(columns)):
                 raise RunError(
-                    f"{self.folder / 'results.csv'}: the row of {category!r}, seed {seed} differs "
-                    f"from the others in columns {sorted(set(row) ^ set(columns))}; the code has "
+                    f"{self.folder / 'results.csv'}: the row of {row['category']!r}, seed "
+                    f"{row['seed']} differs from the others in columns {differing}; the code has "
                     "changed since: use another --run name, or --restart"
                 )
         order = {
             pair: place
             for place, pair in enumerate((c, s) for c in self.categories for s in self.seeds)
         }
-        rows = sorted(  # stable: pairs not requested this time keep their order, at the end
-            [*existing, *rows],
+        everything = sorted(  # stable: pairs not requested this time keep their order, at the end
+            [*existing, *added],
             key=lambda row: order.get((row["category"], row["seed"]), len(order)),
         )
-        if category in self._made_of:
-            path = made_of_file(self.folder, category, seed)
-            save_made_of(path, self._made_of[category])
-        write_rows(self.folder / "results.csv", columns, rows)
+        for category, seed in found:
+            if category in self._made_of:
+                path = made_of_file(self.folder, category, seed)
+                save_made_of(path, self._made_of[category])
+        write_rows(self.folder / "results.csv", columns, everything)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return results.csv: ints, strings, and floats to the last bit.
@@ -284,9 +287,15 @@ class Run:
         """Return the path of the scores of a pair."""
         return self.folder / "scores" / f"{file_stem(category, seed, suffix)}.npz"
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether one head is for all categories."""
+        return self.config.get("protocol") == "multi-class"
+
     def head_path(self, category: str, seed: int, suffix: str = "") -> Path:
-        """Return the path of the head of a pair."""
-        return self.folder / "heads" / f"{file_stem(category, seed, suffix)}.safetensors"
+        """Return the path of the head of a pair, which may be that of all categories."""
+        stem = f"seed{seed}{suffix}" if self.is_joint else file_stem(category, seed, suffix)
+        return self.folder / "heads" / f"{stem}.safetensors"
 
     def overlays_folder(self, category: str, seed: int) -> Path:
         """Return the folder for the pictures of a pair."""

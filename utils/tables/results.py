@@ -47,6 +47,8 @@ class Benchmark:
         num_categories: Of the data set: a published mean is over all of them.
         published_as: The method in figures/published.csv; what papers print of it stands beside it,
             a column for each paper, since each ran it itself. "" where none does.
+        is_joint: One head is for all categories: only numbers published for such are compared,
+            those of "METHOD (multi-class)".
     """
 
     title: str
@@ -58,6 +60,11 @@ class Benchmark:
     dataset: str | None = None
     num_categories: int = 0
     published_as: str = ""
+    is_joint: bool = False
+
+    def printed(self, method: str) -> str:
+        """Return what figures/published.csv calls a method under this protocol."""
+        return f"{method} (multi-class)" if method and self.is_joint else method
 
     def __post_init__(self) -> None:
         if not (self.categories and self.seeds and self.metrics):
@@ -105,19 +112,22 @@ def build_table(
             columns.append(Column(key, heading_of(metric), group, metric))
             cells.append([_cell(array[average.places]) for average in averages])
     # The two papers whose method this is have columns of their own.
-    compared = about.published_as if about.published_as not in _PAPERS else ""
-    for paper in _PAPERS if compared else ():
+    compared = about.printed(about.published_as) if about.published_as not in _PAPERS else ""
+    for paper in _papers_with(compared, about, averages) if compared else ():
+        said = f"{paper} paper" if paper in _PAPERS else paper
         for metric in about.metrics:
             numbers = [_compared(about, average, metric, paper) for average in averages]
             if any(cell.mean is not None for cell in numbers):
-                key, group = f"{compared}_in_{paper}_paper_{metric}", f"{compared} ({paper} paper)"
-                columns.append(Column(key.lower(), heading_of(metric), group, metric))
+                key, group = f"{compared} in {said} {metric}", f"{compared} ({said})"
+                key = key.lower().replace(" ", "_")
+                columns.append(Column(key, heading_of(metric), group, metric))
                 cells.append(numbers)
     for paper, remark in _PAPERS.items():
         for metric in about.metrics:
             numbers = [_published(about, average, metric, paper) for average in averages]
             if any(cell.mean is not None for cell in numbers):
-                key, group = f"{paper.lower()}_paper_{metric}", f"{paper} (paper)"
+                name = about.printed(paper)
+                key, group = f"{paper.lower()}_paper_{metric}", f"{name} (paper)"
                 columns.append(Column(key, heading_of(metric), group, metric))
                 cells.append(numbers)
                 remarks += [remark] if remark not in remarks else []
@@ -236,14 +246,24 @@ def _cell(values: np.ndarray) -> Cell:
 def _published(about: Benchmark, average: _Average, metric: str, method: str) -> Cell:
     if about.dataset is None or not average.is_comparable:
         return Cell(None)
-    return Cell(published_values(about.dataset, average.key, metric, [method]).get(method))
+    name = about.printed(method)
+    return Cell(published_values(about.dataset, average.key, metric, [name]).get(name))
 
 
 def _compared(about: Benchmark, average: _Average, metric: str, paper: str) -> Cell:
     if about.dataset is None or not average.is_comparable:
         return Cell(None)
-    found = published_by_paper(about.dataset, average.key, metric, about.published_as)
-    return Cell(found.get(paper))
+    name = about.printed(about.published_as)
+    return Cell(published_by_paper(about.dataset, average.key, metric, name).get(paper))
+
+
+def _papers_with(method: str, about: Benchmark, averages: Sequence[_Average]) -> list[str]:
+    """Return who prints numbers of a method on a data set: the two papers, then the others."""
+    if about.dataset is None:
+        return []
+    keys = [(average.key, metric) for average in averages for metric in about.metrics]
+    found = {paper for key in keys for paper in published_by_paper(about.dataset, *key, method)}
+    return [*(paper for paper in _PAPERS if paper in found), *sorted(found - set(_PAPERS))]
 
 
 def _caption(about: Benchmark, averages: Sequence[_Average], remarks: Sequence[str]) -> str:
@@ -276,7 +296,10 @@ def _subset_note(about: Benchmark, averages: Sequence[_Average]) -> list[str]:
         for average in averages
         if about.dataset is not None
         and not average.is_comparable
-        and any(published_values(about.dataset, average.key, metric) for metric in about.metrics)
+        and any(
+            published_values(about.dataset, average.key, metric, list(map(about.printed, _PAPERS)))
+            for metric in about.metrics
+        )
     ]
     if not left_out:
         return []

@@ -273,4 +273,5 @@ METHOD = Method(
     },
     experiment={"structured": {"layers": (2, 3), "patch_size": 1, "blur_sigma": 0.0}},
     ignores=frozenset({"blur_sigma"}),
+    unfitted=frozenset({"anomalyvfm", "winclip"}),
 )

@@ -12,7 +12,13 @@ from models.method import find_method
 from tests.utils.banks import constant_bank
 from utils.errors import UsageError
 from utils.evaluation.scoring import Scoring
-from utils.evaluation.selection import choose, hold_out, num_copies, validation_set
+from utils.evaluation.selection import (
+    choose,
+    hold_out,
+    joined_validation,
+    num_copies,
+    validation_set,
+)
 from utils.evaluation.test_set import TestSet
 
 SIDE = 4
@@ -62,7 +68,7 @@ def make_validation(masks=True):
     return validation_set(normals, kept, held, bank_of([5.0] * 4), Scoring(), drawn)
 
 
-def choose_step(functions, lines, *, masks=True, watched=None, kind=Stepper):
+def choose_step(functions, lines, *, masks=True, watched=(), kind=Stepper):
     """Choose among the steps of one fit; what is logged goes to `lines`."""
 
     def build(options):
@@ -72,7 +78,7 @@ def choose_step(functions, lines, *, masks=True, watched=None, kind=Stepper):
     def log(**values):
         lines.append(values)
 
-    return choose(build, [{}], make_validation(masks), seed=0, log=log, watched=watched)
+    return choose(build, [{}], make_validation(masks), seed=0, logs=[log], watched=watched)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10, 57, 300])
@@ -109,7 +115,7 @@ def test_validation_joins_held_out_normals_and_anomalies():
     validation = make_validation()
     kept, held = hold_out(10)
     assert validation.kept.indices == kept.tolist()
-    test = validation.test
+    (test,) = validation.tests
     assert test.labels.tolist() == [0] * 2 + [1] * 4
     values = torch.cat(list(test.bank.batches(3)))[:, 0, 0, 0]
     torch.testing.assert_close(values, torch.tensor([*(held / 10).tolist(), 5, 5, 5, 5]))
@@ -162,13 +168,43 @@ def test_every_candidate_is_fitted_on_the_kept_normals_from_the_same_seed():
         [{"sigma": sigma} for sigma in by_sigma],
         make_validation(),
         seed=4,
-        log=lambda **values: lines.append(values),
+        logs=[lambda **values: lines.append(values)],
     )
     assert choice.options == {"sigma": 2, "epochs": 2}
     assert [line["options"]["sigma"] for line in lines] == [1, 1, 2, 2, 3]
     assert len(fits) == 3
     assert len(set(fits)) == 1
     assert fits[0][0] == 8
+
+
+def test_of_several_validation_sets_the_mean_chooses():
+    """Alone the first would choose step 2 and the second step 1; both together step 3."""
+    one = make_validation(masks=False)
+    other = validation_set(
+        bank_of([5 + i / 10 for i in range(10)]),
+        *hold_out(10),
+        bank_of([0.0, 0.0, 5.0, 9.0]),
+        Scoring(),
+    )
+    both = joined_validation([one, other])
+    assert len(both.kept) == 16
+    assert joined_validation([one, None]) is None
+    functions = [lambda v: -v, lambda v: v, lambda v: (v - 4).abs() * (v != 5.0) + 9 * (v == 5.0)]
+    aurocs, lines, fits = {}, ([], []), []
+    for name, validation in (("one", one), ("other", other), ("both", both)):
+        logs = [lambda *, of=of, **values: of.append(values["synthetic_auroc"]) for of in lines]
+        choice = choose(
+            lambda _: Stepper(functions, fits),
+            [{}],
+            validation,
+            seed=0,
+            logs=logs[: len(validation.tests)],
+        )
+        aurocs[name] = choice.options["epochs"], choice.auroc
+    means = [(a + b) / 2 for a, b in zip(lines[0][-3:], lines[1], strict=True)]
+    assert aurocs["both"] == (means.index(max(means)) + 1, max(means))
+    assert [count for count, _ in fits] == [8, 8, 16]
+    assert len({step for step, _ in aurocs.values()}) > 1
 
 
 class Untouched(TestSet):
@@ -189,7 +225,7 @@ def test_a_watched_test_set_is_logged_and_chooses_nothing():
     test = Untouched()
     test.labels = torch.tensor([1, 0])
     lines, choices = [], []
-    for watched in (None, test):
+    for watched in ((), [test]):
         functions = [FUNCTIONS["opposite"], FUNCTIONS["right"]]
         choices.append(choose_step(functions, lines, watched=watched))
     assert choices[0] == choices[1]
@@ -217,7 +253,7 @@ class AllAtOnce(Stepper):
 
 @pytest.mark.parametrize("watch", [False, True])
 def test_steps_scored_at_once_choose_and_log_the_same(watch):
-    watched = Untouched() if watch else None
+    watched = [Untouched()] if watch else []
     functions = [FUNCTIONS[name] for name in ("wrong", "opposite", "right", "wrong")]
     found = []
     for kind in (Stepper, AllAtOnce):
@@ -234,9 +270,10 @@ def test_maps_of_a_size_are_judged_at_every_second_row_and_column():
     drawn = torch.zeros(4, 32, 32, dtype=torch.bool)
     drawn[:, 5:20, 4:11] = True
     validation = validation_set(normals, kept, held, bank_of([5.0] * 4), Scoring(32), drawn)
-    scores = validation.test.score(Stepper([FUNCTIONS["right"]]))
-    assert scores.maps.shape == validation.test.masks.shape == (6, 16, 16)
-    assert torch.equal(validation.test.masks[2:], drawn[:, ::2, ::2])
+    (test,) = validation.tests
+    scores = test.score(Stepper([FUNCTIONS["right"]]))
+    assert scores.maps.shape == test.masks.shape == (6, 16, 16)
+    assert torch.equal(test.masks[2:], drawn[:, ::2, ::2])
 
 
 def test_the_grid_is_every_combination_in_order():

@@ -80,7 +80,7 @@ def test_contour_separates_the_pixels_where_they_can_be():
 
     def contour(masks):
         test = scored_images(maps, LABELS, masks=masks)
-        (outcome,) = FitMonitor(FirstChannel(), test, "last", lambda **_: None).outcomes()
+        ((outcome,),) = FitMonitor(FirstChannel(), [test], "last", [lambda **_: None]).outcomes()
         return outcome.measured.pixel_f1_threshold
 
     assert torch.equal(maps >= contour(masks), masks)
@@ -140,9 +140,10 @@ def follow(select, *, script=SCRIPT, masks=MASKS, labels=(0, 0, 1, 1)):
     lines = []
     detector = Scripted(script)
     test = scored_images(NUMBERS, list(labels), masks=masks)
-    monitor = FitMonitor(detector, test, select, lambda **values: lines.append(values))
+    monitor = FitMonitor(detector, [test], select, [lambda **values: lines.append(values)])
     detector.fit(monitor)
-    return monitor.outcomes(), detector, lines
+    (outcomes,) = monitor.outcomes()
+    return outcomes, detector, lines
 
 
 def test_last_is_the_last_epoch_and_looks_at_the_test_set_once():
@@ -190,7 +191,7 @@ def test_a_monitor_says_whether_it_scores_the_steps(select, monitor_test, scores
     detector, lines = Scripted(SCRIPT), []
     test = scored_images(NUMBERS, [0, 0, 1, 1])
     monitor = FitMonitor(
-        detector, test, select, lambda **line: lines.append(line), monitor_test=monitor_test
+        detector, [test], select, [lambda **line: lines.append(line)], monitor_test=monitor_test
     )
     detector.fit(monitor)
     assert monitor.scores_steps == (scores > 0)
@@ -201,6 +202,26 @@ def test_a_monitor_says_whether_it_scores_the_steps(select, monitor_test, scores
 def test_first_of_equal_epochs_is_kept():
     (_, best), _, _ = follow("best_test", script=SCRIPT[[3, 1, 1, 0]])
     assert best.steps == {"step": 2, "pixel_step": 1}
+
+
+def test_of_several_test_sets_the_best_of_the_mean_is_kept():
+    """The second set has the labels swapped: what is best on one is worst on the other."""
+    lines = {"a": [], "b": []}
+    detector = Scripted(SCRIPT)
+    tests = [scored_images(NUMBERS, [0, 0, 1, 1]), scored_images(NUMBERS, [1, 0, 1, 0])]
+    logs = [lambda *, name=name, **values: lines[name].append(values) for name in lines]
+    monitor = FitMonitor(detector, tests, "best_test", logs)
+    detector.fit(monitor)
+    aurocs = torch.tensor([[line["image_auroc"] for line in of] for of in lines.values()])
+    assert aurocs[0].tolist() == pytest.approx(IMAGE_AUROC)
+    assert aurocs[0].argmax() != aurocs[1].argmax()
+    best_step = int(aurocs.mean(dim=0).argmax()) + 1
+    for (last, best), of_set in zip(monitor.outcomes(), aurocs, strict=True):
+        assert (last.steps["step"], best.steps["step"]) == (5, best_step)
+        assert best.measured.values["image_auroc"] == pytest.approx(float(of_set[best_step - 1]))
+        assert last.measured.values["image_auroc"] == pytest.approx(float(of_set[-1]))
+        assert torch.equal(best.scores.maps, SCRIPT[best_step - 1])
+        assert best.states[""]["epoch"] == best_step
 
 
 @pytest.mark.parametrize("masks", [None, torch.zeros_like(MASKS)])
@@ -236,7 +257,7 @@ def test_time_of_the_fit_leaves_the_evaluations_out(monkeypatch):
     monkeypatch.setattr(TestSet, "score", slow_score)
     detector = Scripted(SCRIPT)
     test = scored_images(NUMBERS, [0, 0, 1, 1], masks=MASKS)
-    monitor = FitMonitor(detector, test, "best_test", lambda **_: None)
+    monitor = FitMonitor(detector, [test], "best_test", [lambda **_: None])
     for step in range(1, 6):
         clock[0] += 2
         monitor(step, {})
@@ -283,9 +304,9 @@ def test_final_maps_are_not_smoothed_again():
 def test_scoring_time_is_in_the_outcome(monkeypatch):
     clock = iter(range(100))
     test = scored_images(torch.rand(7, 6, 6), LABELS)
-    monitor = FitMonitor(FirstChannel(), test, "last", lambda **_: None)
+    monitor = FitMonitor(FirstChannel(), [test], "last", [lambda **_: None])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    (outcome,) = monitor.outcomes()
+    ((outcome,),) = monitor.outcomes()
     assert outcome.score_seconds == 1
 
 

@@ -35,7 +35,7 @@ def make_part(folder, category, seed, *, finished=True, **changes):
     picture.write_bytes(b"png")
     if finished:
         rows = [{"category": category, "seed": seed, "select": "last", "image_auroc": 0.5 + seed}]
-        run.finish(category, seed, rows)
+        run.finish({(category, seed): rows})
     return folder
 
 

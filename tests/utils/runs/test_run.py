@@ -77,7 +77,7 @@ def test_new_run_records_config_and_environment(tmp_path):
 
 
 def test_continues_after_the_last_finished_pair(tmp_path, run):
-    run.finish("bottle", 0, [row("bottle", 0)])
+    run.finish({("bottle", 0): [row("bottle", 0)]})
     again = open_run(tmp_path)
     assert again.pending("bottle") == [1]
     assert again.pending("cable") == [0, 1]
@@ -94,7 +94,7 @@ def test_scores_and_head_without_rows_leave_a_pair_unfinished(tmp_path, run):
 def test_finished_run_opened_again_leaves_every_file_alone(tmp_path):
     run = open_run(tmp_path, categories=("bottle",), seeds=(0,))
     run.log("bottle", 0, loss=1.0)
-    run.finish("bottle", 0, [row("bottle", 0)])
+    run.finish({("bottle", 0): [row("bottle", 0)]})
     before = contents(tmp_path)
     assert open_run(tmp_path, categories=("bottle",), seeds=(0,)).pending("bottle") == []
     assert contents(tmp_path) == before
@@ -102,7 +102,7 @@ def test_finished_run_opened_again_leaves_every_file_alone(tmp_path):
 
 def test_another_config_is_refused_by_key_and_nothing_is_lost(tmp_path, run):
     run.log("bottle", 0, loss=1.0)
-    run.finish("bottle", 0, [row("bottle", 0)])
+    run.finish({("bottle", 0): [row("bottle", 0)]})
     before = contents(tmp_path)
     other = {"dataset": "mvtec", "method": {"name": "noco", "norm": 8.0}, "precision": "fp32"}
     with pytest.raises(RunError) as caught:
@@ -143,7 +143,7 @@ def test_restart_deletes_what_a_run_writes_and_nothing_else(tmp_path):
     run.log("a/b", 0, loss=1.0)
     run.save_scores("a/b", 0, scores_of())
     run.save_head("a/b", 0, {"r": torch.zeros(1)}, {}, suffix="-last")
-    run.finish("a/b", 0, [row("a/b", 0)])
+    run.finish({("a/b", 0): [row("a/b", 0)]})
     overlays, stem = run.overlays_folder("a/b", 0), file_stem("a/b", 0)
     tables = [f"table.{suffix}" for suffix in ("md", "tex", "csv", "json")]
     online = [f"online/{stem}.csv", f"online/{stem}.png", f"data/{stem}.json"]
@@ -179,7 +179,7 @@ def test_restart_keeps_what_the_user_put_beside_the_online_curves(tmp_path):
 def test_kill_leftovers(tmp_path, run):
     """A temporary file, a cut line and lines of an unfinished pair disappear; all else stays."""
     run.log("bottle", 0, epoch=1, loss=0.25)
-    run.finish("bottle", 0, [row("bottle", 0)])
+    run.finish({("bottle", 0): [row("bottle", 0)]})
     run.log("bottle", 1, epoch=1, loss=0.5)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"category": "bottle", "seed": 0, "lo')
@@ -196,7 +196,7 @@ def test_kill_leftovers(tmp_path, run):
 
 
 def test_process_killed_while_writing_leaves_the_old_file(tmp_path, run):
-    run.finish("bottle", 0, [row("bottle", 0, image_auroc=0.75)])
+    run.finish({("bottle", 0): [row("bottle", 0, image_auroc=0.75)]})
     code = f"""
         import os
         from pathlib import Path
@@ -213,10 +213,10 @@ def test_process_killed_while_writing_leaves_the_old_file(tmp_path, run):
 
 
 def test_a_reader_of_the_old_file_never_sees_a_mixture(tmp_path, run):
-    run.finish("bottle", 0, [row("bottle", 0)])
+    run.finish({("bottle", 0): [row("bottle", 0)]})
     old = (tmp_path / "results.csv").read_text()
     with (tmp_path / "results.csv").open() as file:
-        run.finish("bottle", 1, [row("bottle", 1)])
+        run.finish({("bottle", 1): [row("bottle", 1)]})
         assert file.read() == old
     assert len(run.rows()) == 2
 
@@ -257,7 +257,7 @@ def test_corrupt_file_is_named(tmp_path, name, content):
 
 
 def test_results_without_a_config_are_refused(tmp_path):
-    open_run(tmp_path).finish("bottle", 0, [row("bottle", 0)])
+    open_run(tmp_path).finish({("bottle", 0): [row("bottle", 0)]})
     (tmp_path / "config.json").unlink()
     with pytest.raises(RunError, match=r"config\.json is missing"):
         open_run(tmp_path)
@@ -272,15 +272,15 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
 def test_rows_keep_the_requested_order(run):
     for category, seed in [("cable", 1), ("bottle", 1), ("cable", 0), ("bottle", 0)]:
         selects = ("last", "best_test")
-        run.finish(category, seed, [row(category, seed, select) for select in selects])
+        run.finish({(category, seed): [row(category, seed, select) for select in selects]})
     order = [(entry["category"], entry["seed"], entry["select"]) for entry in run.rows()]
     assert order == [(c, s, x) for c in CATEGORIES for s in SEEDS for x in ("last", "best_test")]
 
 
 def test_pairs_of_an_earlier_request_stay_after_the_others(tmp_path):
-    open_run(tmp_path, seeds=(0,)).finish("bottle", 0, [row("bottle", 0)])
+    open_run(tmp_path, seeds=(0,)).finish({("bottle", 0): [row("bottle", 0)]})
     run = open_run(tmp_path, seeds=(1,))
-    run.finish("cable", 1, [row("cable", 1)])
+    run.finish({("cable", 1): [row("cable", 1)]})
     pairs = [(entry["category"], entry["seed"]) for entry in run.rows()]
     assert pairs == [("cable", 1), ("bottle", 0)]
 
@@ -316,7 +316,9 @@ def test_values_read_back_to_the_bit(tmp_path, values):
 def test_numpy_numbers_and_number_like_categories(tmp_path):
     run = open_run(tmp_path, categories=("3",), seeds=(0,))
     value = np.float32(0.1)
-    run.finish("3", 0, [row("3", 0, image_auroc=value, num_test=np.int64(7), pixel_auroc=math.nan)])
+    run.finish(
+        {("3", 0): [row("3", 0, image_auroc=value, num_test=np.int64(7), pixel_auroc=math.nan)]}
+    )
     (read,) = run.rows()
     assert read["category"] == "3"
     assert read["image_auroc"] == float(value)
@@ -327,14 +329,14 @@ def test_numpy_numbers_and_number_like_categories(tmp_path):
 @pytest.mark.parametrize("value", [True, None, torch.tensor(1.0), [1]])
 def test_values_a_csv_cannot_hold_are_refused(run, value):
     with pytest.raises(TypeError, match="epoch"):
-        run.finish("bottle", 0, [row("bottle", 0, epoch=value)])
+        run.finish({("bottle", 0): [row("bottle", 0, epoch=value)]})
     assert run.rows() == []
 
 
 @pytest.mark.parametrize("text", ["1", "-3", "0.5", "1e-3", "nan", "inf", "-inf", "a\rb"])
 def test_text_that_would_read_back_as_something_else_is_refused(run, text):
     with pytest.raises(ValueError, match="remark"):
-        run.finish("bottle", 0, [row("bottle", 0, remark=text)])
+        run.finish({("bottle", 0): [row("bottle", 0, remark=text)]})
 
 
 def test_finish_refuses_what_is_not_one_row_per_select_of_the_pair(run):
@@ -346,14 +348,14 @@ def test_finish_refuses_what_is_not_one_row_per_select_of_the_pair(run):
         [row("cable", 0)],
     ):
         with pytest.raises(ValueError, match="bottle"):
-            run.finish("bottle", 0, rows)
-    run.finish("bottle", 0, [row("bottle", 0)])
+            run.finish({("bottle", 0): rows})
+    run.finish({("bottle", 0): [row("bottle", 0)]})
     with pytest.raises(ValueError, match="finished already"):
-        run.finish("bottle", 0, [row("bottle", 0)])
+        run.finish({("bottle", 0): [row("bottle", 0)]})
     with pytest.raises(RunError, match="aupro"):
-        run.finish("bottle", 1, [row("bottle", 1, aupro=0.5)])
+        run.finish({("bottle", 1): [row("bottle", 1, aupro=0.5)]})
     with pytest.raises(ValueError, match="not requested"):
-        run.finish("grid", 0, [row("grid", 0)])
+        run.finish({("grid", 0): [row("grid", 0)]})
 
 
 def test_log_writes_nan_as_null(run):
@@ -424,13 +426,13 @@ def test_missing_and_corrupt_artefacts_are_named(run):
 def test_reading_never_writes(tmp_path):
     with pytest.raises(RunError, match="not a run folder"):
         Run.read(tmp_path)
-    open_run(tmp_path).finish("bottle", 0, [row("bottle", 0)])
+    open_run(tmp_path).finish({("bottle", 0): [row("bottle", 0)]})
     run = Run.read(tmp_path)
     assert run.config == CONFIG
     assert run.rows() == [row("bottle", 0)]
     for write in (
         lambda: run.log("bottle", 0, loss=1.0),
-        lambda: run.finish("bottle", 1, [row("bottle", 1)]),
+        lambda: run.finish({("bottle", 1): [row("bottle", 1)]}),
         lambda: run.save_head("bottle", 0, {}, {}),
     ):
         with pytest.raises(ValueError, match="not requested"):
@@ -463,7 +465,7 @@ def test_odd_category_goes_all_the_way(tmp_path, category):
     run.log(category, 0, loss=1.0)
     run.save_scores(category, 0, scores_of(scores=[0.5]))
     run.save_head(category, 0, {"r": torch.ones(1)}, {})
-    run.finish(category, 0, [row(category, 0)])
+    run.finish({(category, 0): [row(category, 0)]})
     again = open_run(tmp_path, categories=(category, "cable"), seeds=(0,))
     assert again.pending(category) == []
     assert again.rows() == [row(category, 0)]
@@ -521,7 +523,7 @@ def test_another_commit_is_reported_when_finished_pairs_are_kept(tmp_path, monke
     at("a" * 40)
     at("b" * 40)
     assert capsys.readouterr().err == ""  # nothing finished: nothing is mixed
-    at("b" * 40).finish("bottle", 0, [row("bottle", 0)])
+    at("b" * 40).finish({("bottle", 0): [row("bottle", 0)]})
     capsys.readouterr()
     at("c" * 40)
     warning = capsys.readouterr().err
