@@ -8,7 +8,7 @@ Reproduces Tables II and III of the NoCo paper (published training, method `noco
     python train_mvtec.py mvtec --data-root /data/mvtec --seeds 0 1 2          # honest: last epoch
     python train_mvtec.py folder --data-root my_images --categories screws     # your own images
     python train_mvtec.py demo                                                 # no download
-    python train_mvtec.py demo uniad --protocol multi-class    # one head for all categories
+    python train_mvtec.py demo noco_cf --protocol multi-class                  # one head for all
 
 The paper's numbers are mean image AUROC in percent (figures/published.csv), each the maximum over
 test-set evaluations after every epoch; `--select best_test` does the same and says so.

@@ -94,7 +94,7 @@ def test_roles_of_the_experiments_options():
     assert fields_marked(StructuredExperiment, Role.BESIDE) == {*beside, "save_maps"}
     later = {
         *("calibration_share", "false_alarm_rate", "data", "bit_depth", "max_pixels"),
-        *("scale_on", "test_batches"),
+        *("scale_on", "test_batches", "protocol"),
     }
     assert fields_marked(StructuredExperiment, Since.LATER) == later
     for field in dataclasses.fields(StructuredExperiment):
@@ -140,6 +140,16 @@ IDLE = [
         )
     ),
     ("demo ulsad", "branches global", "local-direction 1", "branches is both or local"),
+    ("demo pni", "released", "sharpness 2", "released is off"),
+    *(
+        ("demo pni", "mlp-layers 1", option, "mlp-layers is above 1")
+        for option in ("mlp-width 9", "dropout 0")
+    ),
+    ("demo uniad", "jitter 0", "jitter-probability 0.5", "jitter is above 0"),
+    *(
+        ("demo mspba", "cluster-weight 0", option, "cluster-weight is above 0")
+        for option in ("clusters 9", "cluster-patches 9", "cluster-start 2", "cluster-every 2")
+    ),
     ("cifar10 panda_ewc", "fisher-file f.pth", "fisher-images 9", "fisher-file is none"),
     ("mnist deep_svdd", "objective one_class", "nu 0.2", "objective is soft_boundary"),
     ("mnist deep_svdd", "objective one_class", "warmup-epochs 2", "objective is soft_boundary"),

@@ -24,6 +24,10 @@ pytestmark = [
 ]
 SIDE = 48
 SIGMA = 2.0
+PATCHES = {"epochs": 1, "samples_per_image": 1, "patch_sizes": (16, 8), "strides": (8, 5)}
+FLOW = {"epochs": 1, "steps": 2, "width": 8}
+VIEWS = {"blocks": 2, "width": 8, "train_views": 4, "test_views": 18, "epochs": 1}
+NEIGHBOURS = {"epochs": 1, "mlp_width": 8, "dist_size": 20, "neighbourhood": 3}
 PROTOTYPES = {"time": (1e4,), "prototypes": 5, "nearest": 2}
 
 
@@ -71,8 +75,14 @@ def assert_near(found, wanted):
         ("mahalanobis", {}, SIGMA),
         ("padim", {"dims": 20, "feature_norm": "l2_per_layer"}, SIGMA),
         ("patchcore", {"coreset_ratio": 0.1, "feature_norm": "l2_per_layer"}, SIGMA),
+        ("pni", {**NEIGHBOURS, "coreset_ratio": 0.1, "channels": 40}, SIGMA),
+        ("pni", {**NEIGHBOURS, "coreset_ratio": 0.1, "released": True}, SIGMA),
+        ("fapm", {"feature_norm": "l2_per_layer"}, SIGMA),
+        ("glow", {**FLOW, "levels": 2}, SIGMA),
+        ("differnet", VIEWS, SIGMA),
         ("stpm", {"epochs": 1, "batch_size": 4}, SIGMA),
         ("stpm", {"epochs": 1, "batch_size": 4}, 0.0),
+        ("mspba", PATCHES, 0.0),
     ],
 )
 def test_scores_and_maps_are_the_suites(method, options, sigma, images):
@@ -91,7 +101,12 @@ def test_scores_and_maps_are_the_suites(method, options, sigma, images):
         ("noco_exact", PROTOTYPES),
         ("knn", {"max_positions": 300}),
         ("patchcore", {"coreset_ratio": 0.1}),
+        ("fapm", {"near_ratio": 0.5, "far_ratio": 0.5}),
         ("panda", {"epochs": 1, "trained_stages": 1}),
+        ("glow", FLOW),
+        ("differnet", VIEWS),
+        ("glow_images", FLOW),
+        ("uniad", {"epochs": 1, "neighbourhood": None}),
     ],
 )
 def test_scores_of_pooled_features_and_of_images_are_the_suites(method, options, images):
@@ -142,6 +157,8 @@ def heads():
         "knn": {},
         "patchcore": {"coreset_ratio": 0.1},
         "simplenet": {"epochs": 1},
+        "pni": {**NEIGHBOURS, "coreset_ratio": 0.2, "channels": 5},
+        "glow": {**FLOW, "levels": 2, "image_score": "max"},
     }.items():
         exported.append(fitted(name, bank, feature_norm="std", **options).exported())
     return AllHeads(exported).eval()

@@ -36,6 +36,12 @@ SHORT = {
     **{"epochs": 2, "pretrain_epochs": 1, "batch_size": 4, "report_every": 1},
     **{"time": (3.0, 10.0, 30.0), "prototypes": 3, "dims": 4, "max_positions": 40},
     "bottleneck": 2,
+    "regions": 2,
+    **{"coreset_ratio": 0.1, "dist_size": 9, "neighbourhood": 3, "mlp_width": 8},
+    "temperature": 0.1,
+    **{"patch_sizes": (16, 8), "strides": (8, 4), "samples_per_image": 1},
+    **{"grid": 5, "encoder_layers": 1, "decoder_layers": 1, "feed_forward": 16},
+    **{"blocks": 2, "width": 8, "train_views": 3, "views_per_step": 2, "test_views": 2, "steps": 2},
     # With images held out the epoch of least loss on them is kept, which no shorter fit is.
     "validation_share": 0.0,
 }
@@ -53,13 +59,35 @@ FURTHER: dict[str, list[dict[str, Any]]] = {
         {"stages": "joined"},
         {"feature_norm": "l2_per_layer"},
     ],
+    "uniad": [
+        {"grid": None, "neighbourhood": 1, "image_score": "mean"},
+        {"neighbourhood": None, "dropout": 0.0, "jitter": 0.0, "feature_norm": "std"},
+    ],
+    "differnet": [{"train_views": 1, "views_per_step": 1, "test_views": 1, "scales": 2}],
+    "glow": [
+        {"levels": 2, "noise": 0.0, "warmup_epochs": 0},
+        {"image_score": "max", "feature_norm": "l2_per_layer"},
+    ],
+    "glow_images": [{"score": "typicality", "levels": 2}],
     "knn": [{"distance": "euclidean"}],
     "patchcore": [{"num_neighbors": 1}],
+    "pni": [
+        {"released": True, "channels": 5, "neighbour_channels": 3, "threshold": "emb"},
+        {"mlp_layers": 1, "dist_size": 99, "feature_norm": "std"},
+    ],
+    "fapm": [
+        {"num_neighbors": 1, "feature_norm": "l2_per_layer"},
+        {"released": True, "far_ratio": 0.5},
+    ],
     "simplenet": [{"adaptor": "mlp", "report_every": 2, "epochs": 3}],
     "nc_disc": [{"hidden": 9, "adaptor_bias": True, "feature_norm": "l2"}],
     # Trained so slowly that the radius of a fit before would count, were it left.
     "deep_svdd": [{"objective": "soft_boundary", "warmup_epochs": 1, "learning_rate": 1e-6}],
     "mean_shifted": [{"angular": True}],
+    "mspba": [
+        {"cluster_start": 2, "clusters": 3, "cluster_patches": 20, "max_positions": None},
+        {"cluster_start": 1, "cluster_patches": 60, "released": True, "pixels": "backbone"},
+    ],
 }
 CASES = {
     " ".join([name, *map(str, changes.values())]): (name, changes)

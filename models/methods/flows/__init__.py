@@ -1,0 +1,1 @@
+"""Normalising flows: DifferNet and Glow, and the invertible layers that they share."""

@@ -1,0 +1,48 @@
+"""The term that draws embeddings to k-means centres of themselves."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from models.features.kmeans import lloyd
+from models.features.matmul import linear
+from models.methods.mspba.networks import PatchNetwork
+from models.methods.mspba.sampling import draw_corners
+from models.methods.mspba.windows import embed_windows
+
+
+def cluster_loss(embeddings: Tensor, centres: Tensor) -> Tensor:
+    """Return the mean squared distance of embeddings (n, D) to the nearest of centres (K, D)."""
+    with torch.no_grad():
+        lengths = centres.square().sum(dim=1)
+        owner = linear(embeddings, -2 * centres, lengths).argmin(dim=1)  # (n,)
+    return (embeddings - centres[owner]).square().sum(dim=1).mean()
+
+
+@torch.no_grad()
+def find_centres(
+    network: PatchNetwork,
+    batches: Iterable[Tensor],
+    each: int,
+    count: int,
+    generator: torch.Generator,
+) -> dict[int, Tensor]:
+    """Return k-means centres (K, D) of the embeddings of random patches, for each size.
+
+    Args:
+        network: embeds them.
+        batches: of pixels, (B, 3, S, S) each.
+        each: random patches of each image, of each size.
+        count: centres K, at most as many as patches.
+        generator: draws the patches, and the first centres.
+    """
+    found: dict[int, list[Tensor]] = {size: [] for size in network.stages}
+    for pixels in batches:
+        for size, parts in found.items():
+            corners = draw_corners(each, pixels.shape[-1] - size, generator)
+            rows = torch.arange(each * len(pixels))
+            parts.append(embed_windows(network, pixels, corners, rows, size))
+    return {
+        size: lloyd(torch.cat(parts), count, generator=generator) for size, parts in found.items()
+    }
