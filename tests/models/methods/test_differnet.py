@@ -1,5 +1,6 @@
 """DifferNet: views of images, the flow on their pooled features, and its score."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from models.backbone.extractor import FrozenExtractor
 from models.detector import FeatureShape
@@ -103,6 +105,34 @@ def test_test_views_are_evenly_spaced_so_that_quarter_turns_change_no_score(back
     torch.testing.assert_close(detector(images.rot90(1, (2, 3))), scores, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(detector(images.flip(3)), scores, rtol=1e-4)
     assert differnet(backbone, test_views=1).angles.tolist() == [0]
+
+
+class Turned(nn.Module):
+    def forward(self, images):
+        angles = torch.tensor([[30.0, 90, 200]]).expand(images.shape[0], -1)
+        return rotated(images.float(), angles)
+
+
+def test_an_onnx_graph_turns_any_number_of_images():
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed (requirements-export.txt)")
+    import onnxruntime
+
+    program = torch.onnx.export(
+        Turned().eval(),
+        (draw_images(2, side=8),),
+        dynamo=True,
+        verbose=False,
+        opset_version=18,
+        input_names=["images"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for batch in (1, 5):
+        images = draw_images(batch, side=8, seed=batch).contiguous()
+        (found,) = session.run(None, {"images": images.numpy()})
+        np.testing.assert_array_equal(found, Turned()(images).numpy())
 
 
 # The fit

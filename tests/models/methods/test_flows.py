@@ -216,7 +216,9 @@ def test_a_squeeze_keeps_each_square_of_positions_together():
     assert y[0, :, 1, 1].tolist() == [10, 11, 14, 15]
 
 
-@pytest.mark.parametrize("kind", [lambda: Conv(3, 4, 3), lambda: ZeroConv(3, 4)], ids=["", "zero"])
+@pytest.mark.parametrize(
+    "kind", [lambda: Conv(3, 4, 3), lambda: ZeroConv(3, 4)], ids=["drawn", "zero"]
+)
 def test_at_a_single_position_a_kernels_middle_is_all(kind):
     layer = shaken(kind())
     x = torch.randn(5, 3, 1, 1, generator=seeded())
