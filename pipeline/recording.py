@@ -93,8 +93,10 @@ def _record_one(
     """Write all of a task but head and rows, and return these."""
     category, seed = data.task.category, fitted.seed
     if experiment.overlays and seed == experiment.seeds[0]:
-        folder = run.overlays_folder(category, seed)
-        draw(experiment, folder, data, fitted.detector, fitted.outcomes[-1])
+        outcome = fitted.outcomes[-1]
+        # A category recorded before may have left another state.
+        fitted.detector.load_state_dict(next(iter(outcome.states.values())))
+        draw(experiment, run.overlays_folder(category, seed), data, fitted.detector, outcome)
     if fitted.learner is not None:
         generator = seed_everything(seed)
         curve = online_curve(fitted.learner, data.train, data.test, generator=generator)
