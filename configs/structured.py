@@ -6,6 +6,9 @@ from typing import Annotated, ClassVar, Literal
 from configs.experiment import Experiment
 from configs.options import Beside, NotNegative, Odd, OptionalInt, Since
 
+JOINT = "multi-class"
+"""The protocol of one head for all categories."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredExperiment(Experiment):
@@ -39,7 +42,7 @@ class StructuredExperiment(Experiment):
     @property
     def is_joint(self) -> bool:
         """Whether one head is fitted on all categories."""
-        return self.protocol == "multi-class"
+        return self.protocol == JOINT
 
     @property
     def title(self) -> str:

@@ -141,19 +141,24 @@ class FeatureShape:
 
 
 class SizedByFit(nn.Module):
-    """A module whose buffers' lengths are those of its last fit."""
+    """A module that has buffers or parameters as long as its last fit made them."""
 
     sized_by_fit: tuple[str, ...] = ()
-    """Buffers whose first axis is as long as the fit made it; loading takes the stored length."""
+    """Those whose first axis is as long as the fit made it; loading takes the stored length."""
+
+    def resize(self, name: str, length: int) -> None:
+        """Make a buffer or a parameter anew, of another length and without values."""
+        tensor = getattr(self, name)
+        room = tensor.new_empty(length, *tensor.shape[1:])
+        setattr(self, name, nn.Parameter(room) if isinstance(tensor, nn.Parameter) else room)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        """Take the lengths of the stored buffers, then their values."""
+        """Take the lengths of the stored tensors, then their values."""
         for name in self.sized_by_fit:
             if (stored := state_dict.get(f"{prefix}{name}")) is not None:
-                buffer = self.get_buffer(name)
-                setattr(self, name, buffer.new_empty(len(stored), *buffer.shape[1:]))
+                self.resize(name, len(stored))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.structured import JOINT
 from datasets.data_set import StructuredSet, find_data_sets, num_categories
 from figures.shared.run_log import images_of, options_without_effect
 from utils.errors import RunError
@@ -25,8 +26,6 @@ PAPER_BACKBONES = {True: "wide_resnet50_2.tv_in1k", False: "resnet152.tv_in1k"}
 OF_SERIES = frozenset({"dataset", "method_name", "select", "backbone", "protocol"})
 """Options with a field of their own in `Series`."""
 
-JOINT = "multi-class"
-"""Protocol of a head for all categories, which structured experiments may have."""
 _COMPARED = ("image_auroc", "pixel_auroc", "trainable")
 
 

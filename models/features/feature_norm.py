@@ -20,6 +20,25 @@ from models.errors import ModelError
 from models.features.multiscale import join_stages, split_images
 
 
+def channel_statistics(bank: FeatureSource) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel over all positions, (C,) float64 each.
+
+    The deviation of a channel that varies by rounding alone, below a millionth of its root mean
+    square, is 0.
+    """
+    total: Tensor | None = None
+    count = 0
+    for features in bank.batches(16):
+        positions = rearrange(features, "b c h w -> (b h w) c").double()
+        sums = torch.stack([positions.sum(dim=0), positions.square().sum(dim=0)])  # (2, C)
+        total = sums if total is None else total + sums
+        count += len(positions)
+    assert total is not None
+    mean, square = total / count
+    std = (square - mean.square()).clamp_min(0).sqrt()
+    return mean, torch.where(std > 1e-6 * square.sqrt(), std, 0.0)
+
+
 class FeatureNorm(nn.Module):
     """Rescales features (B, C, H, W) at each position.
 
@@ -42,16 +61,9 @@ class FeatureNorm(nn.Module):
         """Measure the channels' standard deviations if the kind needs them."""
         if self.kind != "std":
             return
-        total = torch.zeros(2, len(self.scale), dtype=torch.float64, device=self.scale.device)
-        count = 0
-        for features in bank.batches(16):
-            positions = rearrange(features, "b c h w -> (b h w) c").double()
-            total += torch.stack([positions.sum(dim=0), positions.square().sum(dim=0)])
-            count += len(positions)
-        mean, square = total / count
-        std = (square - mean.square()).clamp_min(0).sqrt()
+        _, std = channel_statistics(bank)
         # A constant channel says nothing of normality and keeps its scale: any change shows.
-        self.scale.copy_(torch.where(std > 1e-6 * square.sqrt().clamp_min(1e-30), 1 / std, 1.0))
+        self.scale.copy_(torch.where(std > 0, 1 / std, 1.0))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return rescaled features (B, C, H, W)."""

@@ -82,12 +82,17 @@ def lloyd(
     centres = features[drawn.to(features.device)]  # (K, C)
     with full_precision(features.device):
         for _ in range(iterations):
-            lengths = centres.square().sum(dim=1)  # (K,)
-            owner = linear(features, -2 * centres, lengths).argmin(dim=1)  # (S,)
+            owner = owners(features, centres)  # (S,)
             sums = torch.zeros_like(centres).index_add_(0, owner, features)
             sizes = rearrange(torch.bincount(owner, minlength=count), "k -> k 1")
             centres = torch.where(sizes > 0, sums / sizes.clamp_min(1), centres)
     return centres
+
+
+def owners(features: Tensor, centres: Tensor) -> Tensor:
+    """Return which of centres (K, C) is nearest to each of features (S, C): (S,), int64."""
+    lengths = centres.square().sum(dim=1)  # (K,)
+    return linear(features, -2 * centres, lengths).argmin(dim=1)
 
 
 def apart(centres: Tensor, features: Tensor, share: float) -> Tensor:
@@ -106,8 +111,7 @@ def apart(centres: Tensor, features: Tensor, share: float) -> Tensor:
         (at most K, C), at least one.
     """
     with full_precision(features.device):
-        lengths = centres.square().sum(dim=1)  # (K,)
-        owner = linear(features, -2 * centres, lengths).argmin(dim=1)  # (S,)
+        owner = owners(features, centres)  # (S,)
     limit = share * (features - centres[owner]).square().sum(dim=1).mean()
     sizes = torch.bincount(owner, minlength=len(centres))
     order = sizes.argsort(descending=True, stable=True)

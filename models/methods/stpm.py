@@ -13,7 +13,6 @@ The score multiplies the stages' maps, so a position is anomalous where all scal
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from models.errors import ModelError
 from models.method import Method
 from models.training.epochs import epochs, mean_of_finite
 from models.training.hold_out import hold_out
+from models.training.kept_epoch import KeptEpoch
 from models.training.mixed_precision import bfloat16_autocast
 
 EXAMPLE_SIDE = 224
@@ -95,7 +95,7 @@ class Stpm(Detector):
             momentum=options.momentum,
             weight_decay=options.weight_decay,
         )
-        least, kept_epoch, kept = math.inf, options.epochs, None
+        kept = KeptEpoch(self.student, options.epochs)
         for epoch in epochs(options.epochs):
             self.student.train()
             losses = []
@@ -110,14 +110,11 @@ class Stpm(Detector):
             values = {"loss": mean_of_finite(losses, epoch)}
             if held is not None:
                 values["validation_loss"] = self._validate(held, epoch)
-                if values["validation_loss"] < least:
-                    least, kept_epoch = values["validation_loss"], epoch
-                    kept = copy.deepcopy(self.student.state_dict())
+                kept.look(epoch, values["validation_loss"])
             if monitor is not None:
                 monitor(epoch, values)
-        if kept is not None:
-            self.student.load_state_dict(kept)
-        self.diagnostics = {"kept_epoch": [float(kept_epoch)]}
+        kept.restore()
+        self.diagnostics = {"kept_epoch": [float(kept.epoch)]}
 
     def stage_maps(self, images: Tensor) -> Iterator[Tensor]:
         """Yield half the squared distance of teacher and student, (B, H_l, W_l), of each stage."""

@@ -24,6 +24,7 @@ import numpy as np
 from filelock import FileLock
 
 from configs.earlier import upgraded
+from configs.structured import JOINT
 from utils.errors import RunError
 from utils.runs.environment import environment_record
 from utils.runs.files import (
@@ -290,7 +291,7 @@ class Run:
     @property
     def is_joint(self) -> bool:
         """Whether one head is for all categories."""
-        return self.config.get("protocol") == "multi-class"
+        return self.config.get("protocol") == JOINT
 
     def head_path(self, category: str, seed: int, suffix: str = "") -> Path:
         """Return the path of the head of a pair, which may be that of all categories."""

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from configs.options import (
@@ -39,16 +38,15 @@ from configs.options import (
 )
 from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scored
 from models.errors import ModelError
+from models.features.feature_norm import channel_statistics
 from models.method import Method
+from models.methods.flows.layers import per_channel
 from models.methods.flows.multiscale_flow import (
     bits_per_dimension,
     build_flow,
-    derived,
     train_flow,
 )
-
-CONSTANT = 1e-6
-"""Deviation, relative to a channel's root mean square, below which it counts as constant."""
+from models.training.generators import derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +135,7 @@ class Glow(Detector):
 
     def scaled(self, features: Tensor) -> Tensor:
         """Return features (B, C, H, W) with mean 0 and variance 1 on the normal images."""
-        mean, std = (rearrange(part, "c -> 1 c 1 1") for part in (self.mean, self.std))
-        return (features - mean) / std
+        return (features - per_channel(self.mean)) / per_channel(self.std)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the negative log-likelihood at each position, in nats, (B, H, W)."""
@@ -162,19 +159,11 @@ class Glow(Detector):
     @torch.no_grad()
     def _measure(self, bank: FeatureSource) -> None:
         """Set mean and deviation of each channel over all positions."""
-        total = torch.zeros(2, len(self.mean), dtype=torch.float64, device=self.mean.device)
-        count = 0
-        for features in bank.batches(self.options.batch_size):
-            positions = rearrange(features, "b c h w -> (b h w) c").double()
-            total += torch.stack([positions.sum(dim=0), positions.square().sum(dim=0)])
-            count += len(positions)
-        mean, square = total / count
-        std = (square - mean.square()).clamp_min(0).sqrt()
-        is_constant = std <= CONSTANT * square.sqrt()
-        if is_constant.all():
+        mean, std = channel_statistics(bank)
+        if not std.any():
             raise ModelError("all normal features are the same: there is nothing to fit")
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(is_constant, 1.0, std))
+        self.std.copy_(torch.where(std > 0, std, 1.0))
 
 
 class _Exported(nn.Module):
@@ -185,8 +174,8 @@ class _Exported(nn.Module):
 
     def __init__(self, detector: Glow) -> None:
         super().__init__()
-        self.register_buffer("mean", rearrange(detector.mean, "c -> 1 c 1 1"))
-        self.register_buffer("std", rearrange(detector.std, "c -> 1 c 1 1"))
+        self.register_buffer("mean", per_channel(detector.mean))
+        self.register_buffer("std", per_channel(detector.std))
         self.flow = detector.flow.folded()
         self.has_scores = detector.options.image_score == "likelihood"
 

@@ -41,9 +41,9 @@ from models.methods.flows.multiscale_flow import (
     GlowFlow,
     bits_per_dimension,
     build_flow,
-    derived,
     train_flow,
 )
+from models.training.generators import derived
 
 CHANNELS = 3
 GREY_LEVELS = 256
@@ -144,10 +144,12 @@ class GlowImages(Detector):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return scores as maps (B, 1, 1) of uint8 images (B, 3, S, S)."""
-        scores = excess_bits(self.flow, images)
-        if self.options.score == "typicality":
-            scores = (scores - self.mean_excess).abs()
-        return rearrange(scores, "b -> b 1 1")
+        return scores_of(self.flow, images, self.typical)
+
+    @property
+    def typical(self) -> Tensor | None:
+        """What scores are the distance to; None where they are the likelihood itself."""
+        return self.mean_excess if self.options.score == "typicality" else None
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """A step is an epoch; see `Detector.stopped_at`."""
@@ -168,20 +170,24 @@ class GlowImages(Detector):
 class _Exported(nn.Module):
     """`GlowImages` with an actnorm and a convolution as one, and each matrix whole."""
 
-    mean_excess: Tensor
+    typical: Tensor | None
 
     def __init__(self, detector: GlowImages) -> None:
         super().__init__()
         self.flow = detector.flow.folded()
-        self.score = detector.options.score
-        self.register_buffer("mean_excess", detector.mean_excess)
+        self.register_buffer("typical", detector.typical)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return scores as maps (B, 1, 1) of uint8 images (B, 3, S, S)."""
-        scores = excess_bits(self.flow, images)
-        if self.score == "typicality":
-            scores = (scores - self.mean_excess).abs()
-        return rearrange(scores, "b -> b 1 1")
+        return scores_of(self.flow, images, self.typical)
+
+
+def scores_of(flow: GlowFlow, images: Tensor, typical: Tensor | None) -> Tensor:
+    """Return scores as maps (B, 1, 1): excess bits, or their distance to what is typical."""
+    scores = excess_bits(flow, images)
+    if typical is not None:
+        scores = (scores - typical).abs()
+    return rearrange(scores, "b -> b 1 1")
 
 
 def excess_bits(flow: GlowFlow, images: Tensor) -> Tensor:

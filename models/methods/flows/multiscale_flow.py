@@ -225,9 +225,3 @@ def train_flow(
             optimizer.step()
             losses.append(loss.detach())
         yield epoch, mean_of_finite(losses, epoch)
-
-
-def derived(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """Return a generator on a device, seeded by one draw of a CPU generator."""
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    return torch.Generator(device).manual_seed(seed)

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from models.features.kmeans import lloyd
-from models.features.matmul import linear
+from models.features.kmeans import lloyd, owners
 from models.methods.mspba.networks import PatchNetwork
 from models.methods.mspba.sampling import draw_corners
 from models.methods.mspba.windows import embed_windows
@@ -15,8 +14,7 @@ from models.methods.mspba.windows import embed_windows
 def cluster_loss(embeddings: Tensor, centres: Tensor) -> Tensor:
     """Return the mean squared distance of embeddings (n, D) to the nearest of centres (K, D)."""
     with torch.no_grad():
-        lengths = centres.square().sum(dim=1)
-        owner = linear(embeddings, -2 * centres, lengths).argmin(dim=1)  # (n,)
+        owner = owners(embeddings, centres)  # (n,)
     return (embeddings - centres[owner]).square().sum(dim=1).mean()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.detector import FeatureSource
 from models.errors import ModelError
+from models.training.generators import derived
 
 READ = 16
 """Images read at once where nothing is trained."""
@@ -176,8 +177,7 @@ class PatchSampler:
 
     def __init__(self, generator: torch.Generator, device: torch.device) -> None:
         self.generator = generator
-        seed = int(torch.randint(2**62, (), generator=generator))
-        self.noise = torch.Generator(device).manual_seed(seed)
+        self.noise = derived(generator, device)
 
     def __call__(self, pixels: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Return patches of images (B, 3, S, S), in units of 0 to 1.

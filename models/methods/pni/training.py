@@ -1,7 +1,5 @@
 """Training of the network that predicts the class of a position from its neighbours."""
 
-import copy
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +12,8 @@ from models.errors import ModelError
 from models.methods.pni.network import NeighbourNetwork
 from models.methods.pni.options import PniOptions
 from models.training.epochs import epochs, mean_of_finite
+from models.training.generators import derived
+from models.training.kept_epoch import KeptEpoch
 from models.training.mixed_precision import bfloat16_autocast
 
 HELD = 2**26
@@ -83,10 +83,9 @@ def train(
         ModelError: fewer than two positions in any batch are left to train on.
     """
     is_held = _draw_held(task.classes, options.validation_share, generator)
-    seed = int(torch.randint(2**62, (), generator=generator))
-    drops = torch.Generator(task.device).manual_seed(seed)
+    drops = derived(generator, task.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
-    least, kept_epoch, kept = math.inf, options.epochs, None
+    kept = KeptEpoch(network, options.epochs)
     for epoch in epochs(options.epochs):
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * DECAY ** ((epoch - 1) // options.decay_epochs)
@@ -112,14 +111,11 @@ def train(
         values = {"loss": mean_of_finite(losses, epoch)}
         if is_held.any():
             values["validation_loss"] = _validate(network, task, is_held, options, epoch)
-            if values["validation_loss"] < least:
-                least, kept_epoch = values["validation_loss"], epoch
-                kept = copy.deepcopy(network.state_dict())
+            kept.look(epoch, values["validation_loss"])
         if monitor is not None:
             monitor(epoch, values)
-    if kept is not None:
-        network.load_state_dict(kept)
-    return kept_epoch
+    kept.restore()
+    return kept.epoch
 
 
 def _draw_held(classes: Tensor, share: float, generator: torch.Generator) -> Tensor:

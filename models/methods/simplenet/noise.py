@@ -6,6 +6,8 @@ Source: SimpleNet (CVPR 2023), section 3.3. Used in training only.
 import torch
 from torch import Tensor
 
+from models.training.generators import derived
+
 
 class GaussianNoise:
     """Adds independent noise of one standard deviation to every entry.
@@ -24,8 +26,7 @@ class GaussianNoise:
         self, sigma: float, generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> None:
         self.sigma = sigma
-        seed = int(torch.randint(2**62, (), generator=generator))
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = derived(generator, device)
 
     def __call__(self, adapted: Tensor) -> Tensor:
         """Return noisy features (P, C) of adapted features (P, C), which stay as they are."""

@@ -7,12 +7,13 @@ network scores.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+
+from models.detector import SizedByFit
 
 LEVELS = 1 << 16
 """Values of the random numbers that a dropout compares."""
@@ -46,27 +47,6 @@ class Dropout:
         levels = words.view(torch.int16)[: values.numel()].view(values.shape)
         is_kept = levels >= self.dropped - LEVELS // 2
         return values * is_kept.to(values.dtype).mul_(self.scale)
-
-
-class SizedByGrid(nn.Module):
-    """A module with parameters whose first axis is as long as the last fit made it."""
-
-    sized_by_grid: tuple[str, ...] = ()
-    """Their names; loading takes the stored lengths."""
-
-    def resize(self, name: str, length: int) -> None:
-        """Make a parameter anew, of another length and without values."""
-        parameter = self.get_parameter(name)
-        setattr(self, name, nn.Parameter(parameter.new_empty(length, *parameter.shape[1:])))
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
-    ) -> None:
-        """Take the lengths of the stored parameters, then their values."""
-        for name in self.sized_by_grid:
-            if (stored := state_dict.get(f"{prefix}{name}")) is not None:
-                self.resize(name, len(stored))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 def neighbour_mask(
@@ -185,14 +165,14 @@ class EncoderLayer(nn.Module):
         return self.norms[1](tokens + dropped(self.feed_forward(tokens, dropped)))
 
 
-class DecoderLayer(SizedByGrid):
+class DecoderLayer(SizedByFit):
     """A layer with a learned query for each position, the same for all images.
 
     The query attends to the encoder's tokens, the result to those of the layer before: no image
     gets past an attention, so none gets past a mask.
     """
 
-    sized_by_grid = ("query",)
+    sized_by_fit = ("query",)
 
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
@@ -230,7 +210,7 @@ class DecoderLayer(SizedByGrid):
         return self.norms[2](tokens + dropped(self.feed_forward(tokens, dropped)))
 
 
-class Transformer(SizedByGrid):
+class Transformer(SizedByFit):
     """Rebuilds tokens of C channels on a grid that `start` sets.
 
     Args:
@@ -243,7 +223,7 @@ class Transformer(SizedByGrid):
         neighbourhood: side of the window that each attention leaves out; None for no mask.
     """
 
-    sized_by_grid = ("rows", "columns")
+    sized_by_fit = ("rows", "columns")
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ from models.errors import ModelError
 from models.method import Method
 from models.methods.uniad.network import Dropout, Transformer, blocks_everything
 from models.training.epochs import epochs, mean_of_finite
+from models.training.generators import derived
 
 UPSAMPLED = 16
 """Pixels of a map for each token along an axis, and the side of the window that image scores
@@ -162,8 +163,7 @@ class Uniad(Detector):
         self.network.start(H, W, generator)
         parameters = list(self.parameters())
         # A generator of their own: the images come in the same order whatever is drawn of them.
-        seed = int(torch.randint(2**62, (), generator=generator))
-        noise = torch.Generator(parameters[0].device).manual_seed(seed)
+        noise = derived(generator, parameters[0].device)
         drop = Dropout(options.dropout, noise)
         last = 0.0
         optimizer = torch.optim.AdamW(
