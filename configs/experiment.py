@@ -30,6 +30,7 @@ from configs.options import (
     MethodOptions,
     NotNegativeInt,
     OptionalInt,
+    OptionalNotNegative,
     Part,
     PositiveInt,
     Role,
@@ -113,6 +114,10 @@ class Experiment:
     cache: How[Literal["auto", "device", "host", "disk", "none"]] = "auto"
     """Where extracted features are kept; what is on disk ($NOCO_CACHE) later runs read again. With
     none they are not: memory holds a batch, and each epoch runs the backbone on every image."""
+
+    checkpoint_minutes: How[OptionalNotNegative] = 10.0
+    """A fit that takes longer keeps where it is this often, at the end of an epoch, and goes on
+    from there after a kill; 0 for each epoch, none for never."""
 
     output: How[Path] = Path("results")
     """Run folders are made below it: <output>/<dataset>-<method>/<run>/."""

@@ -93,6 +93,11 @@ def _or_none(
 # Each is written `none` on the command line where it is None.
 OptionalInt = Annotated[int | None, _or_none(int, "INT|none"), _POSITIVE]
 OptionalFloat = Annotated[float | None, _or_none(float, "FLOAT|none"), _POSITIVE]
+OptionalNotNegative = Annotated[
+    float | None,
+    _or_none(float, "FLOAT|none"),
+    Bound("0 or above", lambda value: value is None or value >= 0),
+]
 OptionalFraction = Annotated[
     float | None, _or_none(float, "FLOAT|none"), Bound("in 0 to 1", lambda value: 0 <= value <= 1)
 ]

@@ -5,7 +5,7 @@ some detectors can do is a Protocol of its own; `isinstance` tells whether one c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -121,6 +121,25 @@ class Monitor(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsFits(Protocol):
+    """A monitor that can keep where a fit is, so that a killed one goes on from there."""
+
+    def kept(self, phase: str, /) -> dict[str, Any] | None:
+        """Return the state an interrupted fit had in one of its phases; None to start that."""
+        ...
+
+    def keep(self, phase: str, state: Callable[[], dict[str, Any]], /, *, ended: bool) -> None:
+        """Keep the state at the end of an epoch, if it is time to.
+
+        Args:
+            phase: names the part of the fit.
+            state: makes it, of tensors and plain values.
+            ended: the phase is over and another one follows: what is kept later holds this too.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class FeatureShape:
     """What a detector is built for.
@@ -157,7 +176,9 @@ class SizedByFit(nn.Module):
     ) -> None:
         """Take the lengths of the stored tensors, then their values."""
         for name in self.sized_by_fit:
-            if (stored := state_dict.get(f"{prefix}{name}")) is not None:
+            stored = state_dict.get(f"{prefix}{name}")
+            # Of the same length it stays the parameter that an optimizer knows.
+            if stored is not None and len(stored) != len(getattr(self, name)):
                 self.resize(name, len(stored))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 

@@ -24,6 +24,7 @@ from utils.device import pick_device
 from utils.errors import UsageError
 from utils.evaluation.monitor import FitMonitor
 from utils.evaluation.selection import choose, joined_validation
+from utils.runs.checkpoints import Checkpoint
 from utils.runs.run import Run
 from utils.seeding import seed_everything
 
@@ -109,10 +110,19 @@ def train_head(
             for log in logs:
                 log(event="chosen", options=options, synthetic_auroc=choice.auroc)
 
+        checkpoint = None
+        if experiment.checkpoint_minutes is not None:
+            categories = [one.task.category for one in data]
+            checkpoint = Checkpoint(run, categories, seed, experiment.checkpoint_minutes)
         generator = seed_everything(seed)
         detector = build(options)
         monitor = FitMonitor(
-            detector, tests, experiment.select, logs, monitor_test=experiment.monitor_test
+            detector,
+            tests,
+            experiment.select,
+            logs,
+            monitor_test=experiment.monitor_test,
+            checkpoint=checkpoint,
         )
         detector.fit(train, generator=generator, monitor=monitor)
         fit_seconds = monitor.fit_seconds
@@ -127,6 +137,8 @@ def train_head(
         for found in outcomes
     ]
     record(experiment, run, data, fits)
+    if checkpoint is not None:
+        checkpoint.delete()
 
 
 def _log_data(log: Callable[..., None], data: TaskData) -> None:

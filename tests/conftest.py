@@ -1,6 +1,11 @@
 import os
 import tempfile
 
+import pytest
+
+# Asserts outside of test files say what they compared as well.
+pytest.register_assert_rewrite("tests.scripts.runs")
+
 
 def pytest_configure(config):
     """Set what libraries read when they are imported, which is later than this.

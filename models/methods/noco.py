@@ -26,7 +26,7 @@ from configs.options import FeatureOptions, NotNegative, OptionalInt, Positive, 
 from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scored
 from models.features.multiscale import add_outer, features_at, grid_size, parts_in_cache, project
 from models.method import Method
-from models.training.epochs import epochs, mean_of_finite
+from models.training.loop import Loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +111,13 @@ class Noco(Detector):
             weight_decay=options.weight_decay,
             amsgrad=options.amsgrad,
         )
-        for epoch in epochs(options.epochs):
-            losses = []
-            for stages in bank.stage_batches(options.batch_size, generator=generator):
-                loss = self.loss(stages)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach())
-            mean_loss = mean_of_finite(losses, epoch)
-            if monitor is not None:
-                monitor(epoch, {"loss": mean_loss, "radius": self.radius.item()})
+        loop = Loop(module=self, optimizer=optimizer, epochs=options.epochs, generator=generator)
+        loop.run(
+            lambda: bank.stage_batches(options.batch_size, generator=generator),
+            lambda stages: {"loss": self.loss(stages)},
+            monitor=monitor,
+            after_epoch=lambda _: {"radius": self.radius.item()},
+        )
 
     def stopped_at(self, step: int) -> dict[str, Any]:
         """A step is an epoch; see `Detector.stopped_at`."""

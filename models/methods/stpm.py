@@ -13,6 +13,7 @@ The score multiplies the stages' maps, so a position is anomalous where all scal
 """
 
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +30,8 @@ from models.deployment.memory import normalised_pixels
 from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.errors import ModelError
 from models.method import Method
-from models.training.epochs import epochs, mean_of_finite
 from models.training.hold_out import hold_out
-from models.training.kept_epoch import KeptEpoch
-from models.training.mixed_precision import bfloat16_autocast
+from models.training.loop import Loop
 
 EXAMPLE_SIDE = 224
 """Pixels of the image by which networks are rewritten for export."""
@@ -95,26 +94,20 @@ class Stpm(Detector):
             momentum=options.momentum,
             weight_decay=options.weight_decay,
         )
-        kept = KeptEpoch(self.student, options.epochs)
-        for epoch in epochs(options.epochs):
-            self.student.train()
-            losses = []
-            for images in training.batches(options.batch_size, generator=generator):
-                with bfloat16_autocast(images.device, wanted=options.mixed_precision):
-                    loss = self._loss(images)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach())
-            self.student.eval()
-            values = {"loss": mean_of_finite(losses, epoch)}
-            if held is not None:
-                values["validation_loss"] = self._validate(held, epoch)
-                kept.look(epoch, values["validation_loss"])
-            if monitor is not None:
-                monitor(epoch, values)
-        kept.restore()
-        self.diagnostics = {"kept_epoch": [float(kept.epoch)]}
+        loop = Loop(
+            module=self.student,
+            optimizer=optimizer,
+            epochs=options.epochs,
+            generator=generator,
+            mixed_precision=options.mixed_precision,
+        )
+        trained = loop.run(
+            lambda: training.batches(options.batch_size, generator=generator),
+            lambda images: {"loss": self._loss(images)},
+            monitor=monitor,
+            validate=None if held is None else functools.partial(self._validate, held),
+        )
+        self.diagnostics = {"kept_epoch": [float(trained.epoch)]}
 
     def stage_maps(self, images: Tensor) -> Iterator[Tensor]:
         """Yield half the squared distance of teacher and student, (B, H_l, W_l), of each stage."""
@@ -170,12 +163,10 @@ class Stpm(Detector):
         """Return the mean over images and positions, summed over the stages."""
         return torch.stack([stage_map.mean() for stage_map in self.stage_maps(images)]).sum()
 
-    @torch.no_grad()
-    def _validate(self, held: FeatureSource, epoch: int) -> float:
-        losses = [
-            self._loss(images) * len(images) for images in held.batches(self.options.batch_size)
-        ]
-        return mean_of_finite(losses, epoch) * len(losses) / len(held)
+    def _validate(self, held: FeatureSource) -> Tensor:
+        batches = held.batches(self.options.batch_size)
+        losses = [self._loss(images) * len(images) for images in batches]
+        return torch.stack(losses).double().sum() / len(held)
 
 
 class _Exported(nn.Module):

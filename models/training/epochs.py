@@ -5,9 +5,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-def epochs(count: int, description: str = "epochs") -> tqdm:
-    """Count from 1 to `count` behind a bar, which only a terminal shows."""
-    return tqdm(range(1, count + 1), desc=description, leave=False, disable=None)
+def epochs(count: int, description: str = "epochs", *, start: int = 0) -> tqdm:
+    """Count from 1, or from after `start`, to `count` behind a bar, which only a terminal shows."""
+    numbers = range(start + 1, count + 1)
+    return tqdm(numbers, desc=description, total=count, initial=start, leave=False, disable=None)
 
 
 def mean_of_finite(losses: list[Tensor], epoch: int) -> float:

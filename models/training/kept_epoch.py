@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,3 +34,11 @@ class KeptEpoch:
         """Give the module the state that was kept, if one was."""
         if self._state is not None:
             self._module.load_state_dict(self._state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it."""
+        return {"epoch": self.epoch, "least": self._least, "state": self._state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        self.epoch, self._least, self._state = state["epoch"], state["least"], state["state"]

@@ -141,6 +141,31 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_run(images
     assert_same_run(train_mvtec.main(command(images, output, *options)), undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("select", ["last", "best_test"])
+def test_a_fit_that_was_killed_goes_on_inside_it(images, tmp_path, start, select, monkeypatch):
+    epochs = 40
+    options = (
+        *("--select", select, "--categories", "cloth", "--checkpoint-minutes", "0"),
+        *("--method.epochs", str(epochs)),
+    )
+    undisturbed = train_mvtec.main(command(images, tmp_path / "undisturbed", *options))
+    process = start(command(images, tmp_path / "killed", *options))
+    lines, reached = run_folder(tmp_path / "killed") / "metrics.jsonl", 0
+    while reached < 4 and process.is_alive():
+        time.sleep(0.01)
+        reached = lines.read_text().count('"event": "step"') if lines.is_file() else 0
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    checkpoint = run_folder(tmp_path / "killed") / "checkpoints/cloth-seed0.pt"
+    assert checkpoint.is_file()
+    calls, loss = [], Noco.loss
+    monkeypatch.setattr(Noco, "loss", lambda *given: calls.append(1) or loss(*given))
+    assert_same_run(train_mvtec.main(command(images, tmp_path / "killed", *options)), undisturbed)
+    assert 0 < len(calls) <= epochs - 3  # a step is an epoch here
+    assert not checkpoint.parent.exists()
+
+
 def test_all_images_gone_with_skip_unreadable(images, tmp_path, monkeypatch, stopped):
     """Leaving out unreadable images must not end in a category without images."""
     root = Path(shutil.copytree(images, tmp_path / "images"))

@@ -4,7 +4,8 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from utils.evaluation.scoring import Scores
 from utils.evaluation.test_set import TestSet
 from utils.metrics import metrics
 from utils.metrics.evaluate import Measured
+from utils.runs.checkpoints import Checkpoint
 
 State = dict[str, Tensor]
 
@@ -63,6 +65,11 @@ class FitMonitor:
             "best_test" (during it).
         logs: one for each category, takes the values of a step.
         monitor_test: log the test metrics of every step; chooses nothing.
+        checkpoint: where the fit is kept while it runs; an interrupted one is read from it, and its
+            steps are logged again.
+
+    Raises:
+        RunError: the checkpoint is corrupt.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class FitMonitor:
         logs: Sequence[Callable[..., None]],
         *,
         monitor_test: bool = False,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self._detector = detector
         self._tests = list(tests)
@@ -84,20 +92,46 @@ class FitMonitor:
         self._watched: dict[str, str] = {}
         self._seconds = 0.0
         self._start = time.perf_counter()
+        self._checkpoint = checkpoint
+        self._logged: list[list[dict[str, Any]]] = []
+        self._phases: dict[str, dict[str, Any]] = {}
         if select == "best_test":
             self._watched = {"image": "image_auroc"}
             if any(test.labels.unique().numel() < 2 for test in tests):
                 raise UsageError("--select best_test needs normal and anomalous test images")
             if all(test.masks is not None and test.masks.any() for test in tests):
                 self._watched["pixel"] = "pixel_auroc"
+        if checkpoint is not None and (state := checkpoint.load()) is not None:
+            self._resume(state)
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Record the end of a step (an epoch) and evaluate it if asked for."""
         self._step = step
         measured = self._evaluate_step(step) if self.scores_steps else []
-        for place, log in enumerate(self._logs):
-            found = measured[place].values if measured else {}
-            log(event="step", step=step, **values, **found)
+        found = [one.values for one in measured] or [{} for _ in self._logs]
+        self._log([{"step": step, **values, **one} for one in found])
+
+    def kept(self, phase: str) -> dict[str, Any] | None:
+        """See `models.detector.KeepsFits`."""
+        return self._phases.get(phase)
+
+    def keep(self, phase: str, state: Callable[[], dict[str, Any]], *, ended: bool) -> None:
+        """See `models.detector.KeepsFits`."""
+        if self._checkpoint is None:
+            return
+        if ended:
+            self._phases[phase] = copy.deepcopy(state())
+        if not self._checkpoint.is_due:
+            return
+        self._checkpoint.save(
+            {
+                "phases": {**self._phases, phase: state()},
+                "step": self._step,
+                "logged": self._logged,
+                "best": {kind: asdict(best) for kind, best in self._best.items()},
+                "fit_seconds": self.fit_seconds,
+            }
+        )
 
     def outcomes(self) -> list[list[Outcome]]:
         """Evaluate what was kept on each test set: the last state, then the best if asked for."""
@@ -119,6 +153,23 @@ class FitMonitor:
     def fit_seconds(self) -> float:
         """Seconds since the monitor was made, without those spent on the test set."""
         return time.perf_counter() - self._start - self._seconds
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        """Go on from what `keep` saved."""
+        self._phases, self._step = state["phases"], state["step"]
+        self._seconds -= state["fit_seconds"]
+        for kind, best in state["best"].items():
+            measured = [Measured(**one) for one in best["measured"]]
+            self._best[kind] = _Best(best["value"], best["step"], best["state"], measured)
+        for values in state["logged"]:
+            self._log(values)
+
+    def _log(self, values: list[dict[str, Any]]) -> None:
+        """Log a step, with the values of each category."""
+        for log, one in zip(self._logs, values, strict=True):
+            log(event="step", **one)
+        if self._checkpoint is not None:
+            self._logged.append(values)
 
     def _evaluate_step(self, step: int) -> list[Measured]:
         start = time.perf_counter()

@@ -34,7 +34,7 @@ _TOP_FILES = (
     "environment.json",
     "config.json",
 )
-_STEM = r".+-seed-?\d+"
+_STEM = r"(.+-)?seed-?\d+"  # without a category where a head is for all
 _SUFFIX = r"(-[a-z_]+)?"
 _INT = re.compile(r"-?[0-9]+")
 _FLOAT = re.compile(r"-?(?:[0-9]+\.[0-9]+(?:e[+-]?[0-9]+)?|[0-9]+e[+-]?[0-9]+|inf)|nan")
@@ -85,6 +85,18 @@ def unwritable(path: Path, error: OSError) -> RunError:
     )
 
 
+def make_folder(folder: Path) -> None:
+    """Make a run folder, if it is not there.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot make the run folder ({error.strerror})") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically, line ends as given."""
     with atomic_path(path) as temporary:
@@ -116,12 +128,13 @@ def file_stem(category: str, seed: int, suffix: str = "") -> str:
     return f"{name}-seed{seed}{suffix}"
 
 
+_FOLDERS = ("scores", "heads", "calibration", "online", "data", "checkpoints")
 _FINDINGS = ("*/metrics.csv", "*/table.md", "*/*/state.json", "*/*/state.safetensors")
 
 
 def delete_leftovers(folder: Path) -> None:
     """Delete the temporary files a killed run left behind."""
-    below = (folder / name for name in ("scores", "heads", "calibration", "online", "data"))
+    below = (folder / name for name in _FOLDERS)
     for place in (folder, *below, *(folder / "overlays").glob("*")):
         for path in place.glob(".*.tmp"):
             if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
@@ -138,6 +151,7 @@ def delete_run(folder: Path) -> None:
         *(p for p in folder.glob("data/*.json") if re.fullmatch(_STEM, p.stem)),
         *(p for p in folder.glob("overlays/*/*.png") if re.fullmatch(_STEM, p.parent.name)),
         *(p for p in folder.glob("online/*") if re.fullmatch(_STEM, p.stem)),
+        *(p for p in folder.glob("checkpoints/*.pt") if re.fullmatch(_STEM, p.stem)),
         # What was found with the heads; the user's names of kinds stay for those found next.
         *(p for name in _FINDINGS for p in folder.glob(f"discovery/{name}")),
         folder / _TOP_FILES[-1],
@@ -147,10 +161,23 @@ def delete_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
     for place in (
         *folder.glob("overlays/*"),
-        *map(folder.joinpath, ("overlays", "scores", "heads", "calibration", "online", "data")),
+        *map(folder.joinpath, ("overlays", *_FOLDERS)),
     ):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
+
+
+def checkpoint_file(head: Path) -> Path:
+    """Return where a run folder has the state of the fit of a head, while it lasts."""
+    return head.parents[1] / "checkpoints" / f"{head.stem}.pt"
+
+
+def delete_checkpoint(head: Path) -> None:
+    """Delete the state of the fit of a head, and its folder with the last one."""
+    path = checkpoint_file(head)
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()
 
 
 def file_digest(path: Path) -> str:

@@ -9,6 +9,7 @@ heads/            <category>-seed<k>.safetensors: the trained head; seed<k>.safe
                   for all categories (`--protocol multi-class`)
 calibration/      scores of normal images that a head has not seen (`utils.evaluation.calibration`)
 data/             <category>-seed<k>.json: what images and weights a pair was made of
+checkpoints/      <category>-seed<k>.pt: where an unfinished fit is (`utils.runs.checkpoints`)
 results.csv       one row per (category, seed, select); a pair is finished when its rows are here
 table.{md,tex,csv}, overlays/<category>-seed<k>/*.png
 """
@@ -31,12 +32,14 @@ from utils.runs.files import (
     SELECTS,
     append_text,
     atomic_path,
+    delete_checkpoint,
     delete_leftovers,
     delete_run,
     file_stem,
     flat,
     jsonable,
     keep_metrics,
+    make_folder,
     read_object,
     read_rows,
     write_rows,
@@ -64,7 +67,7 @@ class Run:
         self.config = config
         self.categories = tuple(categories)
         self.seeds = tuple(seeds)
-        self._made_of: dict[str, MadeOf] = {}
+        self.made_of: dict[str, MadeOf] = {}
         self._lock: FileLock | None = None
 
     @classmethod
@@ -112,23 +115,22 @@ class Run:
                     f"category {category!r} is no UTF-8, which no head can be called by: rename it"
                 ) from None
         run = cls(folder, json.loads(json.dumps(config, default=os.fspath)), categories, seeds)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{folder}: cannot make the run folder ({error.strerror})") from None
+        make_folder(folder)
         run._lock = lock_run(folder)
         if restart:
             delete_run(folder)
         run._check_config()
         finished = run._finished()
-        run._made_of = dict(made_of or {})
-        unknown = check_made_of(folder, finished, run._made_of, way_out=OTHER_DATA)
+        run.made_of = dict(made_of or {})
+        unknown = check_made_of(folder, finished, run.made_of, way_out=OTHER_DATA)
         if unknown:
             sys.stderr.write(
                 f"warning: {folder}: an earlier version made {len(unknown)} of its results and did "
                 "not keep of which data; --restart computes all of it again\n"
             )
         delete_leftovers(folder)
+        for category, seed in finished:
+            delete_checkpoint(run.head_path(category, seed))
         keep_metrics(folder / "metrics.jsonl", finished)
         run._record_environment(environment_record(command, device), len(finished))
         return run
@@ -172,14 +174,13 @@ class Run:
         """Write the scores of the test images.
 
         Args:
-            category: A requested category.
-            seed: A requested seed.
+            category: A requested one.
+            seed: A requested one.
             scores: Of a head.
             suffix: "" or, when several states are kept, one such as "-last".
         """
         self._check_pair(category, seed)
-        path = self.scores_path(category, seed, suffix)
-        write_scores(path, scores)
+        write_scores(path := self.scores_path(category, seed, suffix), scores)
         return path
 
     def load_scores(self, category: str, seed: int, suffix: str = "") -> dict[str, np.ndarray]:
@@ -241,8 +242,7 @@ class Run:
         Raises:
             RunError: The columns differ from those of the rows already there.
         """
-        existing = self.rows()
-        finished = {(row["category"], row["seed"]) for row in existing}
+        existing, finished = self.rows(), self._finished()
         for (category, seed), rows in found.items():
             self._check_pair(category, seed)
             selects = [row["select"] for row in rows]
@@ -270,9 +270,9 @@ class Run:
             key=lambda row: order.get((row["category"], row["seed"]), len(order)),
         )
         for category, seed in found:
-            if category in self._made_of:
+            if category in self.made_of:
                 path = made_of_file(self.folder, category, seed)
-                save_made_of(path, self._made_of[category])
+                save_made_of(path, self.made_of[category])
         write_rows(self.folder / "results.csv", columns, everything)
 
     def rows(self) -> list[dict[str, Any]]:

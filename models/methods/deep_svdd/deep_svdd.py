@@ -23,7 +23,7 @@ to 0.1 or -0.1, because a zero is matched by zero weights (released code; exact 
 here too).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -52,11 +52,13 @@ from models.methods.deep_svdd.lenet import (
     draw_weights,
     global_contrast_normalise,
 )
-from models.training.epochs import epochs, mean_of_finite
+from models.training.loop import Loop, Losses
 
 SOFT = OnlyWith("objective", "soft_boundary", lambda objective: objective == "soft_boundary")
 PRETRAINED = OnlyWith("pretrain_epochs", "above 0", lambda count: count > 0)
 CENTER_MARGIN = 0.1
+DROP = 0.1
+"""Factor of the learning rate after its milestone (paper)."""
 GREY = ("mnist", "fashion_mnist", "digits")
 """Data sets that the smaller network is for."""
 
@@ -135,23 +137,30 @@ class DeepSvdd(Detector):
         draw_weights(self.encoder, self.options.leakiness, generator)
         self._measure_range(bank)
         self.radius.zero_()
-        self.diagnostics = {"pretrain_loss": self._pretrain(bank, generator)}
+        self.diagnostics = {"pretrain_loss": self._pretrain(bank, generator, monitor)}
         self.center.copy_(self._mean_code(bank))
-        for epoch, loss in self._train(
+        is_soft = self.options.objective == "soft_boundary"
+        is_warm = False
+
+        def begin(epoch: int) -> None:
+            nonlocal is_warm
+            is_warm = epoch > self.options.warmup_epochs
+
+        loop = self._loop(
+            self,
             self.encoder,
-            self._loss,
-            bank,
             generator,
-            count=self.options.epochs,
+            epochs=self.options.epochs,
             milestone=self.options.milestone,
             weight_decay=self.options.weight_decay,
-            description="epochs",
-        ):
-            if monitor is not None:
-                values = {"loss": loss}
-                if self.options.objective == "soft_boundary":
-                    values["radius"] = self.radius.item()
-                monitor(epoch, values)
+        )
+        loop.run(
+            lambda: self._batches(bank, generator),
+            lambda images: {"loss": self._loss(images, moves_radius=is_warm)},
+            monitor=monitor,
+            before_epoch=begin,
+            after_epoch=lambda _: {"radius": self.radius.item()} if is_soft else {},
+        )
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return what the network takes, (B, C, size, size), of uint8 images (B, 3, S, S).
@@ -198,29 +207,32 @@ class DeepSvdd(Detector):
         if not self.largest > self.least:
             raise ModelError("every training image is of a single colour; there is nothing to fit")
 
-    def _pretrain(self, bank: FeatureSource, generator: torch.Generator) -> list[float]:
+    def _pretrain(
+        self, bank: FeatureSource, generator: torch.Generator, monitor: Monitor | None
+    ) -> list[float]:
         """Train encoder and a decoder, then dropped, to reconstruct; return each epoch's loss."""
         options = self.options
         decoder = build_decoder(self.network, options.leakiness)
         draw_weights(decoder, options.leakiness, generator)
         autoencoder = nn.Sequential(self.encoder, decoder.to(self.center.device))
 
-        def reconstruction_loss(images: Tensor, epoch: int) -> Tensor:
-            del epoch
+        def losses(images: Tensor) -> Losses:
             inputs = self.normalise(images)
-            return F.mse_loss(autoencoder(inputs), inputs)
+            return {"loss": F.mse_loss(autoencoder(inputs), inputs)}
 
-        passes = self._train(
+        loop = self._loop(
             autoencoder,
-            reconstruction_loss,
-            bank,
+            autoencoder,
             generator,
-            count=options.pretrain_epochs,
+            epochs=options.pretrain_epochs,
             milestone=options.pretrain_milestone,
             weight_decay=options.pretrain_weight_decay,
-            description="pretraining",
+            phase="pretraining",
         )
-        return [loss for _, loss in passes]
+        trained = loop.run(
+            lambda: self._batches(bank, generator), losses, monitor=monitor, is_first_phase=True
+        )
+        return [values["loss"] for values in trained.values]
 
     @torch.no_grad()
     def _mean_code(self, bank: FeatureSource) -> Tensor:
@@ -230,47 +242,45 @@ class DeepSvdd(Detector):
         sign = torch.where(mean < 0, -1.0, 1.0)
         return torch.where(mean.abs() < CENTER_MARGIN, CENTER_MARGIN * sign, mean)
 
-    def _loss(self, images: Tensor, epoch: int) -> Tensor:
-        """Return the objective; with the soft boundary and after its warm-up, move the radius."""
+    def _loss(self, images: Tensor, *, moves_radius: bool) -> Tensor:
+        """Return the objective; move the radius of the soft boundary if that is asked for."""
         distances = self.squared_distances(images)  # (B,)
         if self.options.objective == "one_class":
             return distances.mean()
         loss = soft_boundary_loss(distances, self.radius, self.options.nu)
-        if epoch > self.options.warmup_epochs:
+        if moves_radius:
             self.radius.copy_(torch.quantile(distances.detach().sqrt(), 1 - self.options.nu))
         return loss
 
-    def _train(
+    def _batches(self, bank: FeatureSource, generator: torch.Generator) -> Iterator[Tensor]:
+        """Yield those of an epoch, but for a last single image."""
+        for images in bank.batches(self.options.batch_size, generator=generator):
+            if len(images) > 1:
+                yield images
+
+    def _loop(
         self,
         module: nn.Module,
-        loss_of: Callable[[Tensor, int], Tensor],
-        bank: FeatureSource,
+        trained: nn.Module,
         generator: torch.Generator,
         *,
-        count: int,
+        epochs: int,
         milestone: int,
         weight_decay: float,
-        description: str,
-    ) -> Iterator[tuple[int, float]]:
-        """Take Adam steps on `module`; yield each epoch and its mean loss, in eval mode."""
+        phase: str = "epochs",
+    ) -> Loop:
+        """Return how a part of a module is trained: by Adam, in two steps of the learning rate."""
         optimizer = torch.optim.Adam(
-            module.parameters(), lr=self.options.learning_rate, weight_decay=weight_decay
+            trained.parameters(), lr=self.options.learning_rate, weight_decay=weight_decay
         )
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [milestone], gamma=0.1)
-        for epoch in epochs(count, description):
-            module.train()
-            losses = []
-            for images in bank.batches(self.options.batch_size, generator=generator):
-                if len(images) == 1:
-                    continue
-                loss = loss_of(images, epoch)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach())
-            schedule.step()
-            module.eval()
-            yield epoch, mean_of_finite(losses, epoch)
+        return Loop(
+            module=module,
+            optimizer=optimizer,
+            epochs=epochs,
+            generator=generator,
+            rate=lambda passed: DROP if passed >= milestone else 1.0,
+            phase=phase,
+        )
 
 
 def soft_boundary_loss(distances: Tensor, radius: Tensor, nu: float) -> Tensor:

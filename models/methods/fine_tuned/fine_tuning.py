@@ -23,7 +23,7 @@ from models.deployment.memory import Memory, normalised_pixels
 from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.errors import ModelError
 from models.features.nearest import nearest
-from models.training.epochs import epochs, mean_of_finite
+from models.training.loop import Loop
 from models.training.mixed_precision import bfloat16_autocast
 
 EMBED_BATCH = 64
@@ -128,22 +128,23 @@ class FineTunedDetector(Detector):
             momentum=tuning.momentum,
             weight_decay=tuning.weight_decay,
         )
-        for epoch in epochs(tuning.epochs):
-            losses = []
-            for images in bank.batches(tuning.batch_size, generator=generator):
-                loss = objective(images)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if tuning.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(parameters, tuning.clip_norm)
-                optimizer.step()
-                losses.append(loss.detach())
-            mean_loss = mean_of_finite(losses, epoch)
-            is_scored = monitor is not None and monitor.scores_steps
-            if is_scored or epoch == tuning.epochs:
-                self.embeddings = self.embed_bank(bank)
-            if monitor is not None:
-                monitor(epoch, {"loss": mean_loss})
+
+        def remember() -> None:
+            self.embeddings = self.embed_bank(bank)
+
+        loop = Loop(
+            module=self,
+            optimizer=optimizer,
+            epochs=tuning.epochs,
+            generator=generator,
+            clip_norm=tuning.clip_norm,
+        )
+        loop.run(
+            lambda: bank.batches(tuning.batch_size, generator=generator),
+            lambda images: {"loss": objective(images)},
+            monitor=monitor,
+            complete=remember,
+        )
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Return embeddings (B, D), float32, of normalised pixels (B, 3, S, S)."""

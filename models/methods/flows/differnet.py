@@ -50,7 +50,7 @@ from models.method import Method
 from models.methods.flows.couplings import ClampedCoupling
 from models.methods.flows.layers import Chain, Invertible, Permutation
 from models.methods.flows.views import check_sizes, pooled, rotated
-from models.training.epochs import epochs, mean_of_finite
+from models.training.loop import Loop, Losses
 
 BETAS = (0.8, 0.8)
 """Of Adam (released code)."""
@@ -153,22 +153,20 @@ class Differnet(Detector):
             eps=EPS,
             weight_decay=options.weight_decay,
         )
-        for epoch in epochs(options.epochs):
-            losses = []
-            order = torch.randperm(N, generator=generator)
-            for rows in order.split(options.batch_size):
+
+        def batches() -> Iterator[Tensor]:
+            for rows in torch.randperm(N, generator=generator).split(options.batch_size):
                 views = torch.rand(len(rows), V, generator=generator).argsort(dim=1)
                 chosen = views[:, : options.views_per_step]  # (B, views_per_step)
                 batch = vectors[rows.unsqueeze(1), chosen]  # (B, views_per_step, D)
-                latents, log_det = self.flow(rearrange(batch, "b v d -> (b v) d"))
-                loss = (0.5 * latents.square().sum(dim=1) - log_det).mean() / D
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach())
-            mean_loss = mean_of_finite(losses, epoch)
-            if monitor is not None:
-                monitor(epoch, {"loss": mean_loss})
+                yield rearrange(batch, "b v d -> (b v) d")
+
+        def losses(batch: Tensor) -> Losses:
+            latents, log_det = self.flow(batch)
+            return {"loss": (0.5 * latents.square().sum(dim=1) - log_det).mean() / D}
+
+        loop = Loop(module=self, optimizer=optimizer, epochs=options.epochs, generator=generator)
+        loop.run(batches, losses, monitor=monitor)
 
     @torch.no_grad()
     def embed(self, images: Tensor, angles: Tensor) -> Tensor:

@@ -122,16 +122,16 @@ class Glow(Detector):
                     scaled = scaled + options.noise * drawn
                 yield scaled
 
-        for epoch, loss in train_flow(
+        train_flow(
+            self,
             self.flow,
             batches,
-            count=options.epochs,
+            options=options,
             steps=-(-len(bank) // options.batch_size),
-            learning_rate=options.learning_rate,
-            warmup_epochs=options.warmup_epochs,
-        ):
-            if monitor is not None:
-                monitor(epoch, {"loss": loss})
+            generator=generator,
+            noise=noise,
+            monitor=monitor,
+        )
 
     def scaled(self, features: Tensor) -> Tensor:
         """Return features (B, C, H, W) with mean 0 and variance 1 on the normal images."""

@@ -26,6 +26,7 @@ Out-of-Distribution Inputs to Deep Generative Models Using Typicality", 2019, wi
 it finds them.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -121,19 +122,18 @@ class GlowImages(Detector):
                 drawn = torch.rand(images.shape, generator=noise, device=images.device)
                 yield centred(images, drawn)
 
-        for epoch, loss in train_flow(
+        train_flow(
+            self,
             self.flow,
             batches,
-            count=options.epochs,
+            options=options,
             steps=-(-len(bank) // options.batch_size),
-            learning_rate=options.learning_rate,
-            warmup_epochs=options.warmup_epochs,
-        ):
-            is_scored = monitor is not None and monitor.scores_steps
-            if options.score == "typicality" and (is_scored or epoch == options.epochs):
-                self._measure(bank)
-            if monitor is not None:
-                monitor(epoch, {"loss": loss + BITS})
+            generator=generator,
+            noise=noise,
+            monitor=monitor,
+            complete=functools.partial(self._measure, bank),
+            offset=BITS,
+        )
 
     def bits(self, images: Tensor) -> Tensor:
         """Return bits per dimension, (B,), of uint8 images (B, 3, S, S).
@@ -162,6 +162,8 @@ class GlowImages(Detector):
     @torch.no_grad()
     def _measure(self, bank: FeatureSource) -> None:
         """Set the mean of the training images' bits."""
+        if self.options.score != "typicality":
+            return
         batches = bank.batches(self.options.batch_size)
         each = [excess_bits(self.flow, images).double() for images in batches]
         self.mean_excess.copy_(torch.cat(each).mean())

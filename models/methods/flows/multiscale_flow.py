@@ -15,11 +15,13 @@ that marks the edges of a map, averaged weights.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from einops import repeat
 from torch import Tensor, nn
 
+from models.detector import Monitor
 from models.errors import ModelError
 from models.methods.flows.couplings import SigmoidCoupling, SplitPrior
 from models.methods.flows.layers import (
@@ -30,7 +32,7 @@ from models.methods.flows.layers import (
     Squeeze,
     standard_normal,
 )
-from models.training.epochs import epochs, mean_of_finite
+from models.training.loop import Loop, Losses
 
 
 class GlowFlow(nn.Module):
@@ -183,45 +185,83 @@ def bits_per_dimension(nll: Tensor, channels: int) -> Tensor:
     return nll.mean(dim=(1, 2)) / (channels * math.log(2))
 
 
+class FlowOptions(Protocol):
+    """The options by which a flow is trained."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of Adamax, after the warm-up."""
+        ...
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs over which the learning rate rises."""
+        ...
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the maps."""
+        ...
+
+
 def train_flow(
+    head: nn.Module,
     flow: GlowFlow,
     batches: Callable[[], Iterator[Tensor]],
     *,
-    count: int,
+    options: FlowOptions,
     steps: int,
-    learning_rate: float,
-    warmup_epochs: int,
-) -> Iterator[tuple[int, float]]:
+    generator: torch.Generator,
+    noise: torch.Generator,
+    monitor: Monitor | None,
+    complete: Callable[[], None] | None = None,
+    offset: float = 0.0,
+) -> None:
     """Set the actnorms by the first batch and minimise the bits per dimension by Adamax.
 
-    Args:
-        flow: with initial parameters; in eval mode whenever something is yielded.
-        batches: gives the maps (B, C, H, W) of an epoch.
-        count: epochs.
-        steps: batches of an epoch.
-        learning_rate: after the warm-up.
-        warmup_epochs: epochs over which the learning rate rises linearly, batch by batch.
+    The learning rate rises linearly, batch by batch.
 
-    Yields:
-        Each epoch, from 1, and the mean of its losses, in bits per dimension.
+    Args:
+        head: what holds the flow.
+        flow: with initial parameters.
+        batches: gives the maps (B, C, H, W) of an epoch.
+        options: of the head.
+        steps: batches of an epoch.
+        generator: of the fit.
+        noise: gives what is added to the maps.
+        monitor: is told of each epoch.
+        complete: see `Loop.run`.
+        offset: is added to the loss that is reported.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
-    optimizer = torch.optim.Adamax(flow.parameters(), lr=learning_rate)
-    for epoch in epochs(count):
-        losses: list[Tensor] = []
-        for maps in batches():
-            done = (epoch - 1) * steps + len(losses) + 1
-            warm = min(1.0, done / max(1, warmup_epochs * steps))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * warm
-            if done == 1:
-                flow.adapt(maps)
-            nll = flow.negative_log_likelihood(maps)
-            loss = bits_per_dimension(nll, maps.shape[1]).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        yield epoch, mean_of_finite(losses, epoch)
+    is_fresh = False
+
+    def begin(epoch: int) -> None:
+        nonlocal is_fresh
+        is_fresh = epoch == 1
+
+    def losses(maps: Tensor) -> Losses:
+        nonlocal is_fresh
+        if is_fresh:
+            flow.adapt(maps)
+            is_fresh = False
+        nll = flow.negative_log_likelihood(maps)
+        return {"loss": bits_per_dimension(nll, maps.shape[1]).mean() + offset}
+
+    def rate(passed: float) -> float:
+        done = round(passed * steps) + 1
+        return min(1.0, done / max(1, options.warmup_epochs * steps))
+
+    optimizer = torch.optim.Adamax(flow.parameters(), lr=options.learning_rate)
+    loop = Loop(
+        module=head,
+        optimizer=optimizer,
+        epochs=options.epochs,
+        generator=generator,
+        drawn={"noise": noise},
+        rate=rate,
+        steps=steps,
+    )
+    loop.run(batches, losses, monitor=monitor, before_epoch=begin, complete=complete)

@@ -1,6 +1,7 @@
 """The term that draws embeddings to k-means centres of themselves."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,25 @@ def cluster_loss(embeddings: Tensor, centres: Tensor) -> Tensor:
     with torch.no_grad():
         owner = owners(embeddings, centres)  # (n,)
     return (embeddings - centres[owner]).square().sum(dim=1).mean()
+
+
+class Centres:
+    """Those that count in an epoch; a checkpoint keeps them.
+
+    Attributes:
+        of_size: (K, D), by the patches' size; empty where none are used yet.
+    """
+
+    def __init__(self) -> None:
+        self.of_size: dict[int, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the centres."""
+        return {"of_size": self.of_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take centres."""
+        self.of_size = state["of_size"]
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ Adam holds the backbone three times, and it chooses the epoch by the test set (`
 does). Ours: neighbours are drawn where they fit, centres that no epoch uses are not found.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from configs.options import MethodOptions, NotNegative, OnlyWith, OptionalInt, P
 from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.errors import ModelError
 from models.method import Method
-from models.methods.mspba.clusters import find_centres
+from models.methods.mspba.clusters import Centres, find_centres
 from models.methods.mspba.exported import Exported
 from models.methods.mspba.losses import patch_losses
 from models.methods.mspba.networks import PatchNetwork, PositionClassifier
@@ -50,8 +51,7 @@ from models.methods.mspba.sampling import (
     repeated,
 )
 from models.methods.mspba.windows import draw_kept, embed_kept, window_corners, window_map
-from models.training.epochs import epochs, mean_of_finite
-from models.training.mixed_precision import bfloat16_autocast
+from models.training.loop import Loop, summed
 
 CLUSTERED = OnlyWith("cluster_weight", "above 0", lambda weight: weight > 0)
 
@@ -176,32 +176,32 @@ class Mspba(Detector):
         optimizer = torch.optim.Adam(
             [p for p in self.parameters() if p.requires_grad], lr=options.learning_rate
         )
-        centres: dict[int, Tensor] = {}
-        for epoch in epochs(options.epochs):
+        centres = Centres()
+
+        def cluster(epoch: int) -> None:
             past = epoch - options.cluster_start
             if options.cluster_weight > 0 and past >= 0 and past % options.cluster_every == 0:
                 each = math.ceil(options.cluster_patches / len(bank))
-                centres = find_centres(
+                centres.of_size = find_centres(
                     self.network, self._batches(bank), each, options.clusters, generator
                 )
-            steps = []
-            batches = repeated(bank, options.batch_size, options.samples_per_image, generator)
-            for images in batches:
-                with bfloat16_autocast(images.device, wanted=options.mixed_precision):
-                    losses = self.losses(self._pixels(images), sampler, centres)
-                    loss = torch.stack(list(losses.values())).sum()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                terms = {"loss": loss, **losses}
-                steps.append({name: term.detach() for name, term in terms.items()})
-            values = {
-                name: mean_of_finite([step[name] for step in steps], epoch) for name in steps[0]
-            }
-            if epoch == options.epochs or (monitor is not None and monitor.scores_steps):
-                self._remember(bank, side, kept)
-            if monitor is not None:
-                monitor(epoch, values)
+
+        loop = Loop(
+            module=self,
+            optimizer=optimizer,
+            epochs=options.epochs,
+            generator=generator,
+            drawn={"noise": sampler.noise},
+            others={"centres": centres},
+            mixed_precision=options.mixed_precision,
+        )
+        loop.run(
+            lambda: repeated(bank, options.batch_size, options.samples_per_image, generator),
+            lambda images: summed(self.losses(self._pixels(images), sampler, centres.of_size)),
+            monitor=monitor,
+            before_epoch=cluster,
+            complete=functools.partial(self._remember, bank, side, kept),
+        )
 
     def losses(
         self, pixels: Tensor, sampler: PatchSampler, centres: Mapping[int, Tensor]

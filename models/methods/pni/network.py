@@ -198,7 +198,9 @@ class Classifier(Linear):
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         """Take the stored number of classes first."""
-        if (stored := state_dict.get(f"{prefix}bias")) is not None:
+        stored = state_dict.get(f"{prefix}bias")
+        # As many stay the parameters that an optimizer knows.
+        if stored is not None and len(stored) != len(self.bias):
             self.resize(len(stored))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 

@@ -1,5 +1,6 @@
 """Training of the network that predicts the class of a position from its neighbours."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,9 +12,8 @@ from models.detector import FeatureSource, Monitor
 from models.errors import ModelError
 from models.methods.pni.network import NeighbourNetwork
 from models.methods.pni.options import PniOptions
-from models.training.epochs import epochs, mean_of_finite
 from models.training.generators import derived
-from models.training.kept_epoch import KeptEpoch
+from models.training.loop import Loop, Losses
 from models.training.mixed_precision import bfloat16_autocast
 
 HELD = 2**26
@@ -85,37 +85,39 @@ def train(
     is_held = _draw_held(task.classes, options.validation_share, generator)
     drops = derived(generator, task.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
-    kept = KeptEpoch(network, options.epochs)
-    for epoch in epochs(options.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * DECAY ** ((epoch - 1) // options.decay_epochs)
-        network.train()
-        losses = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        is_empty = True
         for rows, classes in task.batches(network, ~is_held, options.batch_size, generator):
-            if len(classes) == 1:
-                continue
-            with bfloat16_autocast(task.device, wanted=options.mixed_precision):
-                logits = network(rows, drops)
-            loss = F.cross_entropy(logits.float(), classes)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        network.eval()
-        if not losses:
+            if len(classes) > 1:
+                yield rows, classes
+                is_empty = False
+        if is_empty:
             raise ModelError(
                 f"the validation share {options.validation_share} leaves no two positions to train "
                 "on",
                 {"validation_share": "lower"},
             )
-        values = {"loss": mean_of_finite(losses, epoch)}
-        if is_held.any():
-            values["validation_loss"] = _validate(network, task, is_held, options, epoch)
-            kept.look(epoch, values["validation_loss"])
-        if monitor is not None:
-            monitor(epoch, values)
-    kept.restore()
-    return kept.epoch
+
+    def losses(batch: tuple[Tensor, Tensor]) -> Losses:
+        rows, classes = batch
+        with bfloat16_autocast(task.device, wanted=options.mixed_precision):
+            logits = network(rows, drops)
+        return {"loss": F.cross_entropy(logits.float(), classes)}
+
+    loop = Loop(
+        module=network,
+        optimizer=optimizer,
+        epochs=options.epochs,
+        generator=generator,
+        drawn={"drops": drops},
+        rate=lambda passed: DECAY ** (passed // options.decay_epochs),
+    )
+    validate = functools.partial(_validate, network, task, is_held, options)
+    trained = loop.run(
+        batches, losses, monitor=monitor, validate=validate if is_held.any() else None
+    )
+    return trained.epoch
 
 
 def _draw_held(classes: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -127,13 +129,12 @@ def _draw_held(classes: Tensor, share: float, generator: torch.Generator) -> Ten
     return is_held.view(classes.shape)
 
 
-@torch.no_grad()
 def _validate(
-    network: NeighbourNetwork, task: Task, is_held: Tensor, options: PniOptions, epoch: int
-) -> float:
+    network: NeighbourNetwork, task: Task, is_held: Tensor, options: PniOptions
+) -> Tensor:
     """Return the mean loss of the positions held out."""
     losses = []
     for rows, classes in task.batches(network, is_held, options.batch_size):
         loss = F.cross_entropy(network(rows).float(), classes)
         losses.append(loss * len(classes))
-    return mean_of_finite(losses, epoch) * len(losses) / int(is_held.sum())
+    return torch.stack(losses).double().sum() / int(is_held.sum())

@@ -26,6 +26,7 @@ which gives each pair a run folder of its own.
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -48,12 +49,10 @@ from models.method import Method
 from models.methods.simplenet.adaptor import Adaptor
 from models.methods.simplenet.discriminator import Discriminator, cross_entropy, truncated_l1
 from models.methods.simplenet.noise import GaussianNoise
-from models.training.epochs import epochs, mean_of_finite
+from models.training.loop import Loop, Losses
 from models.training.mixed_precision import bfloat16_autocast
 
 ADAPTED = OnlyWith("adaptor", "linear or mlp", lambda adaptor: adaptor != "none")
-REPORTED = ("loss", "normal_logit", "noisy_logit")
-"""What the monitor gets, each a mean over the steps since its last call."""
 TRIVIAL_SHARE = 0.98
 """A last epoch whose loss exceeds this share of the trivial solution's gets a remark."""
 
@@ -162,45 +161,38 @@ class SimpleNet(Detector):
         self.remarks = []
         device = self.discriminator.last.weight.device
         noise = GaussianNoise(options.sigma, generator, device)
-        optimizers = self._optimizers()
-        unreported = []
-        means: list[float] = []
-        for epoch in epochs(options.epochs):
-            self.train()
-            steps = []
+
+        def batches() -> Iterator[Tensor]:
+            is_empty = True
             for features in bank.batches(options.batch_size, generator=generator):
                 positions = rearrange(features, "b c h w -> (b h w) c")
                 if len(positions) > 1:
-                    steps.append(self._step(positions, noise, optimizers))
-            self.eval()
-            if not steps:
+                    yield positions
+                    is_empty = False
+            if is_empty:
                 raise ModelError("SimpleNet needs at least two positions in a batch to train on")
-            columns = torch.stack(steps).unbind(dim=1)  # 3 of (steps,)
-            means = [mean_of_finite(list(column), epoch) for column in columns]
-            unreported.append(means)
-            if monitor is not None and (
-                epoch % options.report_every == 0 or epoch == options.epochs
-            ):
-                values = [sum(column) / len(column) for column in zip(*unreported, strict=True)]
-                monitor(epoch, dict(zip(REPORTED, values, strict=True)))
-                unreported = []
-        feature_norm = self._diagnose(bank)
-        if means[0] > TRIVIAL_SHARE * self.trivial_loss:
-            self._remark_trivial(means[0], feature_norm)
 
-    def _step(
-        self, positions: Tensor, noise: GaussianNoise, optimizers: list[torch.optim.Optimizer]
-    ) -> Tensor:
-        """Take one step; return the `REPORTED` values (3,), still on the device."""
-        with bfloat16_autocast(positions.device, wanted=self.options.mixed_precision):
-            normal, noisy = self.logits(positions, noise)
-        loss = self.loss(normal, noisy)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        return torch.stack([loss, normal.mean(), noisy.mean()]).detach()  # (3,)
+        def losses(positions: Tensor) -> Losses:
+            with bfloat16_autocast(positions.device, wanted=options.mixed_precision):
+                normal, noisy = self.logits(positions, noise)
+            logits = {"normal_logit": normal.mean(), "noisy_logit": noisy.mean()}
+            return {"loss": self.loss(normal, noisy), **logits}
+
+        optimizer, of_adaptor = self._optimizers()
+        loop = Loop(
+            module=self,
+            optimizer=optimizer,
+            second_optimizer=of_adaptor,
+            epochs=options.epochs,
+            generator=generator,
+            drawn={"noise": noise.generator},
+            report_every=options.report_every,
+        )
+        trained = loop.run(batches, losses, monitor=monitor)
+        loss = trained.values[-1]["loss"]
+        feature_norm = self._diagnose(bank)
+        if loss > TRIVIAL_SHARE * self.trivial_loss:
+            self._remark_trivial(loss, feature_norm)
 
     def logits(self, positions: Tensor, noise: GaussianNoise) -> tuple[Tensor, Tensor]:
         """Return the logits (P,), (P,) of positions (P, C), adapted, and adapted with noise.
@@ -237,26 +229,24 @@ class SimpleNet(Detector):
         """A step is an epoch; see `Detector.stopped_at`."""
         return {"epochs": step}
 
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
+    def _optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
+        """Return that of the discriminator, and that of the adaptor if it has parameters."""
         options = self.options
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(
-                self.discriminator.parameters(),
-                lr=options.learning_rate,
-                weight_decay=options.weight_decay,
-            )
-        ]
-        if parameters := list(self.adaptor.parameters()):
-            is_decoupled = options.adaptor_optimizer == "adamw"
-            kind = torch.optim.AdamW if is_decoupled else torch.optim.Adam
-            optimizers.append(
-                kind(
-                    parameters,
-                    lr=options.adaptor_learning_rate,
-                    weight_decay=options.adaptor_weight_decay,
-                )
-            )
-        return optimizers
+        first = torch.optim.Adam(
+            self.discriminator.parameters(),
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+        )
+        parameters = list(self.adaptor.parameters())
+        if not parameters:
+            return first, None
+        is_decoupled = options.adaptor_optimizer == "adamw"
+        kind = torch.optim.AdamW if is_decoupled else torch.optim.Adam
+        return first, kind(
+            parameters,
+            lr=options.adaptor_learning_rate,
+            weight_decay=options.adaptor_weight_decay,
+        )
 
     @torch.no_grad()
     def _diagnose(self, bank: FeatureSource) -> float:

@@ -24,7 +24,7 @@ read from where they are stored. Left out: the configuration's tiling, schedule 
 which do nothing in the released code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,9 +42,8 @@ from models.method import Method
 from models.methods.ulsad.losses import attend, patch_distance
 from models.methods.ulsad.networks import FeatureAutoencoder, ImageAutoencoder
 from models.methods.ulsad.scales import blurred, quantiles_of
-from models.training.epochs import epochs, mean_of_finite
 from models.training.hold_out import hold_out
-from models.training.mixed_precision import bfloat16_autocast
+from models.training.loop import Loop, summed
 
 LOCAL = OnlyWith("branches", "both or local", lambda branches: branches != "global")
 GLOBAL = OnlyWith("branches", "both or global", lambda branches: branches != "local")
@@ -150,32 +149,32 @@ class Ulsad(Detector):
             self.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
         smallest = min(options.batch_size, len(training))
-        for epoch in epochs(options.epochs):
-            self.train()
-            steps = []
+
+        def batches() -> Iterator[list[Tensor]]:
             for stages in training.stage_batches(options.batch_size, generator=generator):
-                if len(stages[0]) < smallest:
-                    continue
-                with bfloat16_autocast(self.mean.device, wanted=options.mixed_precision):
-                    losses = self.losses(stages)
-                    loss = torch.stack(list(losses.values())).sum()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                steps.append({"loss": loss.detach(), **losses})
-            self.eval()
-            values = {
-                name: mean_of_finite([step[name].detach() for step in steps], epoch)
-                for name in steps[0]
-            }
-            is_last = epoch == options.epochs
+                if len(stages[0]) >= smallest:
+                    yield stages
+
+        def set_quantiles(epoch: int) -> None:
             is_watched = monitor is not None and monitor.scores_steps
             wants_each = options.quantiles == "each_epoch" and is_watched
             self._forget_quantiles()
-            if wants_each or (is_last and options.quantiles != "none"):
+            if wants_each or (epoch == options.epochs and options.quantiles != "none"):
                 self._set_quantiles(held)
-            if monitor is not None:
-                monitor(epoch, values)
+
+        loop = Loop(
+            module=self,
+            optimizer=optimizer,
+            epochs=options.epochs,
+            generator=generator,
+            mixed_precision=options.mixed_precision,
+        )
+        loop.run(
+            batches,
+            lambda stages: summed(self.losses(stages)),
+            monitor=monitor,
+            after_epoch=set_quantiles,
+        )
 
     def losses(self, stages: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the terms of the loss, each a scalar, of a batch."""

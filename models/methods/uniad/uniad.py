@@ -50,8 +50,8 @@ from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scor
 from models.errors import ModelError
 from models.method import Method
 from models.methods.uniad.network import Dropout, Transformer, blocks_everything
-from models.training.epochs import epochs, mean_of_finite
 from models.training.generators import derived
+from models.training.loop import Loop, Losses
 
 UPSAMPLED = 16
 """Pixels of a map for each token along an axis, and the side of the window that image scores
@@ -165,26 +165,29 @@ class Uniad(Detector):
         # A generator of their own: the images come in the same order whatever is drawn of them.
         noise = derived(generator, parameters[0].device)
         drop = Dropout(options.dropout, noise)
-        last = 0.0
         optimizer = torch.optim.AdamW(
             parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
         )
-        for epoch in epochs(options.epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * RATE_DROP ** ((epoch - 1) // options.lr_step)
-            losses = []
-            for stages in bank.stage_batches(options.batch_size, generator=generator):
-                tokens = self.tokens(stages)
-                rebuilt = self.network(self.jittered(tokens, noise), drop)
-                loss = F.mse_loss(rebuilt, tokens)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, options.clip_norm)
-                optimizer.step()
-                losses.append(loss.detach())
-            last = mean_of_finite(losses, epoch)
-            if monitor is not None:
-                monitor(epoch, {"loss": last})
+        loop = Loop(
+            module=self,
+            optimizer=optimizer,
+            epochs=options.epochs,
+            generator=generator,
+            drawn={"noise": noise},
+            rate=lambda passed: RATE_DROP ** (passed // options.lr_step),
+            clip_norm=options.clip_norm,
+        )
+
+        def losses(stages: list[Tensor]) -> Losses:
+            tokens = self.tokens(stages)
+            return {"loss": F.mse_loss(self.network(self.jittered(tokens, noise), drop), tokens)}
+
+        trained = loop.run(
+            lambda: bank.stage_batches(options.batch_size, generator=generator),
+            losses,
+            monitor=monitor,
+        )
+        last = trained.values[-1]["loss"]
         constant = self._loss_of_means(bank)
         if last > TRIVIAL_SHARE * constant:
             self.remarks.append(

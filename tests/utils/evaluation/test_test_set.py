@@ -12,6 +12,8 @@ from utils.evaluation.smoothing import upsample_and_blur
 from utils.evaluation.test_set import TestSet
 from utils.metrics.evaluate import ranking_metrics
 from utils.metrics.metrics import metric_names
+from utils.runs.checkpoints import Checkpoint
+from utils.runs.run import Run
 
 
 class FirstChannel(Detector):
@@ -197,6 +199,58 @@ def test_a_monitor_says_whether_it_scores_the_steps(select, monitor_test, scores
     assert monitor.scores_steps == (scores > 0)
     assert detector.num_scored == scores
     assert all(("image_auroc" in line) == monitor.scores_steps for line in lines)
+
+
+@pytest.mark.parametrize("select", ["last", "best_test"])
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 4])
+def test_a_killed_fit_goes_on_with_what_was_kept_and_logged(select, killed_after, tmp_path):
+    """As an undisturbed one: steps are logged once more, and the best before the kill counts."""
+
+    class Resumed(Scripted):
+        def fit(self, monitor):
+            done = (monitor.kept("epochs") or {"epoch": 0})["epoch"]
+            for step in range(done + 1, len(self.script) + 1):
+                with torch.no_grad():
+                    self.epoch.fill_(step)
+                monitor(step, {"loss": 1 / step})
+                monitor.keep("epochs", lambda step=step: {"epoch": step}, ended=False)
+                if step == killed_after and done == 0:
+                    raise KeyboardInterrupt
+
+    def attempt():
+        lines, detector = [], Resumed(SCRIPT)
+        test = scored_images(NUMBERS, [0, 0, 1, 1], masks=MASKS)
+        log = [lambda **values: lines.append(values)]
+        monitor = FitMonitor(detector, [test], select, log, checkpoint=Checkpoint(run, ["a"], 0, 0))
+        detector.fit(monitor)
+        return monitor, lines
+
+    run = Run.open(
+        tmp_path, {}, categories=["a"], seeds=[0], command=["train"], device="cpu", made_of={}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        attempt()
+    monitor, lines = attempt()
+    (found,) = monitor.outcomes()
+    wanted, _, expected = follow(select)
+    assert lines == expected
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.select, one.steps, one.measured) == (other.select, other.steps, other.measured)
+        assert one.states == other.states
+        assert torch.equal(one.scores.maps, other.scores.maps)
+
+
+def test_seconds_before_a_kill_count(tmp_path):
+    run = Run.open(
+        tmp_path, {}, categories=["a"], seeds=[0], command=["train"], device="cpu", made_of={}
+    )
+    checkpoint = Checkpoint(run, ["a"], 0, 0)
+    state = {"phases": {}, "step": 3, "logged": [], "best": {}, "fit_seconds": 100.0}
+    checkpoint.save(state)
+    test = scored_images(NUMBERS, [0, 0, 1, 1])
+    monitor = FitMonitor(FirstChannel(), [test], "last", [lambda **_: None], checkpoint=checkpoint)
+    assert 100 < monitor.fit_seconds < 160
 
 
 def test_first_of_equal_epochs_is_kept():
