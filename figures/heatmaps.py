@@ -4,10 +4,11 @@ python -m figures.heatmaps RUN [RUN ...] [--seed K] [--by-defect] --out FILE
 
 Needs structured runs made with --save-maps, and the images where the runs read them. A column for
 each category, or for each kind of defect of each category with --by-defect; a row of maps for each
-run. Nothing is picked by hand: a column shows the anomalous image whose score in the first run is
-the median (of an even number the lower one), and all runs show the same image. A map's colours go
-from the median of the category's normal maps to the 99.9th percentile of all its maps. FILE.md
-names the images. Of a run with --select best_test the best epoch on the test set is shown.
+run, and below it, of a method that rebuilds images, a row of what it made of them. Nothing is
+picked by hand: a column shows the anomalous image whose score in the first run is the median (of an
+even number the lower one), and all runs show the same image. A map's colours go from the median of
+the category's normal maps to the 99.9th percentile of all its maps. FILE.md names the images.
+Of a run with --select best_test the best epoch on the test set is shown.
 """
 
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ class Column:
         image: (S, S, 3) uint8, as the runs saw it.
         mask: (S, S) bool; None where the data set has none.
         levels: for each run its map (S, S), 0 to 1 between the limits of its category.
+        reconstructions: for each run what its network makes of the image, (S, S, 3) uint8; None of
+            a method that makes nothing.
     """
 
     category: str
@@ -66,6 +69,7 @@ class Column:
     image: np.ndarray
     mask: np.ndarray | None
     levels: list[np.ndarray]
+    reconstructions: list[np.ndarray | None]
 
 
 @exits_cleanly()
@@ -123,18 +127,19 @@ def _of_category(runs: Sequence[Run], category: str, seed: int, by_defect: bool)
         # From the highest score; of an even number the lower of the two in the middle.
         order = places[np.argsort(-own["score"][places], kind="stable")]
         place, path = order[len(order) // 2], str(own["path"][order[len(order) // 2]])
-        levels = []
+        levels, rebuilt = [], []
         for run, found, (low, high) in zip(runs, scores, limits, strict=True):
             (here,) = (found["path"] == path).nonzero()
             if len(here) != 1:
                 raise RunError(f"{run.folder}: {category}, seed {seed} has no image {path}")
             levels.append(((found["map"][here[0]] - low) / (high - low)).clip(0, 1))
+            rebuilt.append(found["reconstruction"][here[0]] if "reconstruction" in found else None)
         size = own["map"].shape[-1]
         columns.append(
             Column(
                 category, str(own["defect"][place]), path, len(order) // 2 + 1, len(order),
                 read_shown(runs[0].located(Path(path)), runs[0].config, size),
-                own["mask"][place] if "mask" in own else None, levels,
+                own["mask"][place] if "mask" in own else None, levels, rebuilt,
             )
         )  # fmt: skip
     return columns
@@ -172,7 +177,9 @@ def draw(columns: Sequence[Column], labels: Sequence[str]) -> Figure:
     """
     if not columns:
         raise RunError("no category has an anomalous test image; there is nothing to show")
-    names = ["image", "truth", *labels]
+    names = ["image", "truth"]
+    for label, rebuilt in zip(labels, columns[0].reconstructions, strict=True):
+        names += [label] if rebuilt is None else [label, f"{label}: reconstruction"]
     width = min(MAX_COLUMNS, len(columns))
     blocks = -(-len(columns) // width)
     figure = Figure(
@@ -220,10 +227,13 @@ def _draw_column(grid: Sequence[Axes], column: Column) -> None:
                     colors=colour, linewidths=line_width,
                 )  # fmt: skip
             grid[1].set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    for axes, level in zip(grid[2:], column.levels, strict=True):
+    rest = iter(grid[2:])
+    for level, rebuilt in zip(column.levels, column.reconstructions, strict=True):
         heat = mpl.colormaps[_COLOUR_MAP](level)[..., :3]
         blend = 0.75 * level[..., None]  # cold places keep the image
-        axes.imshow((1 - blend) * column.image / 255 + blend * heat)
+        next(rest).imshow((1 - blend) * column.image / 255 + blend * heat)
+        if rebuilt is not None:
+            next(rest).imshow(rebuilt)
 
 
 def table_of(columns: Sequence[Column], runs: Sequence[LoggedRun]) -> tables.Table:

@@ -304,6 +304,15 @@ class HasParts(Protocol):
 
 
 @runtime_checkable
+class Reconstructs(Protocol):
+    """A detector whose map compares images with what its network makes of them."""
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return what the network makes of images (B, 3, S, S), uint8, of the same shape, uint8."""
+        ...
+
+
+@runtime_checkable
 class HasObjective(Protocol):
     """A detector that draws projected features to an objective."""
 

@@ -8,12 +8,12 @@ import numpy as np
 from datasets.reading.images import Reading, read_image
 from datasets.reading.transforms import PairTransform
 from datasets.samples import ImageSet
-from models.detector import Detector, HasParts
+from models.detector import Detector, HasParts, Reconstructs
 from pipeline.experiments import AnyExperiment, leaves_one_out
 from pipeline.features import TaskData, transform_of
 from pipeline.leaks import in_words, pairs_to_show
 from utils.evaluation.monitor import Outcome
-from utils.evaluation.scoring import part_maps
+from utils.evaluation.scoring import part_maps, reconstructions
 from utils.evaluation.test_set import TestSet
 from utils.pictures.galleries import save_gallery
 from utils.pictures.overlays import Shown, save_overlays
@@ -64,6 +64,7 @@ def draw(
         threshold=outcome.measured.pixel_f1_threshold,
         part_names=part_names,
         parts=parts,
+        reconstruction=reconstruction_of(detector, test),
     )
     save_overlays(folder, shown, num_worst=experiment.overlays, title=task.category)
 
@@ -81,6 +82,18 @@ def parts_of(
         return list(maps[:, 0].numpy())
 
     return of_parts.part_names, parts
+
+
+def reconstruction_of(detector: Detector, test: TestSet) -> Callable[[int], np.ndarray] | None:
+    """Return what gives a detector's reconstruction of an image; None where it makes none."""
+    if not isinstance(detector, Reconstructs):
+        return None
+    network: Reconstructs = detector
+
+    def reconstruction(place: int) -> np.ndarray:
+        return reconstructions(network, test.bank.subset([place]), 1)[0].numpy()
+
+    return reconstruction
 
 
 def draw_leaks(path: Path, data: TaskData, transform: PairTransform, *, count: int) -> None:

@@ -12,7 +12,7 @@ from configs.structured import StructuredExperiment
 from datasets.data_set import num_categories
 from datasets.reading import unused
 from datasets.samples import Task
-from models.detector import Detector, Extractor, HasParts
+from models.detector import Detector, Extractor, HasParts, Reconstructs
 from models.method import published_name
 from pipeline.drawing import draw
 from pipeline.experiments import AnyExperiment, groups_of, leaves_one_out
@@ -27,7 +27,7 @@ from utils.evaluation.calibration import (
 )
 from utils.evaluation.monitor import Outcome, State
 from utils.evaluation.online import online_curve, save_online_curve
-from utils.evaluation.scoring import part_maps, score_all
+from utils.evaluation.scoring import part_maps, reconstructions, score_all
 from utils.metrics.metrics import table_metrics
 from utils.runs.files import file_stem
 from utils.runs.run import Run
@@ -150,11 +150,14 @@ def _save_scores(
     """Write the scores of an outcome."""
     test, scores = data.test, outcome.scores
     suffix, state = next(iter(outcome.states.items()))
-    parts = {}
-    if keep_maps and isinstance(fitted.detector, HasParts):
-        fitted.detector.load_state_dict(state)
-        found = part_maps(fitted.detector, test.bank, test.scoring)
-        parts = dict(zip(fitted.detector.part_names, found, strict=True))
+    parts, rebuilt, detector = {}, None, fitted.detector
+    if keep_maps and isinstance(detector, HasParts):
+        detector.load_state_dict(state)
+        found = part_maps(detector, test.bank, test.scoring)
+        parts = dict(zip(detector.part_names, found, strict=True))
+    if keep_maps and isinstance(detector, Reconstructs):
+        detector.load_state_dict(state)
+        rebuilt = reconstructions(detector, test.bank, test.scoring.batch_size)
     recorded = TestScores(
         paths=test.names,
         labels=test.labels,
@@ -164,6 +167,7 @@ def _save_scores(
         masks=test.masks if keep_maps else None,
         norms=scores.norms,
         angles=scores.angles,
+        reconstructions=rebuilt,
         parts=parts,
     )
     run.save_scores(data.task.category, fitted.seed, recorded, suffix=suffix)

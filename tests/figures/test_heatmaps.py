@@ -30,7 +30,9 @@ def paint(folder, number):
     return path
 
 
-def make_run(tmp_path, name="run", *, maps=True, masks=True, categories=("wood",), **changes):
+def make_run(
+    tmp_path, name="run", *, maps=True, masks=True, rebuilt=None, categories=("wood",), **changes
+):
     """A run on seven 40 x 20 images a category; each map is hottest where its mask is."""
     config = {"dataset": "mvtec", "method_name": "noco", "select": "last", "method": {"norm": 1}}
     config |= {"image_size": SIZE, "crop_size": None, "resize": "opencv_square"} | changes
@@ -46,7 +48,7 @@ def make_run(tmp_path, name="run", *, maps=True, masks=True, categories=("wood",
         run.log(category, 0, event="step", step=1)
         scores = TestScores(
             paths=paths, labels=[0, 0, 1, 1, 1, 1, 1], scores=SCORES, defects=DEFECTS,
-            maps=heat if maps else None, masks=mask if masks else None,
+            maps=heat if maps else None, masks=mask if masks else None, reconstructions=rebuilt,
         )  # fmt: skip
         run.save_scores(category, 0, scores)
         row = {"category": category, "seed": 0, "select": "last", "image_auroc": 1.0}
@@ -97,6 +99,20 @@ def test_all_runs_show_the_image_of_the_first(tmp_path):
         [outline.min(axis=0), outline.max(axis=0)], [[7.5, 3.5], [11.5, 7.5]]
     )
     assert "median by score of noco, norm 1" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_a_reconstruction_stands_below_the_map_of_its_run(tmp_path):
+    made = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((SIZE, SIZE, 3), np.uint8)
+    runs = [make_run(tmp_path, rebuilt=made), make_run(tmp_path, "other", method={"norm": 8})]
+    (column,) = heatmaps.read_columns(runs, 0, by_defect=False)
+    assert (column.reconstructions[0] == 5).all()  # the median is image 5
+    assert column.reconstructions[1] is None
+    figure = heatmaps.draw([column], ["riad", "noco"])
+    pictures = [axes for axes in figure.axes if axes.images]
+    assert [axes.texts[0].get_text() for axes in pictures] == [
+        "image", "truth", "riad", "riad: reconstruction", "noco",
+    ]  # fmt: skip
+    assert (pictures[3].images[0].get_array() == 5).all()
 
 
 def test_many_columns_go_on_below(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.detector import Detector, HasObjective, HasParts, KnowsSteps
+from models.detector import Detector, HasObjective, HasParts, KnowsSteps, Reconstructs
 from utils.evaluation.smoothing import image_scores, upsample_and_blur
 from utils.features.features import Features
 
@@ -108,6 +108,14 @@ def part_maps(detector: HasParts, bank: Features, scoring: Scoring) -> Tensor:
         parts = [_smooth(part, detector, scoring) for part in detector.score_parts(stages)]
         found.append(torch.stack(parts).cpu())
     return torch.cat(found, dim=1)
+
+
+@torch.inference_mode()
+def reconstructions(detector: Reconstructs, bank: Features, batch_size: int) -> Tensor:
+    """Return what a detector makes of the images of a bank, (N, S, S, 3) uint8, on the CPU."""
+    batches = bank.stage_batches(batch_size)
+    found = [detector.reconstruct(stages[-1]).cpu() for stages in batches]
+    return rearrange(torch.cat(found), "n c h w -> n h w c")
 
 
 @torch.inference_mode()

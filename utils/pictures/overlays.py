@@ -51,6 +51,8 @@ class Shown:
         threshold: where the map's contour is drawn; None draws none.
         part_names: of maps that the anomaly map is the mean of, drawn beside it; mostly none.
         parts: gives these of image i, (H, W) each; called only for those drawn.
+        reconstruction: gives what a network makes of image i, (H, W, 3) uint8, drawn beside it;
+            None for methods that make nothing.
 
     Raises:
         ValueError: the arrays differ in length or size.
@@ -66,6 +68,7 @@ class Shown:
     threshold: float | None = None
     part_names: Sequence[str] = ()
     parts: Callable[[int], Sequence[np.ndarray]] = lambda _: ()
+    reconstruction: Callable[[int], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         N = len(self.anomaly_maps)
@@ -94,8 +97,9 @@ def save_overlays(
     """Write the three sheets of one category and return their paths.
 
     Each line of a sheet is one test image: the image; with the true mask's contour; its anomaly
-    map; the map over the image with its contour at the threshold; and the maps that the anomaly map
-    is the mean of, where there are some. The colours mean the same on all
+    map; the map over the image with its contour at the threshold; what the network makes of the
+    image, of a method that compares them; and the maps that the anomaly map is the mean of, where
+    there are some. The colours mean the same on all
     three sheets: from the median of the normal images' maps to the 99.9th percentile of all maps,
     so that neither one hot pixel nor the number of defects sets the scale; beyond it they saturate.
 
@@ -166,7 +170,7 @@ def _sheet(subject: _Subject, chosen: Sequence[int], heading: str) -> Figure:
     # Whole factors keep pixels crisp; only images wider than the widest panel are shrunk.
     scale = PANEL / map_width if map_width > MAX_PANEL else max(1, round(PANEL / map_width))
     width, height = round(scale * map_width), round(scale * map_height)
-    columns = 4 + len(subject.shown.part_names)
+    columns = len(_panel_names(subject.shown))
     lefts = [GAP + column * (width + GAP) for column in range(columns)]
     tops = [HEADER + TITLE + line * (height + TITLE + GAP) for line in range(len(chosen))]
     canvas = np.full((tops[-1] + height + GAP, lefts[-1] + width + GAP, 3), 255, dtype=np.uint8)
@@ -214,7 +218,9 @@ def _panels(subject: _Subject, place: int, width: int, height: int) -> list[np.n
     image = _resized(image, width, height)
     truth = np.full_like(image, 225) if subject.shown.masks is None else image
     blend = 0.75 * levels[0][..., None]  # cold places keep the image
-    return [image, truth, heat, (1 - blend) * image + blend * heat, *parts]
+    made = subject.shown.reconstruction
+    rebuilt = [] if made is None else [_resized(made(place), width, height)]
+    return [image, truth, heat, (1 - blend) * image + blend * heat, *rebuilt, *parts]
 
 
 def _pixel_axes(canvas: np.ndarray) -> tuple[Figure, Axes]:
@@ -246,13 +252,7 @@ def _draw_header(
     whose = "normal" if (subject.shown.labels == 0).any() else "all"
     _write(axes, lefts[2], 58, f"≤ {subject.low:.4g}, median of {whose} maps", size=8)
     _write(axes, right, 58, f"≥ {subject.high:.4g}, 99.9th percentile of all", size=8, ha="right")
-    names = [
-        "image",
-        "true mask" if subject.shown.masks is None else "true mask (cyan)",
-        "anomaly map",
-        "map over image",
-        *(f"{name} map" for name in subject.shown.part_names),
-    ]
+    names = _panel_names(subject.shown)
     if subject.shown.threshold is not None:
         names[3] = f"contour at {subject.shown.threshold:.4g} (white)"
         place = (subject.shown.threshold - subject.low) / (subject.high - subject.low)
@@ -262,6 +262,17 @@ def _draw_header(
                       path_effects=[withStroke(linewidth=3, foreground="black")])  # fmt: skip
     for left, name in zip(lefts, names, strict=True):
         _write(axes, left, HEADER - 10, _fitted(axes, name, width, 9))
+
+
+def _panel_names(shown: Shown) -> list[str]:
+    return [
+        "image",
+        "true mask" if shown.masks is None else "true mask (cyan)",
+        "anomaly map",
+        "map over image",
+        *([] if shown.reconstruction is None else ["reconstruction"]),
+        *(f"{name} map" for name in shown.part_names),
+    ]
 
 
 def _draw_title(axes: Axes, subject: _Subject, place: int, y: float, left: int, right: int) -> None:

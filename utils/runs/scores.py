@@ -29,6 +29,7 @@ class TestScores:
         masks: (N, H, W) bool, of the size of the maps.
         norms: (N,), of the projection where the map is highest.
         angles: (N,), in radians, of that projection to the objective.
+        reconstructions: (N, H, W, 3) uint8, what a network makes of the images.
         parts: name -> (N, H, W), maps that `maps` are the mean of.
     """
 
@@ -42,11 +43,15 @@ class TestScores:
     masks: "ArrayLike | Tensor | None" = None
     norms: "ArrayLike | Tensor | None" = None
     angles: "ArrayLike | Tensor | None" = None
+    reconstructions: "ArrayLike | Tensor | None" = None
     parts: "Mapping[str, ArrayLike | Tensor]" = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what the file holds, by name; what is None is left out."""
-        optional = {"map": self.maps, "mask": self.masks, "norm": self.norms, "angle": self.angles}
+        optional = {
+            **{"map": self.maps, "mask": self.masks, "norm": self.norms, "angle": self.angles},
+            "reconstruction": self.reconstructions,
+        }
         return {
             "path": np.array([str(path) for path in self.paths], dtype=np.str_),
             "label": as_array(self.labels).astype(np.int64),
@@ -80,8 +85,8 @@ def write_scores(path: Path, scores: TestScores) -> None:
 def read_scores(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays `path`, `label`, `score`, `defect`, and those of the others there are.
 
-    `map`, `map_NAME` of each part and `mask` with `--save-maps`; `norm` and `angle` of methods with
-    an objective.
+    `map`, `map_NAME` of each part, `reconstruction` of methods that make one and `mask` with
+    `--save-maps`; `norm` and `angle` of methods with an objective.
 
     Raises:
         RunError: the file is corrupt.

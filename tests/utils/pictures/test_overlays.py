@@ -91,6 +91,16 @@ def test_the_planted_spot_is_hot_and_the_rest_is_cold(tmp_path):
     assert (truth[inner] == 90).all()
 
 
+def test_a_reconstruction_stands_beside_the_map_over_the_image(tmp_path):
+    made = lambda place: np.full((S, S, 3), 10 * place, dtype=np.uint8)  # noqa: E731
+    parts = {"part_names": ["coarse"], "parts": lambda _: [np.ones((S, S), dtype=np.float32)]}
+    sheet = lowest_defects(tmp_path, **subject(2, 2), reconstruction=made, **parts)
+    assert sheet.shape[1] == GAP + 6 * (S + GAP)
+    assert (panel(sheet, 0, 4) == 20).all()  # images 2 and 3 are the defects
+    assert (panel(sheet, 1, 4) == 30).all()
+    assert len(np.unique(panel(sheet, 0, 5))) > 1  # the part's map keeps the last column
+
+
 @pytest.mark.parametrize("grey", [0, 255])
 def test_contours_run_along_the_spot_on_dark_and_bright_images(tmp_path, grey):
     sheet = lowest_defects(tmp_path, **subject(grey=grey))
