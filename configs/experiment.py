@@ -73,7 +73,8 @@ class Experiment:
     fewer than 16 channels. AUROC was seen to move by less than 0.1 point."""
 
     compile: Beside[bool] = False
-    """Compile the backbone (torch.compile): pays on many images; on a CPU it needs g++ or clang."""
+    """Compile the backbone, and networks that train on images (torch.compile): pays on many images;
+    on a CPU it needs g++ or clang."""
 
     image_size: PositiveInt
     """Pixels the images are resized to."""

@@ -79,6 +79,12 @@ def build_detector(method: str, extractor: Extractor, options: MethodOptions) ->
     return normalised(detector, options.feature_norm, shape.stage_channels)
 
 
+def compile_networks(detector: Detector) -> None:
+    """Run a detector's networks through torch.compile from now on; its state stays as it is."""
+    for network in detector.children():
+        network.compile()
+
+
 def shape_of(extractor: Extractor) -> FeatureShape:
     """Return what detectors are built for on an extractor."""
     if isinstance(extractor, RawImages):

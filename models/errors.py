@@ -15,3 +15,14 @@ class ModelError(Exception):
     def __init__(self, message: str, change: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.change = dict(change or {})
+
+
+def compiler_error(what: str, error: Exception) -> ModelError | None:
+    """Return what to say where torch.compile failed; None of any other error."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._ind")):
+        return None
+    reason = str(error).strip().splitlines()[0]
+    return ModelError(
+        f"--compile: {what} could not be compiled ({reason}); leave it out, or on a CPU install a "
+        "C++ compiler"
+    )

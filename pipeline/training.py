@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from configs.presets import with_options
 from datasets.samples import Task
-from models.building import build_detector
+from models.building import build_detector, compile_networks
 from models.detector import Detector, Extractor
+from models.errors import compiler_error
+from models.method import find_method
 from pipeline.experiments import AnyExperiment
 from pipeline.features import Extraction, TaskData, calibration_split
 from pipeline.made_of import made_of
@@ -97,7 +99,10 @@ def train_head(
 
     def build(changes: dict[str, Any]) -> Detector:
         options = with_options(experiment.method, changes)
-        return build_detector(experiment.method_name, extractor, options).to(extractor.device)
+        detector = build_detector(experiment.method_name, extractor, options).to(extractor.device)
+        if experiment.compile and "images" in find_method(experiment.method_name).takes:
+            compile_networks(detector)
+        return detector
 
     with _named(experiment, " and ".join(one.task.category for one in data), seed):
         options: dict[str, Any] = {}
@@ -161,9 +166,14 @@ def images_line(task: Task) -> str:
 
 @contextlib.contextmanager
 def _named(experiment: AnyExperiment, category: str, seed: int) -> Iterator[None]:
-    """Put category and seed before the message of a fit that failed."""
+    """Put category and seed before the message of a fit that failed; name a compiler that did."""
     try:
         yield
+    except RuntimeError as error:
+        failed = compiler_error(experiment.method_name, error) if experiment.compile else None
+        if failed is None:
+            raise
+        raise failed from error
     except (FloatingPointError, UsageError) as error:
         hint = ""
         if isinstance(error, FloatingPointError) and hasattr(experiment.method, "learning_rate"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.backbone.rewriting import accelerated, with_narrow_in_full
 from models.backbone.weights import LoadedWeights, load_backbone, options_for_any_size
 from models.detector import Extractor
-from models.errors import ModelError
+from models.errors import ModelError, compiler_error
 from models.features.matmul import fp32_settings
 
 VERSION = 1
@@ -188,12 +188,8 @@ class FrozenExtractor(Extractor):
         try:
             return run(pixels)
         except Exception as error:
-            if self.compiled and type(error).__module__.startswith(("torch._dynamo", "torch._ind")):
-                reason = str(error).strip().splitlines()[0]
-                raise ModelError(
-                    f"--compile: {self.backbone} could not be compiled ({reason}); leave it out, "
-                    "or on a CPU install a C++ compiler"
-                ) from error
+            if self.compiled and (failed := compiler_error(self.backbone, error)):
+                raise failed from error
             raise
 
     def forward(self, images: Tensor) -> Tensor:

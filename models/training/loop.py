@@ -1,18 +1,22 @@
 """The loop over epochs of a trained head: losses, the epoch that counts, and checkpoints."""
 
 import functools
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from models.detector import KeepsFits, Monitor
 from models.training.epochs import epochs, mean_of_finite
 from models.training.kept_epoch import KeptEpoch
 from models.training.mixed_precision import bfloat16_autocast
 
+SHOWN_EVERY = 1.0
+"""Seconds between two looks at the loss while an epoch runs."""
 Batch = TypeVar("Batch")
 Losses = dict[str, Tensor]
 """Scalars of a step: "loss" is what is minimised, the others are logged beside it."""
@@ -122,7 +126,8 @@ class Loop:
         kept = KeptEpoch(self.module, self.epochs)
         base = [group["lr"] for group in self._groups()]
         values = self._restore(monitor, kept)
-        for epoch in epochs(self.epochs, self.phase, start=len(values)):
+        bar = epochs(self.epochs, self.phase, start=len(values))
+        for epoch in bar:
             self._scale(base, epoch - 1)
             if before_epoch is not None:
                 before_epoch(epoch)
@@ -132,6 +137,7 @@ class Loop:
                 if self.steps is not None:
                     self._scale(base, epoch - 1 + step / self.steps)
                 found.append(self._step(losses, batch))
+                _show(bar, step + 1, found[-1]["loss"])
             self.module.eval()
             values.append(
                 {name: mean_of_finite([one[name] for one in found], epoch) for name in found[0]}
@@ -206,6 +212,12 @@ class Loop:
 
     def _generators(self) -> dict[str, torch.Generator]:
         return {"": self.generator, **self.drawn}
+
+
+def _show(bar: tqdm, step: int, loss: Tensor) -> None:
+    """Show step and loss beside a bar, rarely: to read the loss waits for the device."""
+    if not bar.disable and time.time() - bar.last_print_t > SHOWN_EVERY:
+        bar.set_postfix_str(f"step {step}, loss {loss.item():.4g}")
 
 
 def _mean(values: list[dict[str, float]]) -> dict[str, float]:

@@ -272,6 +272,6 @@ METHOD = Method(
         "reverse_distillation": "RevDist",
     },
     experiment={"structured": {"layers": (2, 3), "patch_size": 1, "blur_sigma": 0.0}},
-    ignores=frozenset({"blur_sigma"}),
+    ignores=frozenset({"blur_sigma", "compile"}),  # what is trained is its own trainer's
     unfitted=frozenset({"anomalyvfm", "winclip"}),
 )

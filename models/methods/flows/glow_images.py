@@ -215,5 +215,5 @@ METHOD = Method(
     experiment={
         "semantic": {"backbone": "lenet", "layers": (0,), "image_size": 32, "crop_size": None}
     },
-    ignores=frozenset({"backbone", "weights", "layers", "feature_location"}),
+    ignores=frozenset({"backbone", "weights", "layers", "feature_location", "compile"}),
 )

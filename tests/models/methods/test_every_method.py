@@ -1,5 +1,6 @@
 """What every method must do, whatever it is; and that one may take features and images."""
 
+import io
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_origin, get_type_hints
@@ -14,7 +15,7 @@ from datasets.reading.transforms import PairTransform
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.raw_images import RawImages
 from models.backbone.weights import state_digest
-from models.building import build_detector, build_extractor, shape_of
+from models.building import build_detector, build_extractor, compile_networks, shape_of
 from models.deployment.network import Deployed
 from models.detector import Detector, Extractor
 from models.features.feature_norm import normalised
@@ -36,12 +37,17 @@ SHORT = {
     **{"epochs": 2, "pretrain_epochs": 1, "batch_size": 4, "report_every": 1},
     **{"time": (3.0, 10.0, 30.0), "prototypes": 3, "dims": 4, "max_positions": 40},
     "bottleneck": 2,
+    "discriminator_width": 4,
+    "memory_images": 3,
     "regions": 2,
     **{"coreset_ratio": 0.1, "dist_size": 9, "neighbourhood": 3, "mlp_width": 8},
     "temperature": 0.1,
     **{"patch_sizes": (16, 8), "strides": (8, 4), "samples_per_image": 1},
     **{"grid": 5, "encoder_layers": 1, "decoder_layers": 1, "feed_forward": 16},
     **{"blocks": 2, "width": 8, "train_views": 3, "views_per_step": 2, "test_views": 2, "steps": 2},
+    **{"network_size": 32, "images_per_epoch": 8, "code_dim": 5, "samples": 2},
+    **{"region_sizes": (4, 8), "items": 3},
+    **{"steps_per_epoch": 2, "head_width": 8},
     # With images held out the epoch of least loss on them is kept, which no shorter fit is.
     "validation_share": 0.0,
 }
@@ -69,6 +75,17 @@ FURTHER: dict[str, list[dict[str, Any]]] = {
         {"image_score": "max", "feature_norm": "l2_per_layer"},
     ],
     "glow_images": [{"score": "typicality", "levels": 2}],
+    "autoencoder": [{"loss": "l2", "crops": False, "image_score": "mean"}],
+    "vae": [{"samples": 0, "image_score": "mean"}],
+    "cutpaste": [
+        {"representation": "patch", "classes": "scar", "crop": 24, "window": 16, "stride": 6},
+        {"representation": "patch", "density": "per_position", "crop": 24, "window": 16},
+    ],
+    "riad": [{"copies": 2, "milestone": 1, "scales": 2, "image_score": "mean"}],
+    "mnad": [{"memory": False}, {"image_score": "max", "mixing": 0.4}],
+    "draem": [{"sspcab": True, "smooth_maps": True}],
+    "edgrec": [{"released": True}],
+    "memseg": [{"released": True, "foreground": "otsu"}],
     "knn": [{"distance": "euclidean"}],
     "patchcore": [{"num_neighbors": 1}],
     "pni": [
@@ -240,6 +257,68 @@ def test_an_exported_head_scores_the_same(case, watched):
     for ours, theirs in zip(found if isinstance(found, tuple) else [found], wanted, strict=True):
         tolerance = 2e-5 * float(theirs.max() - theirs.min())
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+class Keeping:
+    """A monitor that keeps what a fit offers, and is killed after an epoch."""
+
+    scores_steps = False
+
+    def __init__(self, phases, killed_after):
+        self.phases, self.killed_after, self.seen = phases, killed_after, []
+
+    def __call__(self, step, values):
+        self.seen.append((step, values))
+
+    def kept(self, phase):
+        return self.phases.get(phase)
+
+    def keep(self, phase, state, *, ended):  # noqa: ARG002
+        buffer = io.BytesIO()
+        torch.save(state(), buffer)
+        buffer.seek(0)
+        self.phases[phase] = torch.load(buffer, weights_only=True)
+        if self.seen and self.seen[-1][0] == self.killed_after:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_fit_goes_on_to_the_same_bits(case, watched):
+    """In another process: nothing of the detector that was killed is left."""
+    if not hasattr(case.options, "epochs"):
+        pytest.skip("is fitted in one step, or by another's trainer")
+    if case.name.startswith("anomalib:"):
+        pytest.skip("trains with Lightning, which keeps its own checkpoints")
+    every = getattr(case.options, "report_every", 1)
+    kept = {}
+    with pytest.raises(KeyboardInterrupt):
+        case.made().fit(case.bank, generator=seeded(), monitor=Keeping(kept, every))
+    assert kept
+    torch.manual_seed(5)
+    detector, monitor = case.made(), Keeping(kept, None)
+    detector.fit(case.bank, generator=seeded(), monitor=monitor)
+    assert [step for step, _ in monitor.seen] == [step for step in case.steps if step > every]
+    wanted = watched[0].state_dict()
+    assert_same_bits(list(detector.state_dict().values()), list(wanted.values()))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if "images" in method.takes]
+)
+def test_compiling_changes_what_trains_or_is_refused(name, classifier_file, monkeypatch):
+    """Recorders in place of the compiler."""
+    case, calls = prepared(name, {}, classifier_file), []
+
+    def compiled(network):
+        network._compiled_call_impl = lambda *given, **named: (
+            calls.append(1) or network._call_impl(*given, **named)
+        )
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    detector = case.made()
+    compile_networks(detector)
+    detector.fit(case.bank, generator=seeded())
+    assert (len(calls) > 0) != ("compile" in METHODS[name].ignored)
+    assert detector.state_dict().keys() == case.made().state_dict().keys()
 
 
 TRAINED = [name for name, method in METHODS.items() if hasattr(method.options, "learning_rate")]
