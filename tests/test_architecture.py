@@ -24,7 +24,7 @@ PACKAGES = ("benchmarks", "configs", "datasets", "figures", "models", "pipeline"
 # What the modules of each package may import of ours, itself apart: packages, or modules of them.
 ARROWS: dict[str, set[str]] = {
     "configs": set(),
-    "models": {"configs.anomalyncd", "configs.options", "configs.presets"},
+    "models": {"configs.anomalyncd", "configs.options", "configs.presets", "datasets.drawing"},
     "datasets": {"configs.options", "configs.presets"},
     "utils": {"configs", "models.detector", "models.errors", "datasets.samples"},
     "figures": {"configs", "utils", "datasets.data_set", "datasets.reading", "datasets.samples"},

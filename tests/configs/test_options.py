@@ -150,6 +150,24 @@ IDLE = [
         ("demo mspba", "cluster-weight 0", option, "cluster-weight is above 0")
         for option in ("clusters 9", "cluster-patches 9", "cluster-start 2", "cluster-every 2")
     ),
+    *((f"demo {name}", "no-crops", "stride 9", "crops is on") for name in ("autoencoder", "vae")),
+    *(
+        ("demo mnad", "no-memory", option, "memory is on")
+        for option in ("items 9", "compactness 1", "separateness 1", "mixing 0.5")
+    ),
+    ("demo draem", "no-sspcab", "sspcab-weight 1", "sspcab is on"),
+    *(
+        ("demo cutpaste", "representation image", option, "representation is patch")
+        for option in ("crop 9", "window 9", "stride 9", "spread 9", "density per_position")
+    ),
+    ("demo cutpaste", "representation patch", "shift 0.1", "representation is image"),
+    *(
+        ("demo ddad", "adaptation-epochs 0", option, "adaptation-epochs is above 0")
+        for option in (
+            *("adaptation-learning-rate 1", "adaptation-conditioning 1"),
+            "adaptation-weight 1",
+        )
+    ),
     ("cifar10 panda_ewc", "fisher-file f.pth", "fisher-images 9", "fisher-file is none"),
     ("mnist deep_svdd", "objective one_class", "nu 0.2", "objective is soft_boundary"),
     ("mnist deep_svdd", "objective one_class", "warmup-epochs 2", "objective is soft_boundary"),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.drawing.pasting import PATCH_AREA
 from datasets.reading.loading import BatchLoader, Images
 from datasets.samples import DataError
-from datasets.synthetic import PATCH_AREA, ImagesAt, SyntheticDataset, cutpaste, rotate
+from datasets.synthetic import ImagesAt, SyntheticDataset, cutpaste, rotate
 from tests.datasets.trees import texture
 
 SIZE = 64

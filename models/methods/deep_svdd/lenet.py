@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 BATCH_NORM_EPS = 1e-4
+LAYOUT = torch.channels_last
+"""Of the weights: so few channels take half the time on a CPU, and grey images have no layout."""
 CODE_GRID = 4
 """Side of the grid a code is laid out on before it is decoded."""
 
@@ -67,7 +69,7 @@ def build_encoder(net: LeNet, leakiness: float) -> nn.Sequential:
         layers.append(nn.MaxPool2d(2))
         inputs, side = width, side // 2
     layers += [nn.Flatten(), nn.Linear(inputs * side * side, net.code_dim, bias=False)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers).to(memory_format=LAYOUT)
 
 
 def build_decoder(net: LeNet, leakiness: float) -> nn.Sequential:
@@ -83,7 +85,7 @@ def build_decoder(net: LeNet, leakiness: float) -> nn.Sequential:
         layers += [_convolution(inputs, width, padding), *_normalised_relu(width, leakiness)]
         inputs = width
     layers += [nn.Upsample(scale_factor=2), _convolution(inputs, net.channels), nn.Sigmoid()]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers).to(memory_format=LAYOUT)
 
 
 @torch.no_grad()

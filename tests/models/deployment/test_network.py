@@ -28,6 +28,14 @@ PATCHES = {"epochs": 1, "samples_per_image": 1, "patch_sizes": (16, 8), "strides
 FLOW = {"epochs": 1, "steps": 2, "width": 8}
 VIEWS = {"blocks": 2, "width": 8, "train_views": 4, "test_views": 18, "epochs": 1}
 NEIGHBOURS = {"epochs": 1, "mlp_width": 8, "dist_size": 20, "neighbourhood": 3}
+REBUILT = {"network_size": 32, "width": 4, "images_per_epoch": 8, "epochs": 1}
+FILLED_IN = {"width": 4, "region_sizes": (4, 8), "epochs": 1}
+PASTED = {"width": 8, "epochs": 1, "steps_per_epoch": 2, "batch_size": 4}
+CUT = {**PASTED, "representation": "patch", "crop": 24, "window": 16, "stride": 12}
+DENOISED = {
+    **{"base_width": 8, "channel_multipliers": (1, 2), "attention_factors": (2,), "heads": 2},
+    **{"start_step": 200, "sampling_step": 100, "epochs": 1},
+}
 PROTOTYPES = {"time": (1e4,), "prototypes": 5, "nearest": 2}
 
 
@@ -83,6 +91,18 @@ def assert_near(found, wanted):
         ("stpm", {"epochs": 1, "batch_size": 4}, SIGMA),
         ("stpm", {"epochs": 1, "batch_size": 4}, 0.0),
         ("mspba", PATCHES, 0.0),
+        ("cutpaste", PASTED, SIGMA),
+        ("cutpaste", CUT, 0.0),
+        ("ddad", DENOISED, SIGMA),
+        ("draem", {"width": 4, "discriminator_width": 4, "epochs": 1, "sspcab": True}, 0.0),
+        ("draem", {"width": 4, "discriminator_width": 4, "epochs": 1}, SIGMA),
+        ("edgrec", {"width": 4, "epochs": 1}, 0.0),
+        ("edgrec", {"width": 4, "epochs": 1, "released": True}, SIGMA),
+        ("memseg", {"steps_per_epoch": 2, "epochs": 1}, 0.0),
+        ("autoencoder", {**REBUILT, "stride": 9}, 0.0),
+        ("vae", {**REBUILT, "samples": 2}, SIGMA),
+        ("riad", FILLED_IN, 0.0),
+        ("mnad", {"width": 4, "epochs": 1, "image_score": "max"}, SIGMA),
     ],
 )
 def test_scores_and_maps_are_the_suites(method, options, sigma, images):
@@ -106,6 +126,11 @@ def test_scores_and_maps_are_the_suites(method, options, sigma, images):
         ("glow", FLOW),
         ("differnet", VIEWS),
         ("glow_images", FLOW),
+        ("cutpaste", PASTED),
+        ("ddad", DENOISED),
+        ("autoencoder", {**REBUILT, "image_score": "mean", "loss": "l2"}),
+        ("riad", {**FILLED_IN, "image_score": "mean"}),
+        ("mnad", {"width": 4, "epochs": 1}),
         ("uniad", {"epochs": 1, "neighbourhood": None}),
     ],
 )

@@ -48,6 +48,8 @@ SHORT = {
     **{"network_size": 32, "images_per_epoch": 8, "code_dim": 5, "samples": 2},
     **{"region_sizes": (4, 8), "items": 3},
     **{"steps_per_epoch": 2, "head_width": 8},
+    **{"base_width": 8, "channel_multipliers": (1, 2), "attention_factors": (2,), "heads": 2},
+    **{"diffusion_steps": 40, "start_step": 20, "sampling_step": 10},
     # With images held out the epoch of least loss on them is kept, which no shorter fit is.
     "validation_share": 0.0,
 }
@@ -86,6 +88,10 @@ FURTHER: dict[str, list[dict[str, Any]]] = {
     "draem": [{"sspcab": True, "smooth_maps": True}],
     "edgrec": [{"released": True}],
     "memseg": [{"released": True, "foreground": "otsu"}],
+    "ddad": [
+        {"adaptation_epochs": 1, "eta": 0.0, "released_steps": True},
+        {"dropout": 0.3, "pixel_weight": 7.0},
+    ],
     "knn": [{"distance": "euclidean"}],
     "patchcore": [{"num_neighbors": 1}],
     "pni": [

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import math
 import re
@@ -345,8 +346,10 @@ def test_every_compared_name_is_in_the_file():
     names = [n for name in names for n in (name.values() if isinstance(name, dict) else [name])]
     assert len(set(names)) > 5
     for name in names:
-        variants = (name, f"{name} (multi-class)")
-        assert any(published_by_paper("mvtec", "mean", "image_auroc", n) for n in variants), name
+        variants = itertools.product(
+            ("image_auroc", "pixel_auroc"), (name, f"{name} (multi-class)")
+        )
+        assert any(published_by_paper("mvtec", "mean", *one) for one in variants), name
     assert published_by_paper("cifar10", "mean", "image_auroc", "PANDA") == {"NoCo": 96.2}
     assert published_by_paper("demo", "brick", "image_auroc", "PaDiM") == {}
 

@@ -1,0 +1,1 @@
+"""EdgRec: rebuilds the colours of an image from its grey edges."""

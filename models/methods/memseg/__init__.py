@@ -1,0 +1,1 @@
+"""MemSeg: segments drawn anomalies by how features differ from those of remembered images."""

@@ -1,0 +1,52 @@
+"""How far the features of an image are from those of the nearest remembered image."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from models.errors import ModelError
+from models.features.matmul import full_precision
+
+
+def squared_differences(levels: Sequence[Tensor], memories: Sequence[Tensor]) -> list[Tensor]:
+    """Return the squared differences of maps to those of the nearest remembered image.
+
+    It is that of least mean squared difference, summed over the stages.
+
+    Args:
+        levels: maps of the stages, (B, C_l, H_l, W_l).
+        memories: of the stages, (M, H_l * W_l * C_l).
+
+    Returns:
+        (B, C_l, H_l, W_l) of each stage, float32.
+
+    Raises:
+        ModelError: the maps are not as large as the remembered ones.
+    """
+    rows = [rearrange(level.float(), "b c h w -> b (h w c)") for level in levels]
+    if any(one.shape[1] != memory.shape[1] for one, memory in zip(rows, memories, strict=True)):
+        raise ModelError(
+            "the images are not as large as those that MemSeg remembers: fit and score at the same "
+            "image size"
+        )
+    nearest = _find_nearest(rows, memories)  # (B,)
+    found = []
+    for level, queries, memory in zip(levels, rows, memories, strict=True):
+        height, width = level.shape[2:]
+        squares = (queries - memory[nearest]).square()
+        found.append(rearrange(squares, "b (h w c) -> b c h w", h=height, w=width))
+    return found
+
+
+@torch.no_grad()
+def _find_nearest(rows: Sequence[Tensor], memories: Sequence[Tensor]) -> Tensor:
+    """Return which remembered image is nearest, (B,), by features (B, H_l * W_l * C_l)."""
+    distances = []
+    with full_precision(rows[0].device):
+        for queries, memory in zip(rows, memories, strict=True):
+            # Less the square of the query, which is the same for all.
+            squares = memory.square().sum(dim=1) - 2 * queries @ memory.T  # (B, M)
+            distances.append(squares / memory.shape[1])
+    return torch.stack(distances).sum(dim=0).argmin(dim=1)

@@ -1,0 +1,1 @@
+"""MNAD: an autoencoder with a memory of normal patterns."""

@@ -1,0 +1,1 @@
+"""RIAD: reconstruction by inpainting."""

@@ -1,0 +1,1 @@
+"""Networks, and blocks of such, that several methods train from random weights."""
