@@ -1,1 +1,1 @@
-"""What is drawn into normal images to make anomalies of them: NumPy and OpenCV alone."""
+"""What is drawn into normal images to make anomalies of them; nothing here needs torch."""

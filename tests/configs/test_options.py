@@ -39,6 +39,7 @@ BOUNDS = {
     "OptionalInt": ("above 0", (None, 1), (0, -1)),
     "OptionalFloat": ("above 0", (None, 0.1), (0.0, NAN, INF)),
     "OptionalFraction": ("in 0 to 1", (None, 0.0, 1.0), (-0.1, 1.1, NAN)),
+    "OptionalNotNegative": ("0 or above", (None, 0.0, 2.5), (-0.1, NAN, INF)),
 }
 
 

@@ -199,7 +199,7 @@ def test_run_folder_depends_on_what_is_measured_and_not_on_how(experiment):
     types = get_type_hints(type(experiment))
     fields = {f.name: f for f in dataclasses.fields(experiment)}
     how = fields_marked(type(experiment), Role.HOW)
-    harmless = {"device", "workers", "cache", "output", "run", "restart"}
+    harmless = {"device", "workers", "cache", "checkpoint_minutes", "output", "run", "restart"}
     assert how == harmless, "does a number depend on the new one?"
     # A grid is refused where nothing chooses from it, --online where nothing learns online.
     method = dataclasses.replace(experiment.method, prototypes=1)

@@ -1,6 +1,6 @@
-"""How far the features of an image are from those of the nearest remembered image."""
+"""How far the features of an image are from those of the nearest remembered one, in what unit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from einops import rearrange
@@ -8,6 +8,19 @@ from torch import Tensor
 
 from models.errors import ModelError
 from models.features.matmul import full_precision
+
+LEAST_DEVIATION = 1e-6
+
+
+def deviations(batches: Iterable[Sequence[Tensor]]) -> Tensor:
+    """Return the standard deviation of each stage's maps over all batches, (stages,), float64."""
+    sums = [
+        [[one.numel(), one.double().sum(), one.double().square().sum()] for one in maps]
+        for maps in batches
+    ]
+    count, total, squares = torch.tensor(sums, dtype=torch.float64).sum(dim=0).T  # (stages,)
+    variances = squares / count - (total / count).square()
+    return variances.clamp_min(LEAST_DEVIATION**2).sqrt()
 
 
 def squared_differences(levels: Sequence[Tensor], memories: Sequence[Tensor]) -> list[Tensor]:

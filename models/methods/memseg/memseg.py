@@ -18,9 +18,12 @@ squared difference to the nearest remembered image's, a decoder makes the mask o
 The nearest is that of least mean squared difference, summed over the stages. The first of
 `--layers` joins the decoder late, the last is where it starts; with two there is no early one.
 
-Ours: everything but the last stage stays as it was pretrained. The reimplementation also trains the
-stem while the memory stays that of the pretrained one, and lets the statistics of all norms move,
-so that images and memory drift apart; `released` repeats this, and its grid of 8 x 8 parts with
+Ours: each stage's maps are divided by their standard deviation in the memory (`scale_stages`).
+Products of squared differences weigh what the decoder sees; those of the unscaled outputs of an
+EfficientNet-Lite0's blocks reach a million (measured), and little is learned from them. Ours too:
+everything but the last stage stays as it was pretrained. The reimplementation also trains the stem
+while the memory stays that of the pretrained one, and lets the statistics of all norms move, so
+that images and memory drift apart; `released` repeats this, and its grid of 8 x 8 parts with
 DRAEM's augmenters where the paper mirrors, turns and recolours an image and has 4 x 8. Not
 repeated: thresholds of the foreground chosen by hand for nine categories of MVTec AD, and the step
 chosen by the test set (`--select best_test` does that). Anomalies are drawn after the crop.
@@ -51,7 +54,7 @@ from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scor
 from models.errors import ModelError
 from models.method import Method
 from models.methods.memseg.drawing import draw_training_image
-from models.methods.memseg.memory import squared_differences
+from models.methods.memseg.memory import deviations, squared_differences
 from models.methods.memseg.networks import Decoder, Fusion, PartlyTrained
 from models.training.convolutions import initialise
 from models.training.drawn import drawn_batches
@@ -82,6 +85,9 @@ class MemsegOptions(MethodOptions):
     background."""
     memory_images: PositiveInt = 30
     """Normal images that are remembered (reimplementation); all, where there are fewer."""
+    scale_stages: bool = True
+    """Divide each stage's maps by their standard deviation in the memory (ours; reimplementation:
+    off), so that any backbone does."""
     l1_weight: NotNegative = 0.6
     """Of the absolute difference of probability and mask (reimplementation)."""
     focal_weight: NotNegative = 0.4
@@ -120,10 +126,12 @@ class Memseg(Detector):
         memory_0: features of the finest remembered stage at each position of each remembered image,
             (M * H * W, C); memory_1 and further those of the next ones.
         remembered: M, one number.
+        scales: that each stage's maps are divided by.
         remarks: which textures were drawn, and whether fewer images are remembered.
     """
 
     remembered: Tensor
+    scales: Tensor
     mean: Tensor
     std: Tensor
 
@@ -145,6 +153,7 @@ class Memseg(Detector):
         for name, width in zip(self.sized_by_fit, widths, strict=True):
             self.register_buffer(name, torch.zeros(0, width))
         self.register_buffer("remembered", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scales", torch.ones(len(channels)))
         self.eval()  # a loaded head scores; only `fit` trains
 
     def fit(
@@ -248,7 +257,7 @@ class Memseg(Detector):
 
     @torch.no_grad()
     def _remember(self, bank: FeatureSource, generator: torch.Generator) -> None:
-        """Keep the features of images drawn at random."""
+        """Keep the features of images drawn at random, and the scales of all stages."""
         wanted = self.options.memory_images
         if len(bank) < wanted:
             self.remarks.append(
@@ -256,6 +265,10 @@ class Memseg(Detector):
                 f"--method.memory-images {wanted}"
             )
         rows = torch.randperm(len(bank), generator=generator)[:wanted]
+        self.scales.fill_(1)
+        if self.options.scale_stages:
+            chosen = bank.subset(rows)
+            self.scales.copy_(deviations(self._maps(one) for one in chosen.batches(READ)))
         found: list[list[Tensor]] = []
         for images in bank.subset(rows).batches(READ):
             _, levels, _ = self._stages(images)
@@ -271,9 +284,14 @@ class Memseg(Detector):
             raise ModelError("there are no remembered images to compare with: fit or load first")
         return [self.get_buffer(name).view(count, -1) for name in self.sized_by_fit]
 
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """Return the scaled maps of all stages."""
+        maps = self.encoder(normalised_pixels(images, self.mean, self.std))
+        return [one / scale for one, scale in zip(maps, self.scales, strict=True)]
+
     def _stages(self, images: Tensor) -> tuple[Tensor | None, list[Tensor], Tensor]:
         """Return the maps of the stem, of the remembered stages, and the deepest."""
-        maps = self.encoder(normalised_pixels(images, self.mean, self.std))
+        maps = self._maps(images)
         if self.has_stem:
             return maps[0], maps[1:-1], maps[-1]
         return None, maps[:-1], maps[-1]

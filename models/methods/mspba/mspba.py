@@ -159,6 +159,11 @@ class Mspba(Detector):
         self.register_buffer("mean", mean, persistent=False)  # (1, 3, 1, 1)
         self.eval()  # no layer learns statistics
 
+    def train(self, mode: bool = True) -> "Mspba":
+        """Stay in eval mode: the backbone's norms keep their statistics, as published."""
+        del mode
+        return super().train(False)
+
     def fit(
         self, bank: FeatureSource, *, generator: torch.Generator, monitor: Monitor | None = None
     ) -> None:

@@ -87,7 +87,7 @@ FURTHER: dict[str, list[dict[str, Any]]] = {
     "mnad": [{"memory": False}, {"image_score": "max", "mixing": 0.4}],
     "draem": [{"sspcab": True, "smooth_maps": True}],
     "edgrec": [{"released": True}],
-    "memseg": [{"released": True, "foreground": "otsu"}],
+    "memseg": [{"released": True, "foreground": "otsu", "scale_stages": False}],
     "ddad": [
         {"adaptation_epochs": 1, "eta": 0.0, "released_steps": True},
         {"dropout": 0.3, "pixel_weight": 7.0},

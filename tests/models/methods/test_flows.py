@@ -14,6 +14,7 @@ from models.methods.flows.couplings import (
     SplitPrior,
     ZeroConv,
 )
+from models.methods.flows.glow import GlowOptions
 from models.methods.flows.layers import (
     ActNorm,
     Chain,
@@ -24,7 +25,7 @@ from models.methods.flows.layers import (
     standard_normal,
 )
 from models.methods.flows.multiscale_flow import bits_per_dimension, build_flow, train_flow
-from tests.models.banks import seeded
+from tests.models.banks import monitoring, seeded
 
 
 def clamped(first):
@@ -344,6 +345,24 @@ def test_a_single_channel_is_refused():
         build_flow(1, levels=1, steps=1, width=2, squeezes_first=False)
 
 
+def trained(flow, batches, options, *, steps):
+    """Train a flow; return the losses of its epochs."""
+    losses = []
+    monitor = monitoring(lambda _, values: losses.append(values["loss"]))
+    generator, noise = seeded(), seeded()
+    train_flow(
+        flow,
+        flow,
+        batches,
+        options=options,
+        steps=steps,
+        generator=generator,
+        noise=noise,
+        monitor=monitor,
+    )
+    return losses
+
+
 def test_the_learning_rate_rises_over_the_warm_up(monkeypatch):
     rates = []
 
@@ -356,14 +375,14 @@ def test_the_learning_rate_rises_over_the_warm_up(monkeypatch):
     flow = build_flow(2, levels=1, steps=1, width=2, squeezes_first=False)
     flow.initialise(seeded())
     batch = torch.randn(4, 2, 2, 2, generator=seeded())
-    options = {"count": 3, "steps": 2, "learning_rate": 0.08}
     for warmup, expected in {
         2: [0.02, 0.04, 0.06, 0.08, 0.08, 0.08],
         0: [0.08] * 6,
     }.items():
         rates.clear()
-        epochs = train_flow(flow, lambda: iter([batch] * 2), warmup_epochs=warmup, **options)
-        assert [epoch for epoch, _ in epochs] == [1, 2, 3]
+        batches = lambda: iter([batch] * 2)  # noqa: E731
+        options = GlowOptions(epochs=3, learning_rate=0.08, warmup_epochs=warmup)
+        assert len(trained(flow, batches, options, steps=2)) == 3
         assert rates == pytest.approx(expected)
 
 
@@ -374,15 +393,9 @@ def test_training_finds_a_correlated_gaussian():
     draws = torch.randn(2000, 2, generator=seeded()) @ mixing.T
     flow = build_flow(2, levels=1, steps=2, width=8, squeezes_first=False)
     flow.initialise(seeded())
-    losses = train_flow(
-        flow,
-        lambda: iter(draws[:, :, None, None].split(400)),
-        count=12,
-        steps=5,
-        learning_rate=0.03,
-        warmup_epochs=1,
-    )
-    values = [loss for _, loss in losses]
+    options = GlowOptions(epochs=12, learning_rate=0.03, warmup_epochs=1)
+    batches = lambda: iter(draws[:, :, None, None].split(400))  # noqa: E731
+    values = trained(flow, batches, options, steps=5)
     entropy = -normal.log_prob(draws).mean().item() / (2 * math.log(2))
     assert values[0] > entropy + 0.05
     assert values[-1] == pytest.approx(entropy, abs=0.03)

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -74,13 +76,34 @@ def test_what_is_remembered_are_pretrained_features_of_some_images(backbone):
     rows = torch.randperm(8, generator=_after_weights(detector))[:3]
     with torch.no_grad():
         maps = backbone.net(backbone.pixels(bank.features[rows]))[1:-1]
-    for name, level in zip(detector.sized_by_fit, maps, strict=True):
+    levels = [level.contiguous() / level.std() for level in maps]
+    for name, level in zip(detector.sized_by_fit, levels, strict=True):
         stored = detector.get_buffer(name)
-        torch.testing.assert_close(stored, level.permute(0, 2, 3, 1).flatten(0, 2))
+        torch.testing.assert_close(
+            stored, level.permute(0, 2, 3, 1).flatten(0, 2), rtol=1e-3, atol=1e-3
+        )
     # Where an image is its own memory there is no difference.
-    levels = [level.contiguous() for level in maps]
     for difference in squared_differences(levels, detector._memories()):
-        assert difference.abs().max() < 1e-8
+        assert difference.abs().max() < 1e-4
+    plain = fitted(backbone, bank, scale_stages=False)
+    assert torch.equal(plain.scales, torch.ones(4))
+    stored = plain.get_buffer(plain.sized_by_fit[0])
+    torch.testing.assert_close(stored, maps[0].permute(0, 2, 3, 1).flatten(0, 2))
+
+
+def test_a_backbone_of_larger_features_gives_the_same_maps(backbone):
+    """Its stages' maps are a hundred times as large; the decoder sees nothing of it."""
+    larger = copy.deepcopy(backbone)
+    detector, images = memseg(backbone, memory_images=4), draw_spotted(2)[0]
+    other = memseg(larger, memory_images=4)
+    for head, factor in ((detector, 1.0), (other, 100.0)):
+        maps = head.encoder.forward
+        head.encoder.forward = lambda pixels, maps=maps, factor=factor: [
+            factor * one for one in maps(pixels)
+        ]
+        head.fit(Bank(draw_striped(4)), generator=seeded())
+    torch.testing.assert_close(100 * detector.scales, other.scales)
+    torch.testing.assert_close(detector(images), other(images), rtol=0.02, atol=1e-3)
 
 
 def _after_weights(detector):

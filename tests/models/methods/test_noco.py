@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 from models.building import build_detector
 from models.detector import FeatureShape
 from models.methods.noco import Noco, NocoOptions
-from tests.models.banks import Bank, Stages, draw_bank, seeded
+from tests.models.banks import Bank, Stages, draw_bank, monitoring, seeded
 
 
 def noco(channels, **options):
@@ -126,6 +126,7 @@ def test_fit_moves_projector_and_radius_and_never_the_objective(kind):
     start.initialise(bank, seeded())
     detector = noco(6, objective=kind, epochs=4, batch_size=4, learning_rate=1e-2)
 
+    @monitoring
     def monitor(_, values):
         assert torch.equal(detector.objective, start.objective)
         assert set(values) == {"loss", "radius"}
@@ -215,7 +216,9 @@ def test_loss_that_is_not_finite_names_epoch_and_step():
     steps = []
     detector = noco(6, epochs=4, batch_size=4)
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at epoch 2, step 3"):
-        detector.fit(bank, generator=seeded(), monitor=lambda step, _: steps.append(step))
+        detector.fit(
+            bank, generator=seeded(), monitor=monitoring(lambda step, _: steps.append(step))
+        )
     assert steps == [1]
 
 
