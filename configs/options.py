@@ -57,6 +57,12 @@ class Since(Enum):
     LATER = "config.json has it only where it is not at its default, so that older runs continue"
 
 
+class Names(Enum):
+    """What a text of an option names, where a fit reads it."""
+
+    IMAGES = "a folder: a fit is made of all images below it"
+
+
 How = Annotated[T, Role.HOW]
 Part = Annotated[T, Role.PART]
 Beside = Annotated[T, Role.BESIDE]
@@ -102,6 +108,7 @@ OptionalFraction = Annotated[
     float | None, _or_none(float, "FLOAT|none"), Bound("in 0 to 1", lambda value: 0 <= value <= 1)
 ]
 OptionalPath = Annotated[str | None, _or_none(str, "FILE|none")]
+OptionalImages = Annotated[str | None, _or_none(str, "FOLDER|none"), Names.IMAGES]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,15 @@
 """What an experiment is made of, as it is there now: images, masks and weights; needs no torch."""
 
+import contextlib
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs.cache import cache_folder
+from configs.options import Names, fields_marked
 from datasets.contents import Contents, Digests, contents_of
-from datasets.samples import Task
+from datasets.reading.finding import find_images
+from datasets.samples import DataError, Task
 from pipeline.experiments import AnyExperiment
 from utils.runs.made_of import OF_TRAINING, WHATEVER, MadeOf
 
@@ -24,9 +28,7 @@ def made_of(
         backbone: short hash of the backbone's weights; unknown without.
     """
     digests = Digests(cache_folder() / "digests.sqlite")
-    texts = [experiment.weights, *vars(experiment.method).values()]
-    files = [Path(text) for text in texts if isinstance(text, str) and Path(text).is_file()]
-    weights = " ".join(digests.of(files)) if files else WHATEVER
+    weights = _named_files(experiment, digests)
     root = experiment.data_root
     contents = {task.category: contents_of(task, root, digests) for task in tasks}
     if experiment.is_joint:
@@ -37,3 +39,19 @@ def made_of(
                     trained_on.setdefault(group, {}).update(names)
         contents = {category: found | trained_on for category, found in contents.items()}
     return {category: MadeOf(found, weights, backbone) for category, found in contents.items()}
+
+
+def _named_files(experiment: AnyExperiment, digests: Digests) -> str:
+    """Return digests of the files that options name, and one of all images below such a folder."""
+    method = experiment.method
+    texts = [experiment.weights, *vars(method).values()]
+    files = [Path(text) for text in texts if isinstance(text, str) and Path(text).is_file()]
+    found = digests.of(files) if files else []
+    for name in sorted(fields_marked(type(method), Names.IMAGES)):
+        folder = getattr(method, name)
+        if folder is None or not Path(folder).is_dir():
+            continue
+        with contextlib.suppress(DataError):  # the method refuses an empty one
+            images = " ".join(digests.of(find_images([folder])))
+            found.append(hashlib.blake2b(images.encode(), digest_size=16).hexdigest())
+    return " ".join(found) if found else WHATEVER

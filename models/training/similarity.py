@@ -1,5 +1,9 @@
 """How alike two images are around each position: structural and gradient similarity."""
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
+
 import kornia.metrics
 import torch
 import torch.nn.functional as F
@@ -10,7 +14,30 @@ SSIM_WINDOW = 11
 GMS_CONSTANT = 0.0026
 """Keeps the ratio finite without gradients (Xue et al., 2014: 170 / 255^2, for 0 to 1)."""
 
+Further = ParamSpec("Further")
+Comparison = Callable[Concatenate[Tensor, Tensor, Further], Tensor]
 
+
+def in_float32(compare: Comparison[Further]) -> Comparison[Further]:
+    """Let a comparison compute in float32 under autocast: differences of squares need the digits.
+
+    Without autocast nothing is done, so that a traced graph holds nothing of it.
+    """
+
+    @functools.wraps(compare)
+    def guarded(
+        images: Tensor, others: Tensor, /, *args: Further.args, **options: Further.kwargs
+    ) -> Tensor:
+        kind = images.device.type
+        if not torch.is_autocast_enabled(kind):
+            return compare(images, others, *args, **options)
+        with torch.autocast(kind, enabled=False):
+            return compare(images.float(), others.float(), *args, **options)
+
+    return guarded
+
+
+@in_float32
 def ssim_map(images: Tensor, others: Tensor, *, max_value: float = 1.0) -> Tensor:
     """Return the structural similarity at each pixel, averaged over channels, (B, H, W), at most 1.
 
@@ -36,6 +63,7 @@ def gradient_magnitude(images: Tensor) -> Tensor:
     return (both.square().sum(dim=2) + 1e-12).sqrt()
 
 
+@in_float32
 def gms_map(images: Tensor, others: Tensor) -> Tensor:
     """Return the gradient magnitude similarity at each pixel, averaged over channels, (B, H, W).
 
@@ -50,6 +78,7 @@ def gms_map(images: Tensor, others: Tensor) -> Tensor:
     return similarity.mean(dim=1)  # (B, H, W)
 
 
+@in_float32
 def multiscale_gms_map(images: Tensor, others: Tensor, *, scales: int) -> Tensor:
     """Return the mean of the maps of an image and its halvings, each at full size, (B, H, W).
 

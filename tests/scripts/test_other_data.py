@@ -95,7 +95,7 @@ def test_replaced_weights_are_told(root, tmp_path, capsys):
     state = load_file(file)
     save_file({name: tensor * 2 for name, tensor in state.items()}, file)
     message = refusal(capsys, train_mvtec.main, *words, "--layers", "2")
-    assert "a file that the options name (--weights) has changed" in message
+    assert "a file that the options name (--weights or the method's) has changed" in message
 
 
 def test_a_sweep_does_not_take_other_data_for_done(root, tmp_path, capsys):

@@ -50,7 +50,7 @@ class MadeOf:
         """Say what has changed since, each in a few words; nothing where all is equal."""
         said = _image_differences(self.images, now.images)
         if WHATEVER not in (self.weights, now.weights) and self.weights != now.weights:
-            said.append("a file that the options name (--weights) has changed")
+            said.append("a file that the options name (--weights or the method's) has changed")
         elif WHATEVER not in (self.backbone, now.backbone) and self.backbone != now.backbone:
             said.append(f"the backbone's weights were {self.backbone} and are {now.backbone}")
         return said

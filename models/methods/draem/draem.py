@@ -42,8 +42,8 @@ from configs.options import (
     MethodOptions,
     NotNegative,
     OnlyWith,
+    OptionalImages,
     OptionalInt,
-    OptionalPath,
     Positive,
     PositiveInt,
 )
@@ -72,7 +72,7 @@ LARGEST_TURN = 90.0
 class DraemOptions(MethodOptions):
     """DRAEM: pasted textures are taken away, and found."""
 
-    anomaly_source: OptionalPath = None
+    anomaly_source: OptionalImages = None
     """Folder of textures to paste, with all below it (paper: DTD); none for the suite's own set,
     which needs no download."""
     anomalous_share: Fraction = 0.5
@@ -160,16 +160,15 @@ class Draem(Detector):
         wanted, pixels = unit_pixels(clean), unit_pixels(corrupted)
         self.discriminator.encoder.check(pixels)  # it has the most levels
         rebuilt, logits, predictions = self._run(pixels)
-        with torch.autocast(pixels.device.type, enabled=False):  # variances need the digits
-            rebuilt = rebuilt.float()
-            found = {
-                "l2": F.mse_loss(rebuilt, wanted),
-                "ssim": 1 - ssim_map(rebuilt, wanted).mean(),
-                "focal": focal_loss(logits, masks, gamma=GAMMA),
-            }
-            if predictions:
-                found["sspcab"] = self.options.sspcab_weight * torch.stack(predictions).sum()
-            return {"loss": torch.stack(list(found.values())).sum(), **found}
+        rebuilt = rebuilt.float()
+        found = {
+            "l2": F.mse_loss(rebuilt, wanted),
+            "ssim": 1 - ssim_map(rebuilt, wanted).mean(),
+            "focal": focal_loss(logits, masks, gamma=GAMMA),
+        }
+        if predictions:
+            found["sspcab"] = self.options.sspcab_weight * torch.stack(predictions).sum()
+        return {"loss": torch.stack(list(found.values())).sum(), **found}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the probability that a pixel is anomalous, (B, S, S).

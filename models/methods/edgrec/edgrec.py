@@ -34,8 +34,8 @@ from torch import Tensor
 from configs.options import (
     Fraction,
     MethodOptions,
+    OptionalImages,
     OptionalInt,
-    OptionalPath,
     Positive,
     PositiveInt,
 )
@@ -62,7 +62,7 @@ STRUCTURE_FILTER = 21
 class EdgrecOptions(MethodOptions):
     """EdgRec: colours are rebuilt from edges."""
 
-    anomaly_source: OptionalPath = None
+    anomaly_source: OptionalImages = None
     """Folder of textures to paste, with all below it (paper: DTD); none for the suite's own set,
     which needs no download."""
     corrupted_share: Fraction = 0.5
@@ -141,12 +141,11 @@ class Edgrec(Detector):
             corrupted: the same, corrupted.
         """
         wanted, rebuilt = clean.float() / 255, self._rebuild(corrupted)
-        with torch.autocast(wanted.device.type, enabled=False):  # variances need the digits
-            found = {
-                "l2": F.mse_loss(rebuilt, wanted),
-                "ssim": 1 - ssim_map(rebuilt, wanted).mean(),
-            }
-            return {"loss": torch.stack(list(found.values())).sum(), **found}
+        found = {
+            "l2": F.mse_loss(rebuilt, wanted),
+            "ssim": 1 - ssim_map(rebuilt, wanted).mean(),
+        }
+        return {"loss": torch.stack(list(found.values())).sum(), **found}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the sum of the maps of structure and colour, (B, S, S).

@@ -44,8 +44,8 @@ from configs.options import (
     Fraction,
     MethodOptions,
     NotNegative,
+    OptionalImages,
     OptionalInt,
-    OptionalPath,
     Positive,
     PositiveInt,
 )
@@ -75,7 +75,7 @@ READ = 8
 class MemsegOptions(MethodOptions):
     """MemSeg: drawn anomalies are segmented by how they differ from remembered images."""
 
-    anomaly_source: OptionalPath = None
+    anomaly_source: OptionalImages = None
     """Folder of textures to draw, with all below it (paper: DTD); none for the suite's own set,
     which needs no download."""
     anomalous_share: Fraction = 0.5

@@ -58,7 +58,7 @@ def test_weights_are_compared_where_both_are_known():
     before = MadeOf(FILES, "w1", "b1")
     assert before.differences(MadeOf(FILES)) == []
     assert before.differences(MadeOf(FILES, "w2", "b2")) == [
-        "a file that the options name (--weights) has changed"
+        "a file that the options name (--weights or the method's) has changed"
     ]
     assert before.differences(MadeOf(FILES, "", "b2")) == [
         "the backbone's weights were b1 and are b2"
