@@ -20,7 +20,8 @@ weight decay. R is not found by the paper's line search every 5 epochs: as in th
 is 0 for the first 10 epochs and then, after each step, the 1 - nu quantile of the batch's
 distances, which minimises equation 3 for fixed weights. Entries of c nearer to 0 than 0.1 are moved
 to 0.1 or -0.1, because a zero is matched by zero weights (released code; exact zeros are moved
-here too).
+here too). Pretraining minimises the squared error summed over an image (released code): averaged
+over its pixels, the weight decay would weigh hundreds of times as much against it.
 """
 
 from collections.abc import Iterator
@@ -218,7 +219,8 @@ class DeepSvdd(Detector):
 
         def losses(images: Tensor) -> Losses:
             inputs = self.normalise(images)
-            return {"loss": F.mse_loss(autoencoder(inputs), inputs)}
+            squared = F.mse_loss(autoencoder(inputs), inputs, reduction="sum")
+            return {"loss": squared / len(inputs)}
 
         loop = self._loop(
             autoencoder,
