@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from torch import nn
 
 from models.detector import FeatureShape
 from models.errors import ModelError
+from models.methods.deep_svdd import deep_svdd
 from models.methods.deep_svdd.deep_svdd import DeepSvdd, DeepSvddOptions, soft_boundary_loss
 from models.methods.deep_svdd.lenet import (
     NETWORKS,
@@ -173,6 +175,21 @@ def test_pretraining_reconstructs_and_training_contracts():
     assert len(pretraining) == 15
     assert pretraining[-1] < 0.7 * pretraining[0]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_pretraining_sums_the_squared_error_over_an_image(monkeypatch):
+    """Without weights every pixel is rebuilt as sigmoid(0)."""
+
+    def no_weights(module, *_):
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+
+    monkeypatch.setattr(deep_svdd, "draw_weights", no_weights)
+    bank = bank_of_images(8)
+    detector = fitted(bank, pretrain_epochs=1, batch_size=8)
+    (images,) = bank.batches(8)
+    expected = (detector.normalise(images) - 0.5).square().sum() / 8
+    assert np.isclose(detector.diagnostics["pretrain_loss"][0], expected, rtol=1e-5)
 
 
 def test_every_weight_of_the_encoder_moves_in_both_trainings():
