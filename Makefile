@@ -2,16 +2,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage lint reproduce-demo clean
+.PHONY: demo test test-gpu coverage lint reproduce-demo clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python train_mvtec.py demo
 
+# Nothing of it asks for a CUDA device, be there one, a broken one or none.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+
+test-gpu: $(VENV)/test.done
+	$(BIN)/python -m pytest -m gpu
 
 coverage: $(VENV)/test.done
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

@@ -63,15 +63,18 @@ class Experiment:
     backbone: str
     """Any timm model, e.g. wide_resnet50_2.tv_in1k, resnet152.tv_in1k, tf_efficientnet_lite0."""
     weights: str = "auto"
-    """auto, random (said in every table), or a .safetensors or .pth file."""
+    """auto, random (said in every table), or a .safetensors or .pth file, or a folder of shards."""
     layers: tuple[int, ...]
     """Stages of the backbone, as timm counts them: 0 is the stem, then 1 to 4."""
     feature_location: Literal["bottleneck", "expansion"] = "bottleneck"
     """Maps after or before the projections of an EfficientNet's blocks."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast of the backbone. Heads stay in fp32, and so do the backbone's convolutions over
-    fewer than 16 channels. AUROC was seen to move by less than 0.1 point."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Of the backbone: tf32 is fp32 with products of 10 bits on a GPU; bf16 and fp16 are autocast
+    but for convolutions over fewer than 16 channels (AUROC moved by less than 0.1 point).
+    Heads stay in fp32."""
 
+    deterministic: Annotated[Beside[bool], Since.LATER] = False
+    """Use only operations that give the same bits each time: slower on a GPU, as on a CPU."""
     compile: Beside[bool] = False
     """Compile the backbone, and networks that train on images (torch.compile): pays on many images;
     on a CPU it needs g++ or clang."""

@@ -18,10 +18,11 @@ from datasets.synthetic import ImagesAt, SyntheticDataset, cutpaste, rotate
 from models.backbone.raw_images import RawImages
 from models.building import build_detector, build_extractor
 from models.detector import Extractor
+from models.features.matmul import set_fp32
 from models.method import find_method
 from pipeline.experiments import AnyExperiment
 from pipeline.leaks import Leak, Leaks
-from utils.device import pick_device
+from utils.device import pick_device, set_deterministic
 from utils.errors import UsageError
 from utils.evaluation.calibration import held_out_for_calibration
 from utils.evaluation.scoring import Scoring
@@ -62,7 +63,10 @@ def extractor_of(experiment: AnyExperiment, *, weights: str | None = None) -> Ex
     )
     # A method that cannot be built says so now, not after the images are read.
     build_detector(experiment.method_name, extractor, experiment.method)
-    return extractor.to(pick_device(experiment.device))
+    device = pick_device(experiment.device)
+    set_fp32("tf32" if experiment.precision == "tf32" else "ieee")
+    set_deterministic(experiment.deterministic)
+    return extractor.to(device)
 
 
 def transform_of(experiment: AnyExperiment) -> PairTransform:

@@ -26,7 +26,10 @@ ARROWS: dict[str, set[str]] = {
     "configs": set(),
     "models": {"configs.anomalyncd", "configs.options", "configs.presets", "datasets.drawing"},
     "datasets": {"configs.options", "configs.presets"},
-    "utils": {"configs", "models.detector", "models.errors", "datasets.samples"},
+    "utils": {
+        *("configs", "datasets.samples"),
+        *("models.detector", "models.errors", "models.features.matmul"),
+    },
     "figures": {"configs", "utils", "datasets.data_set", "datasets.reading", "datasets.samples"},
     "pipeline": {"configs", "models", "datasets", "utils"},
     "benchmarks": {"configs", "models", "datasets", "utils", "pipeline", "train_mvtec"},

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
@@ -95,12 +96,20 @@ def machine_fault(error: Exception) -> str | None:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
         or "not enough memory" in str(error)
+        # Of the libraries that it calls, which ask for memory of their own.
+        or re.search(r"CU[A-Z]+_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)", str(error))
     ):
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         return (
             f"out of memory ({said}); use less (--extract-batch-size, --method.batch-size, "
             "--image-size, --cache disk or none), then the same command continues after what is "
             "finished"
+        )
+    if "does not have a deterministic implementation" in str(error):
+        operation = str(error).split(" does not")[0]
+        return (
+            f"{operation} gives other bits each time on a GPU, and --deterministic forbids that: "
+            "leave it out, or compute with --device cpu"
         )
     return None
 

@@ -34,11 +34,31 @@ def pick_device(name: str) -> torch.device:
             raise UsageError(f"--device {name}: no CUDA device is available here; use --device cpu")
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()}")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # libraries allocate on the current one
     elif device.type == "cpu":
         keep_freed_memory()
     else:  # "mps" among them: it has no float64, which scoring and the closed form need
         raise UsageError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:1")
     return device
+
+
+def set_deterministic(wanted: bool) -> None:
+    """Let PyTorch use only operations that give the same bits each time, or any.
+
+    cuBLAS reads its setting when it is first used, so this comes before any work on a GPU.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    # What is read before it is written would be a defect whatever it holds.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def wait_for_device() -> None:
+    """Wait until a GPU in use has done what it was given, so that a clock tells the time of it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def keep_freed_memory() -> bool:

@@ -37,8 +37,9 @@ class FrozenExtractor(Extractor):
         feature_location: "bottleneck", or "expansion" for the wider maps before an EfficientNet's
             projections.
         pooled: global averages instead of maps.
-        precision: "fp32", "bf16" or "fp16", the autocast of the backbone; convolutions over fewer
-            than 16 channels stay in fp32 (`with_narrow_in_full`).
+        precision: "fp32", or "tf32", which differs by what `set_fp32` was told; or "bf16" or
+            "fp16", the autocast of the backbone, in which convolutions over fewer than 16 channels
+            stay in fp32 (`with_narrow_in_full`).
         compile_backbone: run it through torch.compile.
         rewrite: run what `accelerated` makes of it: the same maps up to rounding, in less time;
             without effect in half precision.
@@ -82,7 +83,7 @@ class FrozenExtractor(Extractor):
         self.compiled = compile_backbone
         # A folded kernel can leave float16's range, and loses more than its parts to bfloat16's
         # rounding (measured: features 9 % off, against 7 %).
-        self.rewrite = rewrite and precision == "fp32"
+        self.rewrite = rewrite and not self._halves
         # What runs, made of `net` for the first images. In a tuple: its weights are not to be
         # counted twice.
         self._run: tuple[Any, ...] = ()
@@ -112,6 +113,11 @@ class FrozenExtractor(Extractor):
     def channels(self) -> int:
         """Channels of the concatenated features."""
         return sum(self.stage_channels)
+
+    @property
+    def _halves(self) -> bool:
+        """Whether most of it computes in half precision."""
+        return self.precision not in {"fp32", "tf32"}
 
     def grid(self, image_size: int) -> int:
         """Side of the feature map for square images of `image_size` pixels (1 when pooled)."""
@@ -173,7 +179,7 @@ class FrozenExtractor(Extractor):
             net = self.net
             if self.rewrite:
                 net = accelerated(net, pixels[:1])
-            elif self.precision != "fp32":
+            elif self._halves:
                 net = with_narrow_in_full(net)
             self._run = (torch.compile(net) if self.compiled else net,)
         with self._autocast(pixels.device.type):
@@ -220,7 +226,7 @@ class FrozenExtractor(Extractor):
         return f"{self.device.type} {torch.cuda.get_device_name(self.device)}"
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager:
-        if self.precision == "fp32":
+        if not self._halves:
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(device_type, dtype=dtype)

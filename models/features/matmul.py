@@ -70,7 +70,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
             return
         # Not the older calls: they raise where the user has set these.
         onednn = torch.backends.mkldnn
-        settings = [torch.backends.cuda.matmul, onednn.matmul, onednn.conv]  # type: ignore[attr-defined]
+        settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+        settings += [onednn.matmul, onednn.conv]  # type: ignore[attr-defined]
         chosen = [setting.fp32_precision for setting in settings]
         for setting in settings:
             setting.fp32_precision = "ieee"
@@ -79,6 +80,20 @@ def full_precision(device: torch.device) -> Iterator[None]:
         finally:
             for setting, precision in zip(settings, chosen, strict=True):
                 setting.fp32_precision = precision
+
+
+def set_fp32(mode: str) -> None:
+    """Let CUDA compute float32 products and convolutions in "ieee" or "tf32".
+
+    PyTorch begins with "tf32" for convolutions: ten bits of each factor.
+    """
+    cuda: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(cuda, "fp32_precision"):
+        for setting in (cuda, cudnn.conv, cudnn.rnn):
+            setting.fp32_precision = mode
+    else:  # before PyTorch 2.9
+        cuda.allow_tf32 = cudnn.allow_tf32 = mode == "tf32"
 
 
 def fp32_settings() -> list[str]:

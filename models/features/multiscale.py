@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from models.features.matmul import add_product, linear
+from models.features.matmul import add_product, full_precision, linear
 
 CACHE_BYTES = 3 << 20
 """Results of `project`, for each thread, that a CPU's cache keeps until the next step."""
@@ -102,24 +102,50 @@ def add_outer(sums: Tensor, stages: Sequence[Tensor], rows: Tensor) -> None:
         stages: B images.
         rows: (B, H, W, R), contiguous.
     """
-    B, H, W, R = rows.shape
+    _, H, W, _ = rows.shape
     widths = [m.shape[1] for m in stages]
     for maps, part in zip(stages, sums.split(widths, dim=1), strict=True):
         gathered = rows
         if maps.shape[2:] != (H, W):
-            # The adjoint of `F.interpolate` itself: autograd would run the resize first.
-            gathered = _channels_last(
-                torch.ops.aten.upsample_bilinear2d_backward(
-                    rearrange(rows, "b h w r -> b r h w"),
-                    [H, W],
-                    [B, R, *maps.shape[2:]],
-                    False,  # corners are not aligned
-                    None,
-                    None,
-                )
-            )  # (B, H_l, W_l, R)
+            gathered = resize_adjoint(rows, maps.shape[2:])  # (B, H_l, W_l, R)
         features = rearrange(maps, "b c h w -> (b h w) c")
         add_product(part, rearrange(gathered, "b h w r -> (b h w) r"), features)
+
+
+def resize_adjoint(rows: Tensor, size: Sequence[int]) -> Tensor:
+    """Apply the adjoint of the bilinear resize of maps (H_l, W_l) to (H, W).
+
+    On a GPU PyTorch's own adds atomically, so that its last bits differ each time: there it is what
+    `adjoint_by_products` says. On a CPU that takes twice as long.
+
+    Args:
+        rows: (B, H, W, R), contiguous.
+        size: H_l and W_l.
+
+    Returns:
+        (B, H_l, W_l, R).
+    """
+    if rows.device.type == "cuda":
+        return adjoint_by_products(rows, size)
+    B, H, W, R = rows.shape
+    # The adjoint of `F.interpolate` itself: autograd would run the resize first.
+    return _channels_last(
+        torch.ops.aten.upsample_bilinear2d_backward(
+            rearrange(rows, "b h w r -> b r h w"),
+            [H, W],
+            [B, R, *size],
+            False,  # corners are not aligned
+            None,
+            None,
+        )
+    )
+
+
+def adjoint_by_products(rows: Tensor, size: Sequence[int]) -> Tensor:
+    """Do as `resize_adjoint` by the two matrices of the resize, with the same bits each time."""
+    H, W = rows.shape[1:3]
+    with full_precision(rows.device):
+        return _mixed(rows, resize_matrix(size[0], H, rows).T, resize_matrix(size[1], W, rows).T)
 
 
 def add_second_moment(sums: Tensor, stages: Sequence[Tensor]) -> None:

@@ -54,7 +54,7 @@ class StpmOptions(MethodOptions):
     validation_share: Fraction = 0.2
     """Normal training images held out; the epoch of least loss on them is kept (paper: 0.2), the
     last with 0."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
     elsewhere."""
 
@@ -141,7 +141,7 @@ class Stpm(Detector):
         (teacher,) = self._teacher
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # a GPU's stays as it is
             fresh = load_backbone(
                 teacher.backbone, "random", teacher.layers, teacher.feature_location
             )

@@ -1,6 +1,5 @@
 """The epoch of least loss on what a fit keeps aside."""
 
-import copy
 import math
 from typing import Any
 
@@ -28,7 +27,8 @@ class KeptEpoch:
         """Keep the module as it is now if its loss is below all before."""
         if loss < self._least:
             self._least, self.epoch = loss, epoch
-            self._state = copy.deepcopy(self._module.state_dict())
+            state = self._module.state_dict()
+            self._state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
     def restore(self) -> None:
         """Give the module the state that was kept, if one was."""

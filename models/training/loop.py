@@ -126,6 +126,8 @@ class Loop:
         kept = KeptEpoch(self.module, self.epochs)
         base = [group["lr"] for group in self._groups()]
         values = self._restore(monitor, kept)
+        for group in self._groups():
+            _fuse(group)
         bar = epochs(self.epochs, self.phase, start=len(values))
         for epoch in bar:
             self._scale(base, epoch - 1)
@@ -212,6 +214,12 @@ class Loop:
 
     def _generators(self) -> dict[str, torch.Generator]:
         return {"": self.generator, **self.drawn}
+
+
+def _fuse(group: dict[str, Any]) -> None:
+    """Let a step on a CUDA device be one kernel, where the optimizer has such a one."""
+    if "fused" in group and all(one.is_cuda for one in group["params"]):
+        group["fused"], group["foreach"] = True, False
 
 
 def _show(bar: tqdm, step: int, loss: Tensor) -> None:

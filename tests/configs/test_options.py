@@ -89,13 +89,13 @@ def test_roles_of_the_experiments_options():
     assert fields_marked(Experiment, Role.PART) == {"categories", "seeds"}
     beside = {
         *("compile", "monitor_test", "online", "skip_unreadable", "false_alarm_rate"),
-        *("overlays", "extract_batch_size"),
+        *("deterministic", "overlays", "extract_batch_size"),
     }
     assert fields_marked(SemanticExperiment, Role.BESIDE) == beside
     assert fields_marked(StructuredExperiment, Role.BESIDE) == {*beside, "save_maps"}
     later = {
         *("calibration_share", "false_alarm_rate", "data", "bit_depth", "max_pixels"),
-        *("scale_on", "test_batches", "protocol"),
+        *("scale_on", "test_batches", "protocol", "deterministic"),
     }
     assert fields_marked(StructuredExperiment, Since.LATER) == later
     for field in dataclasses.fields(StructuredExperiment):

@@ -199,6 +199,8 @@ OUT_OF_MEMORY = (
         "[enforce fail at alloc_cpu.cpp:113] err == 0. DefaultCPUAllocator: can't allocate memory: "
         "you tried to allocate 80000000000 bytes. Error code 12 (Cannot allocate memory)"
     ),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate`"),
     MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000000000,)"),
     MemoryError(),
 )

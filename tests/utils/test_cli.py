@@ -8,7 +8,7 @@ import torch
 
 from models.errors import ModelError
 from utils.cli import FOR_THE_USER, exits_cleanly
-from utils.device import pick_device
+from utils.device import pick_device, set_deterministic
 from utils.errors import UsageError
 
 
@@ -125,3 +125,38 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(30) == 141
+
+
+def test_an_operation_that_cannot_be_repeated_names_the_option(capsys):
+    error = RuntimeError(
+        "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you "
+        "set 'torch.use_deterministic_algorithms(True)'."
+    )
+    with pytest.raises(SystemExit):
+        ending_with(error)(1)
+    message = capsys.readouterr().err
+    assert message.startswith("error: adaptive_avg_pool2d_backward_cuda gives other bits")
+    assert "--deterministic" in message
+
+
+def test_deterministic_operations_are_asked_for_and_given_up(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_deterministic(False)
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        assert not torch.are_deterministic_algorithms_enabled()
+        set_deterministic(True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        set_deterministic(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_the_named_gpu_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]

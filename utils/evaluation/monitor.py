@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from models.detector import Detector
+from utils.device import wait_for_device
 from utils.errors import UsageError
 from utils.evaluation.scoring import Scores
 from utils.evaluation.test_set import TestSet
@@ -152,6 +153,7 @@ class FitMonitor:
     @property
     def fit_seconds(self) -> float:
         """Seconds since the monitor was made, without those spent on the test set."""
+        wait_for_device()
         return time.perf_counter() - self._start - self._seconds
 
     def _resume(self, state: dict[str, Any]) -> None:
@@ -172,6 +174,7 @@ class FitMonitor:
             self._logged.append(values)
 
     def _evaluate_step(self, step: int) -> list[Measured]:
+        wait_for_device()
         start = time.perf_counter()
         measured = [test.measure(test.score(self._detector)) for test in self._tests]
         for kind, name in self._watched.items():
@@ -188,13 +191,16 @@ class FitMonitor:
         return Outcome(select, measured, scores, {suffix: state}, steps, seconds)
 
     def _score(self, test: TestSet) -> tuple[Scores, float]:
+        wait_for_device()
         start = time.perf_counter()
         # Its check of all scores waits for the device.
         scores = test.score(self._detector, geometry=True)
         return scores, time.perf_counter() - start
 
     def _snapshot(self) -> State:
-        return copy.deepcopy(self._detector.state_dict())
+        # On the host: a GPU has no room for copies of large heads.
+        state = self._detector.state_dict()
+        return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
 
 def merged(image: Measured, pixel: Measured) -> Measured:

@@ -114,7 +114,7 @@ class FeatureBank(Features):
         if found is None:
             found = _extract(extractor, loader, store, dtype, description, disk, identity)
         return cls(
-            found.stages(),
+            _uploaded(found.stages(), extractor.device, store),
             found.indices,
             assemble=extractor.assemble,
             device=extractor.device,
@@ -162,7 +162,13 @@ class FeatureBank(Features):
             yield [self._read(stage, chunk) for stage in self.stages]
 
     def _read(self, stage: Tensor, rows: Tensor) -> Tensor:
-        chosen = stage[rows.to(stage.device)].to(self._device)
+        if self._device.type == "cuda" and stage.device.type == "cpu":
+            # The copy does not wait: the next rows are gathered while the GPU computes.
+            pinned = torch.empty((len(rows), *stage.shape[1:]), dtype=stage.dtype, pin_memory=True)
+            torch.index_select(stage, 0, rows, out=pinned)
+            chosen = pinned.to(self._device, non_blocking=True)
+        else:
+            chosen = stage[rows.to(stage.device)].to(self._device)
         return rearrange(chosen, "b h w c -> b c h w")
 
 
@@ -245,6 +251,16 @@ def _place(needed: int, device: torch.device, store: str, has_disk: bool) -> tor
     if has_disk and needed > HOST_SHARE * psutil.virtual_memory().available:
         return None
     return host
+
+
+def _uploaded(stages: list[Tensor], device: torch.device, store: str) -> list[Tensor]:
+    """Return stages on a GPU where they fit, so that they are copied once and not each epoch."""
+    needed = sum(s.numel() * s.element_size() for s in stages if s.device.type == "cpu")
+    if store == "host" or device.type != "cuda" or not needed:
+        return stages
+    if needed > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return stages
+    return [stage.to(device) for stage in stages]
 
 
 @exits_cleanly()

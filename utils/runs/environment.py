@@ -31,10 +31,39 @@ def environment_record(command: Sequence[str], device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "device_name": name,
+        **(_cuda_record(device) if device.startswith("cuda") else {}),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _cuda_record(device: str) -> dict[str, Any]:
+    """Return what numbers of a GPU depend on; the driver is None where nvidia-smi does not run."""
+    import torch
+
+    from models.features.matmul import fp32_settings
+
+    products, convolutions = fp32_settings()
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
+        "capability": f"{major}.{minor}",
+        "fp32_products": products,
+        "fp32_convolutions": convolutions,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _driver() -> str | None:
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(found.stdout.splitlines()), "").strip() or None
 
 
 def _cpu_name() -> str:

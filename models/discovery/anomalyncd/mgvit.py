@@ -232,7 +232,7 @@ def _load(backbone: str, weights: str) -> tuple[Any, str]:
         )
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # a GPU's stays as it is
             return timm.create_model(backbone, pretrained=False, **options), "random (asked for)"
     state, source = complete_state(backbone, weights)
     names = net.state_dict().keys()

@@ -63,7 +63,7 @@ class ReconstructionOptions(MethodOptions):
     """Of that many images each (paper)."""
     image_score: Literal["max", "mean"] = "max"
     """An image's score: the maximum of the map, or its mean (ours)."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
     elsewhere."""
 

@@ -204,7 +204,7 @@ class CutPaste(Detector):
         """Give the network random weights, those that its layers draw, and forget the density."""
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # a GPU's stays as it is
             fresh = self._new_network()
         self.network.load_state_dict(fresh.state_dict())
 

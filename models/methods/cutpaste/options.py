@@ -64,7 +64,7 @@ class CutpasteOptions(MethodOptions):
     """Of so many updates (paper; its Table 7: 128 do as well)."""
     schedule_epochs: OptionalInt = None
     """Epochs over which the learning rate falls to 0; none for all of `epochs`."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
     elsewhere."""
 

@@ -70,7 +70,7 @@ class DdadOptions(MethodOptions):
     """How strongly an image is drawn towards another one there (paper)."""
     adaptation_weight: Annotated[NotNegative, ADAPTED] = 0.1
     """Of what keeps the copy near the backbone (paper)."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
     elsewhere."""
 

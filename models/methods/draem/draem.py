@@ -98,7 +98,7 @@ class DraemOptions(MethodOptions):
     """Passes over the training images (paper)."""
     schedule_epochs: OptionalInt = None
     """Epochs over which the learning rate falls; none for all of `epochs`."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
     elsewhere."""
 

@@ -53,7 +53,7 @@ class FineTuningOptions(MethodOptions):
     """Nearest training images whose squared distances, added, are the score."""
     trained_stages: PositiveInt
     """Stages that train, counted from the last."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
     elsewhere."""
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.backbone.checkpoints import read_checkpoint
 from models.backbone.extractor import FrozenExtractor
-from models.backbone.weights import canonical_name, complete_state, read_checkpoint
+from models.backbone.weights import canonical_name, complete_state
 from models.detector import FeatureSource
 from models.errors import ModelError
 
@@ -114,7 +115,7 @@ def read_fisher(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str,
             or a non-finite entry.
     """
     try:
-        stored = read_checkpoint(path)
+        stored = read_checkpoint(path).tensors
     except ModelError as error:
         way_out = {"fisher_file": "name another with"}
         raise ModelError(f"Fisher diagonal: {error}", way_out) from error

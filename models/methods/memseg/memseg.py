@@ -113,7 +113,7 @@ class MemsegOptions(MethodOptions):
     """Of that many steps (reimplementation: 5000 steps in all)."""
     schedule_epochs: OptionalInt = None
     """Epochs over which the learning rate rises and falls; none for all of `epochs`."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
     elsewhere."""
 

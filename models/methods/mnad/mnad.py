@@ -87,7 +87,7 @@ class MnadOptions(MethodOptions):
     image_score: Literal["mean", "max"] = "mean"
     """An image's score: of its mean error and distance (as the paper's of a frame), or the maximum
     of the map (ours)."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
     elsewhere."""
 

@@ -65,7 +65,7 @@ class PniOptions(FeatureOptions):
     neighbour; two gates of their own, whose maps are averaged, that of the neighbours with ranks in
     the place of members; positions vote for C_emb; lambda 0.99; an image's score is the largest of
     its map without 2 cells at the border, which are filled from inside."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it; ignored elsewhere."""
 
     def __post_init__(self) -> None:

@@ -80,7 +80,7 @@ class RiadOptions(MethodOptions):
     """Passes over the training images (released implementations)."""
     image_score: Literal["max", "mean"] = "max"
     """An image's score: the maximum of the map (paper), or its mean (ours)."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train in bfloat16 where a CUDA device computes in it (scores are float32); ignored
     elsewhere."""
 

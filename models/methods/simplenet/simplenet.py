@@ -106,7 +106,7 @@ class SimpleNetOptions(FeatureOptions):
     report_every: PositiveInt = 1
     """Epochs between two reports, and two evaluations where the test set is watched (released
     code: 4)."""
-    mixed_precision: bool = True
+    mixed_precision: bool = False
     """Train the head in bfloat16 where a CUDA device computes in it (the noise is added, and scores
     are computed, in float32); ignored elsewhere."""
 

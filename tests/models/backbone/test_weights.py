@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import os
 import pickle
 import urllib.error
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from models.backbone import weights
+from models.backbone.checkpoints import read_checkpoint
 from models.backbone.extractor import FrozenExtractor
-from models.backbone.weights import load_backbone, read_checkpoint, state_digest
+from models.backbone.weights import canonical_name, load_backbone, state_digest
 from models.errors import ModelError
 from tests.models.banks import seeded
 
@@ -88,7 +90,7 @@ def test_files_give_the_packages_numbers(tmp_path, packaged, whole_model, form):
     loaded = load(path)
     assert loaded.digest == packaged.digest
     assert state_digest(loaded.net) == state_digest(packaged.net)
-    assert loaded.source == str(path)
+    assert loaded.source == f"{path} (its state_dict)" if form == "nested" else str(path)
     assert not loaded.random
 
 
@@ -103,25 +105,118 @@ def test_file_with_another_classifier_or_none_is_welcome(tmp_path, resnet18):
     assert load(tmp_path / "headless.pth", "resnet18").digest == expected
 
 
+def under(prefix, state):
+    return {f"{prefix}.{name}": t for name, t in state.items()}
+
+
+def zeros(state):
+    return {name: t * 0 for name, t in state.items()}
+
+
 @pytest.mark.parametrize(
-    "wrap",
+    ("wrap", "taken"),
     [
-        lambda state: {f"module.{name}": t for name, t in state.items()},
-        lambda state: {"state_dict": {f"model.{name}": t for name, t in state.items()}},
-        lambda state: {"state_dict": {f"module.encoder.{name}": t for name, t in state.items()}},
-        lambda state: {"model_state_dict": state, "epoch": 3},
-        lambda state: {"net": state},
-        lambda state: {
-            "state_dict": {name: t * 0 for name, t in state.items()},
-            "state_dict_ema": state,
-        },
+        (lambda state: under("module", state), "what is named module.*"),
+        (
+            lambda state: {"state_dict": under("model", state)},
+            "its state_dict, what is named model.*",
+        ),
+        (
+            lambda state: {"state_dict": under("module.encoder_q", state)},
+            "its state_dict, what is named module.encoder_q.*",
+        ),
+        (lambda state: {"model_state_dict": state, "epoch": 3}, "its model_state_dict"),
+        (lambda state: {"model": {"net": state}}, "its model.net"),
+        (
+            lambda state: {"state_dict": zeros(state), "state_dict_ema": state},
+            "its state_dict_ema",
+        ),
+        (
+            lambda state: {"student": zeros(state), "teacher": under("backbone", state)},
+            "its teacher, what is named backbone.*",
+        ),
+        (
+            lambda state: {
+                **under("module.backbone", state),
+                **under("module.head", {f"{i}.weight": torch.zeros(2) for i in range(500)}),
+            },
+            "what is named module.backbone.*",
+        ),
     ],
 )
-def test_what_training_scripts_wrap_around_weights_is_taken_off(tmp_path, resnet18, wrap):
+def test_what_training_scripts_wrap_around_weights_is_taken_off(tmp_path, resnet18, wrap, taken):
     torch.save(resnet18, tmp_path / "plain.pth")
     torch.save(wrap(resnet18), tmp_path / "wrapped.pth")
-    wanted, found = (load(tmp_path / f"{n}.pth", "resnet18").digest for n in ("plain", "wrapped"))
-    assert found == wanted
+    plain, wrapped = (load(tmp_path / f"{name}.pth", "resnet18") for name in ("plain", "wrapped"))
+    assert wrapped.digest == plain.digest
+    assert plain.source == str(tmp_path / "plain.pth")
+    assert wrapped.source == f"{tmp_path / 'wrapped.pth'} ({taken})"
+
+
+def write_shards(folder, state):
+    folder.mkdir()
+    places = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(state)}
+    for file in set(places.values()):
+        part = {n: t.contiguous() for n, t in state.items() if places[n] == file}
+        save_file(part, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+def test_shards_are_read_by_their_index_or_folder(tmp_path, resnet18):
+    torch.save(resnet18, tmp_path / "whole.pth")
+    index = write_shards(tmp_path / "sharded", resnet18)
+    wanted = load(tmp_path / "whole.pth", "resnet18").digest
+    for path in (index, index.parent):
+        found = load(path, "resnet18")
+        assert (found.digest, found.source) == (wanted, f"{path} (2 shards)")
+
+
+def test_shards_that_are_not_complete_are_refused(tmp_path, resnet18):
+    index = write_shards(tmp_path / "sharded", resnet18)
+    (shard, *_) = sorted(index.parent.glob("*.safetensors"))
+    save_file({"another": torch.zeros(1)}, shard)
+    with pytest.raises(ModelError, match=r"lack .* tensors, .* first"):
+        read_checkpoint(index)
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
+    with pytest.raises(ModelError, match=f"{shard.name} is a Git LFS pointer"):
+        read_checkpoint(index)
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"names {shard.name}, which is not beside it"):
+        read_checkpoint(index)
+    index.write_text("[1]")
+    with pytest.raises(ModelError, match="no index of shards"):
+        read_checkpoint(index)
+
+
+def test_a_folder_must_have_one_file_of_weights(tmp_path, resnet18):
+    with pytest.raises(ModelError, match=r"has no \.safetensors file"):
+        read_checkpoint(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert read_checkpoint(tmp_path).tensors.keys() == {"a"}
+    save_file({"b": torch.zeros(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(ModelError, match=r"several files \(a\.safetensors, b\.safetensors\)"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "backbone", ["vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m"]
+)
+def test_the_files_of_dinov2_as_meta_publishes_them(tmp_path, backbone):
+    """There the position of the class token is among the others, and a mask token is left over."""
+    state = timm.create_model(backbone, pretrained=False, num_classes=0).state_dict()
+    official = {**state, "mask_token": torch.zeros(1, 384)}
+    if "reg_token" in state:
+        official["register_tokens"] = official.pop("reg_token")
+        position = torch.cat([torch.ones(1, 1, 384), state["pos_embed"]], dim=1)
+        official["pos_embed"], official["cls_token"] = position, state["cls_token"] - 1
+    torch.save(official, tmp_path / "dinov2.pth")
+    found = load_backbone(backbone, str(tmp_path / "dinov2.pth"), (2, 11), "bottleneck")
+    stored = {canonical_name(name): t for name, t in found.net.state_dict().items()}
+    for name, tensor in state.items():
+        if canonical_name(name) in stored:
+            torch.testing.assert_close(stored[canonical_name(name)], tensor)
 
 
 def test_suffixes_may_be_written_large(tmp_path, resnet18):
@@ -193,8 +288,14 @@ def test_files_that_hold_no_weights_are_named(tmp_path):
         with pytest.raises(ModelError, match=rf"weights file .*{name}"):
             read_checkpoint(tmp_path / name)
     (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
-    with pytest.raises(ModelError, match=r"is a text file \(it begins 'version https"):
+    with pytest.raises(ModelError, match=r"is a Git LFS pointer, not the file: .*git lfs pull"):
         read_checkpoint(tmp_path / "pointer.pth")
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
+    with pytest.raises(ModelError, match="is a web page"):
+        read_checkpoint(tmp_path / "page.pth")
+    (tmp_path / "note.pth").write_text("moved to the other disk")
+    with pytest.raises(ModelError, match=r"is a text file \(it begins 'moved to"):
+        read_checkpoint(tmp_path / "note.pth")
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pth")
     with pytest.raises(ModelError, match="is a TorchScript program"):
         read_checkpoint(tmp_path / "program.pth")

@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.features import matmul as products
-from models.features.matmul import FEW_ROWS, Linear, add_product, full_precision, linear
+from models.features.matmul import (
+    FEW_ROWS,
+    Linear,
+    add_product,
+    fp32_settings,
+    full_precision,
+    linear,
+    set_fp32,
+)
 from tests.models.banks import seeded
 from tests.threads import torch_threads
 
@@ -110,7 +118,8 @@ def precisions():
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return (torch.get_float32_matmul_precision(),)
     onednn = torch.backends.mkldnn
-    settings = torch.backends.cuda.matmul, onednn.matmul, onednn.conv
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    settings = cuda, cudnn, onednn.matmul, onednn.conv
     return tuple(setting.fp32_precision for setting in settings)
 
 
@@ -141,3 +150,17 @@ def test_convolutions_may_not_take_bfloat16_either():
         assert setting.fp32_precision == "bf16"
     finally:
         setting.fp32_precision = before
+
+
+def test_cuda_computes_float32_as_it_is_told():
+    """PyTorch itself begins with TF32 in convolutions."""
+    before = fp32_settings()
+    try:
+        for mode in ("tf32", "ieee"):
+            set_fp32(mode)
+            assert fp32_settings() == [mode, mode]
+            with full_precision(torch.device("cpu")):
+                assert fp32_settings() == ["ieee", "ieee"]
+            assert fp32_settings() == [mode, mode]
+    finally:
+        set_fp32("tf32" if "tf32" in before else "ieee")

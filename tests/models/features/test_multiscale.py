@@ -12,11 +12,13 @@ from models.features.matmul import FEW_ROWS
 from models.features.multiscale import (
     add_outer,
     add_second_moment,
+    adjoint_by_products,
     features_at,
     join_stages,
     parts_in_cache,
     position_sums,
     project,
+    resize_adjoint,
     squared_lengths,
 )
 from models.methods.mahalanobis import Mahalanobis, MahalanobisOptions
@@ -65,6 +67,14 @@ def test_projection_is_that_of_the_joined_features(shapes):
     torch.testing.assert_close(rearrange(found, "b h w r -> (b h w) r"), expected)
     without = project(stages, weight)
     torch.testing.assert_close(rearrange(without, "b h w r -> (b h w) r"), expected - bias)
+
+
+def test_on_a_gpu_the_adjoint_of_a_resize_is_products():
+    rows = draw([(3, 9, 11)])[0].permute(0, 2, 3, 1).contiguous()
+    for size in ((4, 5), (9, 4), (1, 1)):
+        found = adjoint_by_products(rows, size)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, resize_adjoint(rows, size))
 
 
 @shapes

@@ -554,3 +554,21 @@ def test_commit_and_dirty_flag(tmp_path):
     (tmp_path / "file").write_text("2")
     assert environment._git_state(tmp_path) == (commit, True)
     assert environment._git_state(tmp_path / "inner") == (None, None)
+
+
+def test_a_gpu_is_described_by_what_its_numbers_depend_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(environment, "_driver", lambda: "570.86")
+    found = environment.environment_record(["train"], "cuda:0")
+    assert (found["device_name"], found["capability"], found["driver"]) == (
+        *("Some Card", "9.0", "570.86"),
+    )
+    assert found["fp32_products"] in {"none", "ieee", "tf32"}  # none: of PyTorch
+    assert found["fp32_convolutions"] in {"none", "ieee", "tf32"}
+    assert "cuda" not in environment.environment_record(["train"], "cpu")
+
+
+def test_a_machine_without_nvidia_smi_has_no_driver(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment._driver() is None
