@@ -313,6 +313,17 @@ class Reconstructs(Protocol):
 
 
 @runtime_checkable
+class KnowsCategory(Protocol):
+    """A detector that can use the name of what the images show.
+
+    Attributes:
+        category: in words, set before the fit; None where the images are of several.
+    """
+
+    category: str | None
+
+
+@runtime_checkable
 class HasObjective(Protocol):
     """A detector that draws projected features to an objective."""
 

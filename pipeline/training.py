@@ -15,7 +15,7 @@ from tqdm import tqdm
 from configs.presets import with_options
 from datasets.samples import Task
 from models.building import build_detector, compile_networks
-from models.detector import Detector, Extractor
+from models.detector import Detector, Extractor, KnowsCategory
 from models.errors import compiler_error
 from models.method import find_method
 from pipeline.experiments import AnyExperiment
@@ -102,6 +102,8 @@ def train_head(
         detector = build_detector(experiment.method_name, extractor, options).to(extractor.device)
         if experiment.compile and "images" in find_method(experiment.method_name).takes:
             compile_networks(detector)
+        if isinstance(detector, KnowsCategory) and len(data) == 1:
+            detector.category = data[0].task.category.replace("_", " ")
         return detector
 
     with _named(experiment, " and ".join(one.task.category for one in data), seed):

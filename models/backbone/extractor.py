@@ -119,10 +119,6 @@ class FrozenExtractor(Extractor):
         """Whether most of it computes in half precision."""
         return self.precision not in {"fp32", "tf32"}
 
-    def grid(self, image_size: int) -> int:
-        """Side of the feature map for square images of `image_size` pixels (1 when pooled)."""
-        return 1 if self.pooled else -(-image_size // min(self.strides))
-
     def train(self, mode: bool = True) -> "FrozenExtractor":
         """Stay in eval mode: batch statistics of a frozen network must not move."""
         del mode
@@ -150,7 +146,8 @@ class FrozenExtractor(Extractor):
 
         if reason := refusal(size):
             below = next((s for s in range(size - 1, 0, -1) if not refusal(s)), None)
-            above = next((s for s in range(size + 1, 2 * size) if not refusal(s)), None)
+            own = config.input_size[-1]
+            above = next((s for s in range(size + 1, 2 * size + own) if not refusal(s)), None)
             fitting = [str(side) for side in (below, above) if side is not None]
             raise ModelError(
                 f"{self.backbone} takes no images of {size} pixels ({reason}); the nearest that it "

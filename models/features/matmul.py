@@ -70,7 +70,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
             return
         # Not the older calls: they raise where the user has set these.
         onednn = torch.backends.mkldnn
-        settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+        cudnn: Any = torch.backends.cudnn
+        settings: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
         settings += [onednn.matmul, onednn.conv]  # type: ignore[attr-defined]
         chosen = [setting.fp32_precision for setting in settings]
         for setting in settings:

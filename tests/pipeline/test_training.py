@@ -183,6 +183,21 @@ def test_everything_is_written_down(tmp_path, run, builds, drawn, capsys):
     assert "tile  seed 0:  image_auroc 100.00" in capsys.readouterr().out
 
 
+class Named(Drawn):
+    category = "before the fit"
+
+    def fit(self, bank, *, generator, monitor):
+        self.told.append(self.category)
+        super().fit(bank, generator=generator, monitor=monitor)
+
+
+def test_a_detector_that_can_use_its_category_is_told_it(run, builds, monkeypatch):
+    monkeypatch.setattr(Named, "told", [], raising=False)
+    builds(Named)
+    train(run, "tile")
+    assert Named.told == ["tile"]
+
+
 def test_the_first_seed_is_drawn_where_pictures_are_asked_for(tmp_path, builds, drawn):
     run = new_run(tmp_path, (3, 1))
     for seed in (3, 1):

@@ -61,12 +61,14 @@ class AnomalibDetector(Detector):
 
     Attributes:
         remarks: what a reader of the fit's numbers must know, in words.
+        category: what models that compare images with texts are told the images show.
 
     Raises:
         ModelError: anomalib is not installed, has no such model, or that has no such option.
     """
 
     final_maps: bool = True
+    category: str | None = None
 
     image_size: Tensor
     mean: Tensor
@@ -108,7 +110,7 @@ class AnomalibDetector(Detector):
         image_size = next(iter(bank.batches(1))).shape[-1]
         seed = int(torch.randint(2**31, (), generator=generator))
         with training.isolated(seed) as stderr:
-            module = self._build(image_size)
+            module = self._build(image_size, self.category)
             training.train(
                 self._recipe,
                 module,
@@ -174,8 +176,8 @@ class AnomalibDetector(Detector):
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
         return (pixels - self.mean) / self.std
 
-    def _build(self, image_size: int) -> Any:
-        built = self._recipe.build(image_size)
+    def _build(self, image_size: int, category: str | None = None) -> Any:
+        built = self._recipe.build(image_size, category)
         self._side, self._copies = built.side, built.copies
         return built.module
 
@@ -204,6 +206,11 @@ class AnomalibDetector(Detector):
             remarks.append(
                 f"anomalib's {self._recipe.name} has an image score and no map: pixel metrics "
                 "measure nothing."
+            )
+        if self._recipe.asks_for_category and self.category is None:
+            remarks.append(
+                f'anomalib\'s {self._recipe.name} was asked about an "object", for want of one '
+                "name of what the images show: --method.model-options class_name=NAME gives it."
             )
         return remarks
 

@@ -105,20 +105,26 @@ class LibraryModel:
                 return list(step.mean), list(step.std)
         return [0.0] * 3, [1.0] * 3
 
-    def build(self, image_size: int) -> Built:
+    @property
+    def asks_for_category(self) -> bool:
+        """Whether the model compares images with texts about a category, and was given none."""
+        return "class_name" in self._parameters and "class_name" not in self._chosen
+
+    def build(self, image_size: int, category: str | None = None) -> Built:
         """Build the model anew, its random weights from the global random state.
 
         Args:
             image_size: side in pixels of the experiment's images.
+            category: what they show, for models that compare them with texts.
 
         Raises:
             ModelError: the model refuses its arguments, or what it downloads cannot be had.
         """
         side = self._own_side() or _round_up(image_size, self.facts.multiple)
-        built = self._build(side)
+        built = self._build(side, category)
         patches = [_first(getattr(m, "patch_size", 1)) for m in built.module.model.modules()]
         if side % max(patches):  # a transformer, which sees whole patches only
-            built = self._build(_round_up(side, max(patches)))
+            built = self._build(_round_up(side, max(patches)), category)
         return built
 
     def _own_side(self) -> int | None:
@@ -131,9 +137,11 @@ class LibraryModel:
         sides = [_first(step.size) for step in steps if isinstance(step, Resize)]
         return sides[0] if sides and sides[0] != PROBED_SIDE else None
 
-    def _build(self, side: int) -> Built:
+    def _build(self, side: int, category: str | None) -> Built:
         mean, std = self.normalisation()
         arguments = self._arguments(side)
+        if category is not None and self.asks_for_category:
+            arguments["class_name"] = category
         arguments |= {name: False for name in COMPONENTS if name in self._parameters}
         # Some models read the size of their images off it. As a callback it would act on every
         # batch; the detector does its work instead.

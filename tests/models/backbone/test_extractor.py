@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from models.backbone.extractor import FrozenExtractor, describe_stages
+from models.backbone.weights import canonical_name, options_for_any_size
 from models.errors import ModelError
 from tests.models.banks import seeded
 
@@ -46,7 +47,7 @@ def test_wide_resnet_gives_the_papers_features():
     assert features.dtype == torch.float32
     assert features.is_contiguous(memory_format=torch.channels_last)
     assert extractor.stage_channels == (256, 512, 1024)
-    assert (extractor.channels, extractor.grid(224)) == (1792, 56)
+    assert extractor.channels == 1792
     assert extractor.random_weights
     assert "random" in extractor.weights_source
 
@@ -61,10 +62,10 @@ def test_wide_resnet_gives_the_papers_features():
         ("resnet18", (3, 2), "bottleneck"),
     ],
 )
-def test_declared_channels_and_grid_are_the_actual_ones(backbone, layers, location, size):
+def test_declared_channels_and_strides_are_the_actual_ones(backbone, layers, location, size):
     extractor = FrozenExtractor(backbone, layers, weights="random", feature_location=location)
     features = extractor(draw(1, size))
-    grid = extractor.grid(size)
+    grid = -(-size // min(extractor.strides))
     assert features.shape == (1, extractor.channels, grid, grid)
     assert [m.shape[1] for m in extractor.stage_maps(draw(1, size))] == [*extractor.stage_channels]
 
@@ -116,7 +117,6 @@ def test_pooled_features_are_global_averages():
     images = draw(3, 96)
     features = extractor(images)
     assert features.shape == (3, extractor.channels, 1, 1) == (3, 40 + 320, 1, 1)
-    assert extractor.grid(96) == extractor.grid(224) == 1
     means = torch.cat([m.mean(dim=(2, 3)) for m in raw_maps(extractor, images)], dim=1)
     torch.testing.assert_close(features.flatten(1), means, rtol=1e-4, atol=1e-5)
 
@@ -284,3 +284,64 @@ def test_fingerprint_tells_what_features_depend_on():
     assert len({json.dumps(found, sort_keys=True) for found in prints}) == len(prints)
     torch.manual_seed(0)
     assert FrozenExtractor("resnet10t", weights="random", **base).fingerprint() == prints[0]
+
+
+TRANSFORMERS = {
+    "vit_tiny_patch16_224": (1, 4),
+    "vit_small_patch14_dinov2.lvd142m": (2,),
+    "vit_small_patch14_reg4_dinov2.lvd142m": (2, 11),
+    "vit_small_patch16_dinov3.lvd1689m": (3, 11),
+    "deit_tiny_distilled_patch16_224": (3,),
+    "vit_base_patch32_clip_224.openai": (1,),
+    "eva02_tiny_patch14_224": (3,),
+}
+
+
+@pytest.mark.parametrize("backbone", TRANSFORMERS)
+def test_maps_of_blocks_are_timms_own(backbone):
+    """Class and register tokens dropped, whatever the size that the patch divides."""
+    layers = TRANSFORMERS[backbone]
+    extractor = FrozenExtractor(backbone, layers, weights="random", patch_size=1)
+    (patch,) = set(extractor.strides)
+    side = 5 * patch
+    extractor.require_size(side)
+    torch.manual_seed(0)
+    whole = timm.create_model(
+        backbone, pretrained=False, **options_for_any_size(backbone), num_classes=0
+    ).eval()
+    state = whole.state_dict()
+    for name, tensor in extractor.net.state_dict().items():
+        matching = [other for other in state if canonical_name(other) == canonical_name(name)]
+        state[matching[0]] = tensor
+    whole.load_state_dict(state)
+    images = draw(2, side)
+    with torch.inference_mode():
+        wanted = whole.forward_intermediates(
+            extractor.pixels(images), indices=list(layers), intermediates_only=True
+        )
+    for found, expected in zip(extractor.stage_maps(images), wanted, strict=True):
+        assert found.shape == (2, extractor.channels // len(layers), 5, 5)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layer", "size", "nearest"),
+    [
+        ("vit_small_patch14_dinov2.lvd142m", 2, 224 + 6, "224 and 238"),
+        ("vit_small_patch16_dinov3.lvd1689m", 2, 100, "96 and 112"),
+        ("cait_xxs24_224", 2, 112, "are 224:"),
+    ],
+)
+def test_a_size_that_a_transformer_cannot_take_is_refused(backbone, layer, size, nearest):
+    extractor = FrozenExtractor(backbone, (layer,), weights="random")
+    with pytest.raises(ModelError, match=f"no images of {size} pixels .*{nearest}"):
+        extractor.require_size(size)
+
+
+@pytest.mark.parametrize(
+    "backbone", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_atto"]
+)
+def test_hierarchical_backbones_take_images_of_other_sizes(backbone):
+    extractor = FrozenExtractor(backbone, (1, 2), weights="random")
+    extractor.require_size(96)
+    assert extractor(draw(1, 96)).shape == (1, extractor.channels, 12, 12)

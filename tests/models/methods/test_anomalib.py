@@ -417,3 +417,24 @@ def test_library_code_runs_seeded_silent_and_leaves_nothing_behind(capsys):
     assert drawn[0] == drawn[1]
     assert capsys.readouterr() == ("", "")
     assert (socket.getdefaulttimeout(), logging.root.manager.disable) == before
+
+
+@needs_anomalib
+def test_models_that_compare_with_texts_are_told_the_category(lite0, monkeypatch):
+    from models.methods.anomalib.wrapper import LibraryModel
+
+    given = []
+
+    def built(**arguments):
+        given.append(arguments.get("class_name"))
+        raise ModelError("enough seen")
+
+    for words, category in (((), "metal nut"), (("class_name=bolt",), "metal nut"), ((), None)):
+        recipe = LibraryModel("winclip", lite0, words)
+        monkeypatch.setattr(recipe, "kind", built)
+        monkeypatch.setattr(recipe, "_own_side", lambda: 240)
+        monkeypatch.setattr(recipe, "normalisation", lambda: ([0.5] * 3, [0.5] * 3))
+        with pytest.raises(ModelError, match="enough seen"):
+            recipe.build(240, category)
+        assert recipe.asks_for_category == (not words)
+    assert given == ["metal nut", "bolt", None]

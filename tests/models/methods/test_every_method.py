@@ -406,7 +406,7 @@ def test_a_method_may_take_features_and_images(feature_norm):
     shape = shape_of(extractor)
     detector = normalised(Both(shape, BothOptions()), feature_norm, shape.stage_channels)
     detector.fit(bank.subset(range(5)), generator=seeded())
-    side = backbone.grid(32)
+    side = bank.stages[0].shape[1]
     scores = score_all(detector, bank, Scoring(map_size=32))
     assert scores.maps.shape == (7, 32, 32)
     colours = pixels.float().mean(dim=(2, 3))
