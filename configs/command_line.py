@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 import tyro
 
+from configs.backbones import BackboneError, with_backbone
 from configs.earlier import upgraded
 from configs.experiment import Experiment
 from configs.presets import ANY_MODEL, Catalogue
@@ -35,6 +36,13 @@ def parse(argv: Sequence[str] | None, catalogue: Catalogue[E], *, prog: str, des
     words, dataset, method = _take_positionals(words, catalogue, prog)
     if run is None:
         default = catalogue.compose(dataset or datasets[0], method or methods[0])
+        _, backbone = _take_option(words, "--backbone", prog)
+        _, layers = _take_option(words, "--layers", prog)
+        if backbone is not None and "backbone" not in catalogue.method(default.method_name).ignored:
+            try:
+                default = with_backbone(default, backbone, names_layers=layers is not None)
+            except BackboneError as error:
+                _refuse(prog, str(error))
     elif dataset or method:
         _refuse(prog, "--from-run brings its own data set and method; leave the words out")
     else:
