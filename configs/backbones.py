@@ -3,7 +3,7 @@
 import re
 import sys
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from configs.experiment import Experiment
 
@@ -45,7 +45,7 @@ def with_backbone(preset: E, backbone: str, *, names_layers: bool) -> E:
                 "with --layers, counted from 0 (of twelve, say, --layers 5 8 11)"
             )
         return preset
-    changes: dict[str, object] = {"layers": BLOCKS[preset.task]}
+    changes: dict[str, Any] = {"layers": BLOCKS[preset.task]}
     if hasattr(preset, "patch_size"):
         changes["patch_size"] = 1
     patch = int(found["patch"])

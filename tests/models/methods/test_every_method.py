@@ -1,19 +1,31 @@
 """What every method must do, whatever it is; and that one may take features and images."""
 
+import copy
 import io
 import math
+import sys
+import traceback
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.__future__ import set_overwrite_module_params_on_conversion
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from configs.options import Bound, FeatureOptions, MethodOptions, check_types, marks_of
 from datasets.reading.loading import ArrayDataset, BatchLoader
 from datasets.reading.transforms import PairTransform
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.raw_images import RawImages
+from models.backbone.rewriting import accelerated
 from models.backbone.weights import state_digest
 from models.building import build_detector, build_extractor, compile_networks, shape_of
 from models.deployment.network import Deployed
@@ -242,6 +254,47 @@ def test_a_fit_depends_on_its_bank_and_seed_alone(case, watched):
     assert all(same) != case.is_random
     network = getattr(case.extractor, "network", None)
     assert network is None or state_digest(network.net) == network.weights_digest
+
+
+ROOT = Path(__file__).parents[3]
+WAITS = {
+    # The exact search looks which queries its rounding leaves open.
+    "models/features/nearest.py",
+    # Positions are sorted by their centres, of which each has a number of its own.
+    "models/methods/noco_cf/sorted_by_centre.py",
+    # How many images are remembered is part of the head.
+    "models/methods/memseg/memseg.py",
+}
+"""Files where scoring may wait for the device, once for each batch."""
+READS = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def test_scoring_on_a_gpu_mixes_no_devices_and_does_not_wait(case, watched, monkeypatch):
+    """On fake tensors, which any machine has: they raise where that happens."""
+    looks_once = accelerated  # whether a network stayed what it was
+    for module in list(sys.modules.values()):
+        if getattr(module, "accelerated", None) is looks_once:
+            monkeypatch.setattr(module, "accelerated", lambda net, _: net)
+    extractor = copy.deepcopy(case.extractor)
+    detector = build_detector(case.name, extractor, case.options)
+    detector.load_state_dict(watched[0].state_dict())
+    waits = None
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        set_overwrite_module_params_on_conversion(True)
+        try:
+            for part in (detector, extractor):
+                if isinstance(part, nn.Module):
+                    part.to("cuda")
+        finally:
+            set_overwrite_module_params_on_conversion(False)
+        try:
+            found = detector.score_stages([stage.cuda() for stage in case.stages])
+            assert {part.device.type for part in found if part is not None} == {"cuda"}
+        except READS as error:
+            files = [Path(one.filename) for one in traceback.extract_tb(error.__traceback__)]
+            ours = [file for file in files if ROOT / "models" in file.parents]
+            waits = ours[-1].relative_to(ROOT).as_posix()
+    assert waits is None or waits in WAITS
 
 
 def test_a_saved_head_scores_identically(case, watched, tmp_path):
