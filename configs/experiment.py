@@ -74,7 +74,7 @@ class Experiment:
     Heads stay in fp32."""
 
     deterministic: Annotated[Beside[bool], Since.LATER] = False
-    """Use only operations that give the same bits each time: slower on a GPU, as on a CPU."""
+    """Use only operations that give the same bits each time on a GPU, as on a CPU; slower there."""
     compile: Beside[bool] = False
     """Compile the backbone, and networks that train on images (torch.compile): pays on many images;
     on a CPU it needs g++ or clang."""
