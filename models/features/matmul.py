@@ -70,9 +70,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
             return
         # Not the older calls: they raise where the user has set these.
         onednn = torch.backends.mkldnn
-        cudnn: Any = torch.backends.cudnn
-        settings: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
-        settings += [onednn.matmul, onednn.conv]  # type: ignore[attr-defined]
+        settings = [torch.backends.cuda.matmul, onednn.matmul, onednn.conv]  # type: ignore[attr-defined]
         chosen = [setting.fp32_precision for setting in settings]
         for setting in settings:
             setting.fp32_precision = "ieee"
@@ -88,13 +86,9 @@ def set_fp32(mode: str) -> None:
 
     PyTorch begins with "tf32" for convolutions: ten bits of each factor.
     """
-    cuda: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    if hasattr(cuda, "fp32_precision"):
-        for setting in (cuda, cudnn.conv, cudnn.rnn):
-            setting.fp32_precision = mode
-    else:  # before PyTorch 2.9
-        cuda.allow_tf32 = cudnn.allow_tf32 = mode == "tf32"
+    # The older names, which keep the newer ones in step; the other way round PyTorch has no answer
+    # any more to who asks by the older ones, as its exporter does.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mode == "tf32"
 
 
 def fp32_settings() -> list[str]:
@@ -102,7 +96,8 @@ def fp32_settings() -> list[str]:
     cuda: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     if hasattr(cuda, "fp32_precision"):
-        return [str(cuda.fp32_precision), str(cudnn.conv.fp32_precision)]
+        found = cuda.fp32_precision, cudnn.conv.fp32_precision
+        return ["tf32" if one == "tf32" else "ieee" for one in found]
     return ["tf32" if allowed else "ieee" for allowed in (cuda.allow_tf32, cudnn.allow_tf32)]
 
 

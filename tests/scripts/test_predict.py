@@ -50,8 +50,8 @@ def test_scores_are_those_of_the_test_set(calibrated, root, tmp_path):
     with np.load(calibrated / "scores/cloth-seed0.npz") as saved:
         expected = dict(zip(saved["path"].tolist(), saved["score"].tolist(), strict=True))
     assert found.keys() == expected.keys()
-    for path, score in found.items():  # batches are made up differently
-        assert score == pytest.approx(expected[path], rel=1e-5)
+    for path, score in found.items():  # other batches, other roundings to half precision
+        assert score == pytest.approx(expected[path], rel=1e-4)
     assert not list(tmp_path.glob("*.part"))
     assert not (tmp_path / "maps.json").exists()
 

@@ -118,8 +118,7 @@ def precisions():
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return (torch.get_float32_matmul_precision(),)
     onednn = torch.backends.mkldnn
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    settings = cuda, cudnn, onednn.matmul, onednn.conv
+    settings = torch.backends.cuda.matmul, onednn.matmul, onednn.conv
     return tuple(setting.fp32_precision for setting in settings)
 
 
@@ -160,7 +159,10 @@ def test_cuda_computes_float32_as_it_is_told():
             set_fp32(mode)
             assert fp32_settings() == [mode, mode]
             with full_precision(torch.device("cpu")):
-                assert fp32_settings() == ["ieee", "ieee"]
+                assert fp32_settings() == ["ieee", mode]  # products alone
             assert fp32_settings() == [mode, mode]
+            # Raises where the older and the newer names contradict each other.
+            assert torch.backends.cudnn.allow_tf32 == (mode == "tf32")
     finally:
-        set_fp32("tf32" if "tf32" in before else "ieee")
+        set_fp32("ieee")
+        torch.backends.cudnn.allow_tf32 = before[1] == "tf32"
