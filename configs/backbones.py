@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from configs.experiment import Experiment
+from configs.options import option_name
 
 E = TypeVar("E", bound=Experiment)
 BLOCKS = {
@@ -16,10 +17,6 @@ BLOCKS = {
 NAMED = re.compile(r"vit_(small|base)_patch(?P<patch>14|16)(_reg4)?_dinov[23](\..+)?")
 """Backbones that have a preset: DINOv2 with and without registers, and DINOv3."""
 TRANSFORMER = re.compile(r"(vit|deit3?|eva(02)?|beit(v2)?|cait|xcit)_")
-
-
-class BackboneError(ValueError):
-    """A backbone for which something must be said that was not."""
 
 
 def with_backbone(preset: E, backbone: str, *, names_layers: bool) -> E:
@@ -35,12 +32,12 @@ def with_backbone(preset: E, backbone: str, *, names_layers: bool) -> E:
         names_layers: whether the stages are said beside.
 
     Raises:
-        BackboneError: another transformer, and its blocks are not said.
+        ValueError: another transformer, and its blocks are not said.
     """
     found = NAMED.fullmatch(backbone)
     if found is None:
         if TRANSFORMER.match(backbone) and not names_layers:
-            raise BackboneError(
+            raise ValueError(
                 f"--backbone {backbone} is a transformer without a preset: name the blocks to take "
                 "with --layers, counted from 0 (of twelve, say, --layers 5 8 11)"
             )
@@ -52,11 +49,10 @@ def with_backbone(preset: E, backbone: str, *, names_layers: bool) -> E:
     name = "image_size" if preset.crop_size is None else "crop_size"
     side = getattr(preset, name)
     if side % patch:
-        changes[name] = round(side / patch) * patch or patch
+        fitting = round(side / patch) * patch or patch
+        changes |= {"image_size": max(preset.image_size, fitting), name: fitting}
         sys.stderr.write(
-            f"--{name.replace('_', '-')} is {changes[name]} and not {side} by default, which the "
+            f"{option_name(name)} is {fitting} and not {side} by default, which the "
             f"patches of {backbone} do not divide\n"
         )
-        if name == "crop_size":
-            changes["image_size"] = max(preset.image_size, round(side / patch) * patch)
     return replace(preset, **changes)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 import tyro
 
-from configs.backbones import BackboneError, with_backbone
+from configs.backbones import with_backbone
 from configs.earlier import upgraded
 from configs.experiment import Experiment
 from configs.presets import ANY_MODEL, Catalogue
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None, catalogue: Catalogue[E], *, prog: str, des
         if backbone is not None and "backbone" not in catalogue.method(default.method_name).ignored:
             try:
                 default = with_backbone(default, backbone, names_layers=layers is not None)
-            except BackboneError as error:
+            except ValueError as error:
                 _refuse(prog, str(error))
     elif dataset or method:
         _refuse(prog, "--from-run brings its own data set and method; leave the words out")

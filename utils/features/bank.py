@@ -246,7 +246,7 @@ def _place(needed: int, device: torch.device, store: str, has_disk: bool) -> tor
     host = torch.device("cpu")
     if store != "auto":
         return {"device": device, "host": host, "disk": None}[store]
-    if device.type == "cuda" and needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if _has_room(device, needed):
         return device
     if has_disk and needed > HOST_SHARE * psutil.virtual_memory().available:
         return None
@@ -256,11 +256,14 @@ def _place(needed: int, device: torch.device, store: str, has_disk: bool) -> tor
 def _uploaded(stages: list[Tensor], device: torch.device, store: str) -> list[Tensor]:
     """Return stages on a GPU where they fit, so that they are copied once and not each epoch."""
     needed = sum(s.numel() * s.element_size() for s in stages if s.device.type == "cpu")
-    if store == "host" or device.type != "cuda" or not needed:
-        return stages
-    if needed > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if store == "host" or not needed or not _has_room(device, needed):
         return stages
     return [stage.to(device) for stage in stages]
+
+
+def _has_room(device: torch.device, needed: int) -> bool:
+    """Tell whether a device is a GPU on which one bank may take so many bytes."""
+    return device.type == "cuda" and needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 @exits_cleanly()
