@@ -92,6 +92,7 @@ $(VENV)/demo.done: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/test.done: requirements.txt requirements-dev.txt requirements-ray.txt requirements-export.txt | $(BIN)/python
+$(VENV)/test.done: requirements.txt requirements-dev.txt requirements-ray.txt requirements-export.txt \
+		requirements-saa.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@

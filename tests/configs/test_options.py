@@ -169,6 +169,13 @@ IDLE = [
             "adaptation-weight 1",
         )
     ),
+    *(
+        ("demo saa", "rules saa", option, "rules is saa_plus")
+        for option in (
+            *("text-threshold 0.2", "num-objects 2", "area-ratio 0.5", "regions 3"),
+            *("saliency-weight 1", "saliency-size 128"),
+        )
+    ),
     ("cifar10 panda_ewc", "fisher-file f.pth", "fisher-images 9", "fisher-file is none"),
     ("mnist deep_svdd", "objective one_class", "nu 0.2", "objective is soft_boundary"),
     ("mnist deep_svdd", "objective one_class", "warmup-epochs 2", "objective is soft_boundary"),

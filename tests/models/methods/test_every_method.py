@@ -41,8 +41,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::models.methods.simplenet.simplenet.TrivialSolutionWarning"),
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
 ]
+NEED_FILES = ("anomalib:NAME", "saa")
+"""Methods that no test has without a library, or networks, of the user's."""
 FOUND = find_methods("structured") | find_methods("semantic")
-METHODS = {name: method for name, method in FOUND.items() if name != "anomalib:NAME"}
+METHODS = {name: method for name, method in FOUND.items() if name not in NEED_FILES}
 BACKBONE = "test_resnet"
 STAGES = (3, 5)
 SHORT = {
