@@ -55,7 +55,8 @@ def ssim_map(images: Tensor, others: Tensor, *, max_value: float = 1.0) -> Tenso
 def gradient_magnitude(images: Tensor) -> Tensor:
     """Return the length of the Prewitt gradient of each channel, (B, C, H, W); borders continue."""
     C = images.shape[1]
-    edge = torch.tensor([[1.0, 0.0, -1.0]] * 3, dtype=images.dtype, device=images.device) / 3
+    slope = 1 - torch.arange(3, dtype=images.dtype, device=images.device)  # 1, 0, -1
+    edge = slope.expand(3, 3) / 3
     kernels = torch.stack([edge, edge.T])[:, None].repeat(C, 1, 1, 1)  # (2C, 1, 3, 3)
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     both = F.conv2d(padded, kernels, groups=C).unflatten(1, (C, 2))  # (B, C, 2, H, W)

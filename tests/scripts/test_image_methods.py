@@ -12,7 +12,7 @@ import train_mvtec
 from models.detector import Reconstructs
 from models.method import find_methods
 from tests.datasets.trees import draw_mvtec_category
-from tests.models.methods.test_every_method import SHORT
+from tests.models.methods.cases import SHORT
 from tests.scripts.runs import DIGITS, measured
 from utils.runs.files import read_rows
 from utils.runs.run import Run

@@ -16,7 +16,7 @@ def random_crops(images: Tensor, size: int, generator: torch.Generator) -> Tenso
     """
     S = images.shape[-1]
     places = torch.randint(S - size + 1, (2, len(images)), generator=generator)
-    rows, columns = places.to(images.device)  # (B,) each
+    rows, columns = places.to(images.device, non_blocking=True)  # (B,) each
     along = torch.arange(size, device=images.device)
     y = (rows[:, None] + along)[:, None, :, None]  # (B, 1, size, 1)
     x = (columns[:, None] + along)[:, None, None, :]  # (B, 1, 1, size)

@@ -33,7 +33,7 @@ def windows(
     Yields:
         (B * R * G, C, window, window), images first, then rows; and R.
     """
-    first = starts(pixels.shape[-1], window, stride).to(pixels.device)
+    first = starts(pixels.shape[-1], window, stride).to(pixels.device, non_blocking=True)
     G = len(first)
     if rows is None:
         rows = max(1, AT_ONCE // (len(pixels) * G))
@@ -58,7 +58,7 @@ def spread(scores: Tensor, size: int, window: int, stride: int, deviation: float
         stride: of the windows.
         deviation: standard deviation of the Gaussian, in pixels.
     """
-    first = starts(size, window, stride).to(scores.device)
+    first = starts(size, window, stride).to(scores.device, non_blocking=True)
     away = torch.arange(size, device=scores.device)[:, None] - first  # (S, G)
     weights = torch.exp(-0.5 * ((away - (window - 1) / 2) / deviation).square())
     weights = weights * ((away >= 0) & (away < window))

@@ -171,7 +171,8 @@ class Fapm(Detector):
                 repeated = sources(
                     size, (H, W), part.grid_size, released=self.options.released
                 )  # (H * W)
-                found = found.index_select(1, torch.tensor(repeated, device=found.device))
+                where = torch.tensor(repeated).to(found.device, non_blocking=True)
+                found = found.index_select(1, where)
             total = found if total is None else total + found  # (B, H * W, k)
         assert total is not None
         nearest_of_all = total[..., 0]

@@ -84,7 +84,8 @@ class RegionMemory(SizedByFit):
                 "positions: fit and score at the same image size"
             )
         cells, places = (
-            torch.tensor(one, device=maps.device) for one in _layout((H, W), self.grid_size)
+            torch.tensor(one).to(maps.device, non_blocking=True)
+            for one in _layout((H, W), self.grid_size)
         )
         R, K = cells.shape
         memory = rearrange(self.memory, "(r m) c -> r m c", r=R)

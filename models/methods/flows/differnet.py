@@ -158,8 +158,9 @@ class Differnet(Detector):
             for rows in torch.randperm(N, generator=generator).split(options.batch_size):
                 views = torch.rand(len(rows), V, generator=generator).argsort(dim=1)
                 chosen = views[:, : options.views_per_step]  # (B, views_per_step)
-                batch = vectors[rows.unsqueeze(1), chosen]  # (B, views_per_step, D)
-                yield rearrange(batch, "b v d -> (b v) d")
+                flat = (V * rows.unsqueeze(1) + chosen).flatten()  # (B * views_per_step,)
+                places = flat.to(vectors.device, non_blocking=True)
+                yield rearrange(vectors, "n v d -> (n v) d").index_select(0, places)
 
         def losses(batch: Tensor) -> Losses:
             latents, log_det = self.flow(batch)

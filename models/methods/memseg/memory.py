@@ -14,13 +14,16 @@ LEAST_DEVIATION = 1e-6
 
 def deviations(batches: Iterable[Sequence[Tensor]]) -> Tensor:
     """Return the standard deviation of each stage's maps over all batches, (stages,), float64."""
-    sums = [
-        [[one.numel(), one.double().sum(), one.double().square().sum()] for one in maps]
-        for maps in batches
-    ]
-    count, total, squares = torch.tensor(sums, dtype=torch.float64).sum(dim=0).T  # (stages,)
+    sums = [torch.stack([_moments(one.double()) for one in maps]) for maps in batches]
+    count, total, squares = torch.stack(sums).sum(dim=0).T  # (stages,)
     variances = squares / count - (total / count).square()
     return variances.clamp_min(LEAST_DEVIATION**2).sqrt()
+
+
+def _moments(maps: Tensor) -> Tensor:
+    """Return the number of values, their sum and that of their squares, (3,), where they are."""
+    count = maps.new_full((), maps.numel())
+    return torch.stack([count, maps.sum(), maps.square().sum()])  # (3,)
 
 
 def squared_differences(levels: Sequence[Tensor], memories: Sequence[Tensor]) -> list[Tensor]:

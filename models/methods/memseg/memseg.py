@@ -54,6 +54,7 @@ from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scor
 from models.errors import ModelError
 from models.method import Method
 from models.methods.memseg.drawing import draw_training_image
+from models.methods.memseg.exported import Exported
 from models.methods.memseg.memory import deviations, squared_differences
 from models.methods.memseg.networks import Decoder, Fusion, PartlyTrained
 from models.training.convolutions import initialise
@@ -153,6 +154,7 @@ class Memseg(Detector):
         for name, width in zip(self.sized_by_fit, widths, strict=True):
             self.register_buffer(name, torch.zeros(0, width))
         self.register_buffer("remembered", torch.zeros((), dtype=torch.int64))
+        self._count = 0  # what `remembered` holds: to read that waits for the device
         self.register_buffer("scales", torch.ones(len(channels)))
         self.eval()  # a loaded head scores; only `fit` trains
 
@@ -243,7 +245,7 @@ class Memseg(Detector):
 
     def exported(self) -> nn.Module:
         """See `Detector.exported`."""
-        return _Exported(self)
+        return Exported(self, self._memories())
 
     @property
     def _schedule_epochs(self) -> int:
@@ -275,14 +277,19 @@ class Memseg(Detector):
             found.append([rearrange(one, "b c h w -> (b h w) c") for one in levels])
         for name, parts in zip(self.sized_by_fit, zip(*found, strict=True), strict=True):
             setattr(self, name, torch.cat(parts).float())
-        self.remembered.fill_(len(rows))
+        self._count = len(rows)
+        self.remembered.fill_(self._count)
 
     def _memories(self) -> list[Tensor]:
         """Return the remembered features of the stages, (M, H_l * W_l * C_l) each."""
-        count = int(self.remembered)
-        if count == 0:
+        if self._count == 0:
             raise ModelError("there are no remembered images to compare with: fit or load first")
-        return [self.get_buffer(name).view(count, -1) for name in self.sized_by_fit]
+        return [self.get_buffer(name).view(self._count, -1) for name in self.sized_by_fit]
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        """Also take how many images are remembered."""
+        super()._load_from_state_dict(*arguments, **options)
+        self._count = int(self.remembered)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         """Return the scaled maps of all stages."""
@@ -310,21 +317,6 @@ class Memseg(Detector):
         fused = self.fusion(levels, differences)
         height, width = images.shape[2:]
         return self.decoder(stem, fused, deep, (height, width))
-
-
-class _Exported(nn.Module):
-    """`Memseg` with its memories as they are compared."""
-
-    def __init__(self, detector: Memseg) -> None:
-        super().__init__()
-        self.detector = detector
-        self.memories = nn.ParameterList(
-            nn.Parameter(one, requires_grad=False) for one in detector._memories()
-        )
-
-    def forward(self, images: Tensor) -> Scored:
-        """Return maps (B, S, S) and scores (B,) of uint8 images (B, 3, S, S)."""
-        return self.detector.scored(images, list(self.memories))
 
 
 METHOD = Method(

@@ -189,11 +189,13 @@ class PatchSampler:
         B, _, _, side = pixels.shape
         *pair, directions = draw_neighbours(B, side, size, self.generator)
         triple = draw_triples(B, side, size, self.generator)
-        corners = torch.cat([*pair, *triple]).to(pixels.device)  # (5 B, 2)
+        corners = torch.cat([*pair, *triple]).to(pixels.device, non_blocking=True)  # (5 B, 2)
         owners = torch.arange(B, device=pixels.device).repeat(5)
         patches = crop(pixels, owners, corners, size)
         perturbed = self.perturb(patches[: 2 * B])
-        return torch.cat([perturbed, patches[2 * B :]]), directions.to(pixels.device)
+        return torch.cat([perturbed, patches[2 * B :]]), directions.to(
+            pixels.device, non_blocking=True
+        )
 
     def perturb(self, patches: Tensor) -> Tensor:
         """Return patches (n, 3, K, K), shifted in colour and noisy."""

@@ -64,8 +64,8 @@ def embed_windows(
     found = pixels.new_empty(len(rows), network.outputs)
     chunk = max(1, PASS_PIXELS // size**2)
     for part, some in zip(found.split(chunk), rows.split(chunk), strict=True):
-        owners = (some // len(corners)).to(pixels.device)
-        places = corners[some % len(corners)].to(pixels.device)
+        owners = (some // len(corners)).to(pixels.device, non_blocking=True)
+        places = corners[some % len(corners)].to(pixels.device, non_blocking=True)
         part.copy_(network(crop(pixels, owners, places, size)))
     return found
 
@@ -89,7 +89,7 @@ def window_map(
     corners = window_corners(side, size, stride)  # (P * P, 2)
     rows = torch.arange(len(pixels) * len(corners))
     distances, _ = nearest(embed_windows(network, pixels, corners, rows, size), memory, 1)
-    matrix = spreading(side, size, stride).to(pixels.device)  # (P, S)
+    matrix = spreading(side, size, stride).to(pixels.device, non_blocking=True)  # (P, S)
     scores = rearrange(distances, "(b h w) 1 -> b h w", b=len(pixels), h=len(matrix))
     with full_precision(pixels.device):
         return spread(scores, matrix)

@@ -90,8 +90,8 @@ class Neighbourhood:
         H, W = height - 2 * self.radius, width - 2 * self.radius
         image, row, col = places // (H * W), places // W % H, places % W
         corners = (image * height + row) * width + col  # (P,), of the square around each
-        cells = torch.arange(self.side**2, device=places.device)
-        cells = cells[cells != self.removed]  # (count,)
+        cells = torch.arange(self.count, device=places.device)
+        cells = cells + (cells >= self.removed)  # (count,), all but the removed one
         offsets = cells // self.side * width + cells % self.side
         index = rearrange(corners, "p -> p 1") + offsets  # (P, count)
         rows = rearrange(padded, "b h w c -> (b h w) c").index_select(0, index.flatten())

@@ -59,9 +59,10 @@ class Task:
             places = wanted[rows].flatten().nonzero()[:, 0]
             if generator is not None:
                 places = places[torch.randperm(len(places), generator=generator)]
-            classes = self.classes[rows].flatten()[places].long().to(self.device)
+            classes = self.classes[rows].flatten()[places].long()
+            classes = classes.to(self.device, non_blocking=True)
             padded = network.neighbourhood.padded(self.reduced(features))
-            places = places.to(self.device)
+            places = places.to(self.device, non_blocking=True)
             for some, wanted_of in zip(
                 places.split(batch_size), classes.split(batch_size), strict=True
             ):

@@ -135,7 +135,7 @@ class Riad(Detector):
             for images in bank.batches(options.batch_size, generator=generator):
                 which = int(torch.randint(len(options.region_sizes), (), generator=generator))
                 regions = self._draw(size, options.region_sizes[which], generator)
-                yield centred(images), regions.to(images.device)
+                yield centred(images), regions.to(images.device, non_blocking=True)
 
         Loop(
             module=self,

@@ -1,39 +1,27 @@
 """What every method must do, whatever it is; and that one may take features and images."""
 
-import copy
 import io
 import math
-import sys
-import traceback
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Literal, get_origin, get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.__future__ import set_overwrite_module_params_on_conversion
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 
-from configs.options import Bound, FeatureOptions, MethodOptions, check_types, marks_of
+from configs.options import Bound, FeatureOptions, check_types, marks_of
 from datasets.reading.loading import ArrayDataset, BatchLoader
 from datasets.reading.transforms import PairTransform
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.raw_images import RawImages
-from models.backbone.rewriting import accelerated
 from models.backbone.weights import state_digest
-from models.building import build_detector, build_extractor, compile_networks, shape_of
+from models.building import compile_networks, shape_of
 from models.deployment.network import Deployed
-from models.detector import Detector, Extractor
+from models.detector import Detector
 from models.features.feature_norm import normalised
 from models.features.multiscale import join_stages, split_images
-from models.method import find_methods
-from tests.models.banks import Bank, StagedBank, Stages, draw_images, monitoring, seeded
+from tests.models.banks import draw_images, monitoring, seeded
+from tests.models.methods.cases import BACKBONE, CASES, FOUND, METHODS, prepared
 from utils.evaluation.scoring import Scoring, score_all
 from utils.features.bank import FeatureBank
 
@@ -41,160 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::models.methods.simplenet.simplenet.TrivialSolutionWarning"),
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
 ]
-NEED_FILES = ("anomalib:NAME", "saa")
-"""Methods that no test has without a library, or networks, of the user's."""
-FOUND = find_methods("structured") | find_methods("semantic")
-METHODS = {name: method for name, method in FOUND.items() if name not in NEED_FILES}
-BACKBONE = "test_resnet"
-STAGES = (3, 5)
-SHORT = {
-    **{"epochs": 2, "pretrain_epochs": 1, "batch_size": 4, "report_every": 1},
-    **{"time": (3.0, 10.0, 30.0), "prototypes": 3, "dims": 4, "max_positions": 40},
-    "bottleneck": 2,
-    "discriminator_width": 4,
-    "memory_images": 3,
-    "regions": 2,
-    **{"coreset_ratio": 0.1, "dist_size": 9, "neighbourhood": 3, "mlp_width": 8},
-    "temperature": 0.1,
-    **{"patch_sizes": (16, 8), "strides": (8, 4), "samples_per_image": 1},
-    **{"grid": 5, "encoder_layers": 1, "decoder_layers": 1, "feed_forward": 16},
-    **{"blocks": 2, "width": 8, "train_views": 3, "views_per_step": 2, "test_views": 2, "steps": 2},
-    **{"network_size": 32, "images_per_epoch": 8, "code_dim": 5, "samples": 2},
-    **{"region_sizes": (4, 8), "items": 3},
-    **{"steps_per_epoch": 2, "head_width": 8},
-    **{"base_width": 8, "channel_multipliers": (1, 2), "attention_factors": (2,), "heads": 2},
-    **{"diffusion_steps": 40, "start_step": 20, "sampling_step": 10},
-    # With images held out the epoch of least loss on them is kept, which no shorter fit is.
-    "validation_share": 0.0,
-}
-FURTHER: dict[str, list[dict[str, Any]]] = {
-    "noco": [{"loss": "squared", "objective": "mean"}],
-    "noco_exact": [
-        {"loss": "squared"},
-        {"prototypes": 1},
-        {"prototypes": 1, "sample_w0": True},
-        {"prototypes": 1, "feature_norm": "std"},
-    ],
-    "noco_cf": [
-        {"filter": "flow", "parents": 2},
-        {"normaliser": False, "shrinkage": 0.0, "nearest": 1},
-        {"stages": "joined"},
-        {"feature_norm": "l2_per_layer"},
-    ],
-    "uniad": [
-        {"grid": None, "neighbourhood": 1, "image_score": "mean"},
-        {"neighbourhood": None, "dropout": 0.0, "jitter": 0.0, "feature_norm": "std"},
-    ],
-    "differnet": [{"train_views": 1, "views_per_step": 1, "test_views": 1, "scales": 2}],
-    "glow": [
-        {"levels": 2, "noise": 0.0, "warmup_epochs": 0},
-        {"image_score": "max", "feature_norm": "l2_per_layer"},
-    ],
-    "glow_images": [{"score": "typicality", "levels": 2}],
-    "autoencoder": [{"loss": "l2", "crops": False, "image_score": "mean"}],
-    "vae": [{"samples": 0, "image_score": "mean"}],
-    "cutpaste": [
-        {"representation": "patch", "classes": "scar", "crop": 24, "window": 16, "stride": 6},
-        {"representation": "patch", "density": "per_position", "crop": 24, "window": 16},
-    ],
-    "riad": [{"copies": 2, "milestone": 1, "scales": 2, "image_score": "mean"}],
-    "mnad": [{"memory": False}, {"image_score": "max", "mixing": 0.4}],
-    "draem": [{"sspcab": True, "smooth_maps": True}],
-    "edgrec": [{"released": True}],
-    "memseg": [{"released": True, "foreground": "otsu", "scale_stages": False}],
-    "ddad": [
-        {"adaptation_epochs": 1, "eta": 0.0, "released_steps": True},
-        {"dropout": 0.3, "pixel_weight": 7.0},
-    ],
-    "knn": [{"distance": "euclidean"}],
-    "patchcore": [{"num_neighbors": 1}],
-    "pni": [
-        {"released": True, "channels": 5, "neighbour_channels": 3, "threshold": "emb"},
-        {"mlp_layers": 1, "dist_size": 99, "feature_norm": "std"},
-    ],
-    "fapm": [
-        {"num_neighbors": 1, "feature_norm": "l2_per_layer"},
-        {"released": True, "far_ratio": 0.5},
-    ],
-    "simplenet": [{"adaptor": "mlp", "report_every": 2, "epochs": 3}],
-    "nc_disc": [{"hidden": 9, "adaptor_bias": True, "feature_norm": "l2"}],
-    # Trained so slowly that the radius of a fit before would count, were it left.
-    "deep_svdd": [{"objective": "soft_boundary", "warmup_epochs": 1, "learning_rate": 1e-6}],
-    "mean_shifted": [{"angular": True}],
-    "mspba": [
-        {"cluster_start": 2, "clusters": 3, "cluster_patches": 20, "max_positions": None},
-        {"cluster_start": 1, "cluster_patches": 60, "released": True, "pixels": "backbone"},
-    ],
-}
-CASES = {
-    " ".join([name, *map(str, changes.values())]): (name, changes)
-    for name in METHODS
-    for changes in ({}, *FURTHER.get(name, []))
-}
-
-
-def draw_stages(count, seed=1):
-    return [
-        torch.randn(count, channels, side, side, generator=seeded(seed)).contiguous(
-            memory_format=torch.channels_last
-        )
-        for channels, side in zip(STAGES, (6, 3), strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A method under some options, what it is built and fitted on, and a batch to be scored."""
-
-    name: str
-    options: MethodOptions
-    extractor: Extractor | Stages
-    bank: Bank
-    stages: list[torch.Tensor]
-
-    def made(self, **changes):
-        return build_detector(self.name, self.extractor, replace(self.options, **changes))
-
-    def fitted(self, **changes):
-        detector = self.made(**changes)
-        detector.fit(self.bank, generator=seeded())
-        return detector
-
-    @torch.inference_mode()
-    def scored(self, detector):
-        return [part for part in detector.score_stages(self.stages) if part is not None]
-
-    @property
-    def steps(self):
-        """Numbers of the steps that a monitor is told of."""
-        times = getattr(self.options, "time", (0,))
-        last = getattr(self.options, "epochs", len(times))
-        every = getattr(self.options, "report_every", 1)
-        return [step for step in range(1, last + 1) if step % every == 0 or step == last]
-
-    @property
-    def is_random(self):
-        one = getattr(self.options, "prototypes", 0) == 1
-        plain = one and not getattr(self.options, "sample_w0", False)
-        return not plain and self.name != "mahalanobis"
-
-
-def prepared(name, changes, weights):
-    method = METHODS[name]
-    known = {entry.name for entry in fields(method.options)}
-    short = {option: value for option, value in SHORT.items() if option in known}
-    options = replace(method.options, **short | changes)
-    if "images" not in method.takes:
-        return Case(name, options, Stages(*STAGES), StagedBank(draw_stages(7)), draw_stages(4, 2))
-    if "features" in method.takes:
-        drawn = [draw_images(count, seed=seed, side=64) for count, seed in ((8, 1), (4, 2))]
-        extractor = build_extractor(method, BACKBONE, (2, 3), weights=str(weights), patch_size=1)
-        train, test = ([part.clone() for part in extractor.stage_maps(some)] for some in drawn)
-        return Case(name, options, extractor, StagedBank(train), test)
-    backbone = method.experiment.get("semantic", {}).get("backbone", BACKBONE)
-    is_pooled = "structured" not in method.tasks
-    extractor = build_extractor(method, backbone, (2, 4), weights=str(weights), pooled=is_pooled)
-    return Case(name, options, extractor, Bank(draw_images(7)), [draw_images(4, seed=2)])
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -256,47 +90,6 @@ def test_a_fit_depends_on_its_bank_and_seed_alone(case, watched):
     assert all(same) != case.is_random
     network = getattr(case.extractor, "network", None)
     assert network is None or state_digest(network.net) == network.weights_digest
-
-
-ROOT = Path(__file__).parents[3]
-WAITS = {
-    # The exact search looks which queries its rounding leaves open.
-    "models/features/nearest.py",
-    # Positions are sorted by their centres, of which each has a number of its own.
-    "models/methods/noco_cf/sorted_by_centre.py",
-    # How many images are remembered is part of the head.
-    "models/methods/memseg/memseg.py",
-}
-"""Files where scoring may wait for the device, once for each batch."""
-READS = (DataDependentOutputException, DynamicOutputShapeException)
-
-
-def test_scoring_on_a_gpu_mixes_no_devices_and_does_not_wait(case, watched, monkeypatch):
-    """On fake tensors, which any machine has: they raise where that happens."""
-    looks_once = accelerated  # whether a network stayed what it was
-    for module in list(sys.modules.values()):
-        if getattr(module, "accelerated", None) is looks_once:
-            monkeypatch.setattr(module, "accelerated", lambda net, _: net)
-    extractor = copy.deepcopy(case.extractor)
-    detector = build_detector(case.name, extractor, case.options)
-    detector.load_state_dict(watched[0].state_dict())
-    waits = None
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        set_overwrite_module_params_on_conversion(True)
-        try:
-            for part in (detector, extractor):
-                if isinstance(part, nn.Module):
-                    part.to("cuda")
-        finally:
-            set_overwrite_module_params_on_conversion(False)
-        try:
-            found = detector.score_stages([stage.cuda() for stage in case.stages])
-            assert {part.device.type for part in found if part is not None} == {"cuda"}
-        except READS as error:
-            files = [Path(one.filename) for one in traceback.extract_tb(error.__traceback__)]
-            ours = [file for file in files if ROOT / "models" in file.parents]
-            waits = ours[-1].relative_to(ROOT).as_posix()
-    assert waits is None or waits in WAITS
 
 
 def test_a_saved_head_scores_identically(case, watched, tmp_path):
