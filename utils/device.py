@@ -19,7 +19,7 @@ def pick_device(name: str) -> torch.device:
     stays in the process from here on (see `keep_freed_memory`).
 
     Raises:
-        UsageError: unknown, or CUDA asked for and absent.
+        UsageError: unknown, or CUDA asked for and absent, or there and not to be used.
     """
     if name == "auto":
         name = os.environ.get("NOCO_DEVICE", "auto")
@@ -36,11 +36,31 @@ def pick_device(name: str) -> torch.device:
             raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()}")
         if device.index is not None:
             torch.cuda.set_device(device)  # libraries allocate on the current one
+        require_works(device, name)
     elif device.type == "cpu":
         keep_freed_memory()
     else:  # "mps" among them: it has no float64, which scoring and the closed form need
         raise UsageError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:1")
     return device
+
+
+def require_works(device: torch.device, name: str) -> None:
+    """Say that a GPU which PyTorch sees cannot be used, before anything is read.
+
+    That is so where another process has all of it, where its driver is too old, or where this
+    build of PyTorch has no kernels for it.
+
+    Raises:
+        UsageError: nothing can be computed on it.
+    """
+    try:
+        torch.zeros(1, device=device).add_(1)
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"--device {name}: there is a CUDA device, but it cannot be used ({said}); compute "
+            "with --device cpu, or set NOCO_DEVICE=cpu"
+        ) from error
 
 
 def set_deterministic(wanted: bool) -> None:

@@ -64,16 +64,28 @@ def test_interrupt_says_that_nothing_is_lost(capsys):
     assert "the same command continues" in capsys.readouterr().err
 
 
-def test_devices(monkeypatch):
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with as many GPUs as it is called with, that work."""
+
+    def there(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr("utils.device.require_works", lambda *_: None)
+
+    return there
+
+
+def test_devices(monkeypatch, gpus):
     assert pick_device("cpu") == torch.device("cpu")
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.delenv("NOCO_DEVICE")
-    assert pick_device("auto").type == expected
+    for count, expected in ((0, "cpu"), (1, "cuda")):
+        gpus(count)
+        assert pick_device("auto").type == expected
 
 
-def test_the_environment_names_the_device_where_none_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+def test_the_environment_names_the_device_where_none_is_named(monkeypatch, gpus):
+    gpus(1)
     monkeypatch.setenv("NOCO_DEVICE", "cpu")
     assert pick_device("auto").type == "cpu"
     assert pick_device("cuda").type == "cuda"
@@ -153,10 +165,9 @@ def test_deterministic_operations_are_asked_for_and_given_up(monkeypatch):
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def test_the_named_gpu_becomes_the_current_one(monkeypatch):
+def test_the_named_gpu_becomes_the_current_one(monkeypatch, gpus):
     chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus(2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert pick_device("cuda:1") == torch.device("cuda:1")
     assert chosen == [torch.device("cuda:1")]
