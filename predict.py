@@ -145,11 +145,12 @@ def predictions(
 ) -> Iterator[list[Prediction]]:
     """Score images batch by batch, in order; nothing of a batch is kept."""
     from datasets.reading.loading import BatchLoader, ImageDataset
+    from pipeline.features import in_windows
 
     numbers = {path: number for number, path in enumerate(paths)}
     has_maps = finished.experiment.map_size is not None
     loader = BatchLoader(
-        ImageDataset(paths, finished.transform),
+        in_windows(ImageDataset(paths, finished.transform), finished.experiment),
         batch_size=options.batch_size or finished.experiment.extract_batch_size,
         workers=options.workers,
         skip_unreadable=True,

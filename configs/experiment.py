@@ -40,6 +40,7 @@ from configs.options import (
     fields_marked,
     marks_of,
 )
+from configs.tiles import Tiling, resized_for
 
 Kind = TypeVar("Kind", bound="Experiment")
 
@@ -164,9 +165,24 @@ class Experiment:
             raise ValueError(f"--run {self.run!r} must be a plain folder name; see also --output")
 
     @property
-    def input_size(self) -> int:
-        """Side in pixels of what the backbone sees."""
+    def tiling(self) -> Tiling | None:
+        """Windows that images are cut into, each seen as an image; None where they stay whole."""
+        return None
+
+    @property
+    def cut_size(self) -> int:
+        """Side in pixels of what resize and crop leave of an image, by the options."""
         return self.image_size if self.crop_size is None else self.crop_size
+
+    @property
+    def input_size(self) -> int:
+        """Side in pixels of what the backbone sees: of an image, or of a window of it."""
+        return self.cut_size if self.tiling is None else self.tiling.tile_size
+
+    @property
+    def resized(self) -> tuple[int, int | None]:
+        """Sides in pixels that images are resized and then cropped to, all windows together."""
+        return resized_for(self.tiling, self.image_size, self.crop_size)
 
     @property
     def map_size(self) -> int | None:

@@ -166,7 +166,7 @@ class Batch:
 
     Attributes:
         indices: Position of each image in the data set, in the order of reading.
-        images: (B, 3, S, S) uint8, RGB.
+        images: (B, 3, S, S) uint8, RGB; (B, 3, T * S, S) of images cut into T windows.
     """
 
     indices: list[int]
@@ -179,12 +179,14 @@ class ImageLoader(ABC):
     Attributes:
         num_images: Number of images to read, unreadable ones included.
         batch_size: Images of a batch; the last may be smaller.
+        at_once: Images, or windows of them where they are cut, that a network is to see at once.
         skipped: Image and error of each unreadable image the last iteration left out.
         skips_unreadable: Whether those are left out; else one ends the iteration with an error.
     """
 
     num_images: int
     batch_size: int
+    at_once: int
     skipped: list[tuple[Path | int, str]]
     skips_unreadable: bool
 

@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from configs.tiles import resized_in
 from datasets.reading.images import Reading, read_image
 from datasets.reading.transforms import PairTransform
 from datasets.samples import DataError
@@ -165,7 +166,7 @@ def read_shown(path: Path, config: dict[str, Any], size: int) -> np.ndarray:
     except DataError as error:
         where = "" if path.is_absolute() else ", relative to the folder the run was started in"
         raise RunError(f"{error}{where}; put it back, or make the run again") from None
-    cut = PairTransform(config["image_size"], config.get("crop_size"), config["resize"])
+    cut = PairTransform(*resized_in(config), config["resize"])
     return cv2.resize(cut.image(image), (size, size), interpolation=cv2.INTER_AREA)
 
 

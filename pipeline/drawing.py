@@ -91,7 +91,7 @@ def reconstruction_of(detector: Detector, test: TestSet) -> Callable[[int], np.n
     network: Reconstructs = detector
 
     def reconstruction(place: int) -> np.ndarray:
-        return reconstructions(network, test.bank.subset([place]), 1)[0].numpy()
+        return reconstructions(network, test.bank.subset([place]), test.scoring)[0].numpy()
 
     return reconstruction
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.prediction import ExportOptions
 from datasets.reading.finding import find_images
 from datasets.reading.loading import ArrayDataset, ImageDataset, images_of
+from datasets.reading.tiles import cut
 from datasets.samples import DataError
 from models.backbone.extractor import FrozenExtractor
 from models.backbone.raw_images import RawImages
@@ -30,11 +31,15 @@ from pipeline.experiments import read_tasks
 from pipeline.finished import FinishedRun
 from utils.errors import UsageError
 from utils.evaluation.calibration import calibration_file, load_calibration
-from utils.evaluation.smoothing import smoothing_matrix
+from utils.evaluation.smoothing import blending_matrix, smoothing_matrix
 
 CHECKED = 16
 """Test images of the run that the file is checked on, evenly spread over the test set."""
 BATCH_SIZES = (1, 3, 8)
+CHECKED_IN_WINDOWS = 2
+"""Such images of a run that cuts images: each is as many as it has windows."""
+MAX_WINDOWS = 64
+"""Of a batch that is checked, as far as one image has no more: a graph holds all at once."""
 TOLERANCE = 1e-3
 """Largest difference accepted: of scores as a share of the range of the run's test scores, of maps
 as a share of the range of theirs; or of the largest of them, where that is more."""
@@ -86,7 +91,7 @@ def export_head(
         exported = to_onnx(network, example, network.outputs, options.opset)
     else:
         exported = to_torchscript(network, example)
-    checked = check(exported, images, expected, recorded["score"])
+    checked = check(exported, images, expected, recorded["score"], batch_sizes(finished))
     if rows is not None and options.head != "pixel":
         difference = np.abs(exported.run(images)[0].numpy() - recorded["score"][rows]).max()
         checked["scores"]["largest_difference_to_scores_in_run_folder"] = float(difference)
@@ -110,13 +115,21 @@ def build_network(finished: FinishedRun, detector: Detector) -> Deployed:
         sys.stderr.write(
             f"the run's backbone computed in {experiment.precision}; the file computes in float32\n"
         )
-    scoring = finished.scoring
-    smoothing = None
-    if scoring.map_size is not None:
-        smoothing = functools.partial(
-            smoothing_matrix, size=scoring.map_size, sigma=scoring.blur_sigma
-        )
-    return Deployed(extractor, detector, image_size=experiment.input_size, smoothing=smoothing)
+    scoring, tiling = finished.scoring, experiment.tiling
+    if scoring.map_size is None:
+        return Deployed(extractor, detector, image_size=experiment.input_size, smoothing=None)
+    size, sigma = scoring.map_size, scoring.blur_sigma
+    if tiling is None:
+        smoothing = functools.partial(smoothing_matrix, size=size, sigma=sigma)
+        return Deployed(extractor, detector, image_size=size, smoothing=smoothing)
+    sigma = 0.0 if detector.final_maps else sigma
+
+    def blending(grid: int) -> Tensor:
+        return blending_matrix(grid // tiling.per_side, tiling, sigma)
+
+    return Deployed(
+        extractor, detector, image_size=size, smoothing=blending, windows=tiling.windows
+    )
 
 
 def images_to_check(
@@ -139,10 +152,10 @@ def images_to_check(
     """
     if options.images:
         given = find_images(options.images)
-        chosen = [given[i] for i in evenly_spread(len(given))]
+        chosen = [given[i] for i in evenly_spread(len(given), finished)]
         dataset = ImageDataset(chosen, finished.transform)
         return read_all(dataset, range(len(chosen))), None
-    rows = evenly_spread(len(names))
+    rows = evenly_spread(len(names), finished)
     try:
         return read_all(*test_images(finished, category, [names[i] for i in rows])), rows
     except DataError as error:
@@ -165,10 +178,17 @@ def test_images(
     return images_of(task.test, finished.transform), [places[name] for name in names]
 
 
-def evenly_spread(count: int) -> np.ndarray:
-    """Return up to `CHECKED` of `count` positions; repeated where that is less than a batch."""
-    chosen = np.unique(np.linspace(0, count - 1, CHECKED).round().astype(int))
-    return np.resize(chosen, max(len(chosen), *BATCH_SIZES))
+def evenly_spread(count: int, finished: FinishedRun) -> np.ndarray:
+    """Return some of `count` positions to check; repeated where they are less than a batch."""
+    wanted = CHECKED if finished.experiment.tiling is None else CHECKED_IN_WINDOWS
+    chosen = np.unique(np.linspace(0, count - 1, wanted).round().astype(int))
+    return np.resize(chosen, max(len(chosen), *batch_sizes(finished)))
+
+
+def batch_sizes(finished: FinishedRun) -> tuple[int, ...]:
+    """Return the sizes of batches that an exported head is checked with."""
+    tiles = finished.scoring.tiles
+    return tuple(size for size in BATCH_SIZES if size * tiles <= MAX_WINDOWS) or (1,)
 
 
 def read_all(dataset: ImageDataset | ArrayDataset, positions: Sequence[int]) -> Tensor:
@@ -184,7 +204,9 @@ def expected_outputs(
     finished: FinishedRun, detector: Detector, images: Tensor
 ) -> dict[str, Tensor]:
     """Return what the suite's scoring gives: "scores" (N,), and "maps" (N, S, S) if it has any."""
-    batches = [finished.score(detector, batch) for batch in images.split(max(BATCH_SIZES))]
+    tiling = finished.experiment.tiling
+    given = images if tiling is None else cut(images, tiling)
+    batches = [finished.score(detector, batch) for batch in given.split(max(batch_sizes(finished)))]
     expected = {"scores": torch.cat([scores.images for scores in batches])}  # (N,)
     if finished.scoring.map_size is not None:
         expected["maps"] = torch.cat([scores.maps for scores in batches])  # (N, S, S)
@@ -192,7 +214,11 @@ def expected_outputs(
 
 
 def check(
-    exported: Exported, images: Tensor, expected: dict[str, Tensor], run_scores: np.ndarray
+    exported: Exported,
+    images: Tensor,
+    expected: dict[str, Tensor],
+    run_scores: np.ndarray,
+    sizes: Sequence[int],
 ) -> dict[str, Any]:
     """Compare what is exported with the suite's scoring and return what was found.
 
@@ -201,6 +227,7 @@ def check(
         images: (N, 3, S, S).
         expected: of `expected_outputs`.
         run_scores: of all test images of the run; their range is the scale of scores.
+        sizes: of batches; each scores all images.
 
     Raises:
         UsageError: a difference exceeds `TOLERANCE`.
@@ -210,10 +237,10 @@ def check(
         ranges["maps"] = float(expected["maps"].max() - expected["maps"].min())
     # Scores that are all equal, as of one image, have no range.
     scales = {name: max(r, float(expected[name].abs().max())) for name, r in ranges.items()}
-    largest = differences(exported, images, expected, BATCH_SIZES)
+    largest = differences(exported, images, expected, sizes)
     found: dict[str, Any] = {
         "images": len(images.flatten(1).unique(dim=0)),
-        "batch_sizes": list(BATCH_SIZES),
+        "batch_sizes": list(sizes),
         "tolerance": TOLERANCE,
     }
     for name, difference in largest.items():

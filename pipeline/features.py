@@ -12,6 +12,7 @@ from datasets.reading.images import Reading, largest_of_16_bits, read_mask
 from datasets.reading.loading import BatchLoader, Images, images_of
 from datasets.reading.masks import read_masks, read_regions
 from datasets.reading.mvtec_layout import mask_files
+from datasets.reading.tiles import TiledImages
 from datasets.reading.transforms import PairTransform
 from datasets.samples import ImageSet, Region, Task
 from datasets.synthetic import ImagesAt, SyntheticDataset, cutpaste, rotate
@@ -72,14 +73,19 @@ def extractor_of(experiment: AnyExperiment, *, weights: str | None = None) -> Ex
 def transform_of(experiment: AnyExperiment) -> PairTransform:
     """Return what turns images and masks into what the backbone sees."""
     reading = Reading(experiment.bit_depth, experiment.max_pixels)
-    return PairTransform(experiment.image_size, experiment.crop_size, experiment.resize, reading)
+    return PairTransform(*experiment.resized, experiment.resize, reading)
+
+
+def in_windows(images: Images, experiment: AnyExperiment) -> Images:
+    """Return images cut into the windows that an experiment asks for."""
+    return images if experiment.tiling is None else TiledImages(images, experiment.tiling)
 
 
 def scoring_of(experiment: AnyExperiment, extractor: Extractor) -> Scoring:
     """Return how an experiment's anomaly maps become scores."""
     if isinstance(experiment, StructuredExperiment):
         size, sigma = experiment.map_size, experiment.blur_sigma
-        return Scoring(size, sigma, experiment.extract_batch_size)
+        return Scoring(size, sigma, experiment.extract_batch_size, tiling=experiment.tiling)
     # A pooled feature takes a few kilobytes, an image on its way through a backbone megabytes.
     takes_images = isinstance(extractor, RawImages)
     return Scoring(batch_size=experiment.extract_batch_size if takes_images else 1024)
@@ -298,7 +304,7 @@ class Extraction:
     def _extract(self, images: Images, task: Task, what: str) -> Features:
         experiment, device = self.experiment, self.extractor.device
         loader = BatchLoader(
-            images,
+            in_windows(images, experiment),
             batch_size=experiment.extract_batch_size,
             workers=experiment.workers,
             skip_unreadable=experiment.skip_unreadable,

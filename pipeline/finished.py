@@ -103,10 +103,13 @@ class FinishedRun:
     def score(self, detector: Detector, images: Tensor) -> Scores:
         """Score uint8 images (B, 3, S, S) as in training: from features rounded as banks hold them.
 
+        Images that the run cuts into T windows come as `in_windows` cuts them: (B, 3, T * S, S).
+
         Raises:
             FloatingPointError: a feature or a score is not finite.
         """
-        stored = rounded_maps(self.extractor, images, torch.float16, "images")
+        at_once = self.experiment.extract_batch_size
+        stored = rounded_maps(self.extractor, images, torch.float16, "images", at_once=at_once)
         stages = widened([rearrange(m.contiguous(), "b h w c -> b c h w") for m in stored])
         scores = score_batch(detector, stages, self.scoring)
         check_finite(scores)

@@ -157,7 +157,7 @@ def _save_scores(
         parts = dict(zip(detector.part_names, found, strict=True))
     if keep_maps and isinstance(detector, Reconstructs):
         detector.load_state_dict(state)
-        rebuilt = reconstructions(detector, test.bank, test.scoring.batch_size)
+        rebuilt = reconstructions(detector, test.bank, test.scoring)
     recorded = TestScores(
         paths=test.names,
         labels=test.labels,

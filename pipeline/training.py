@@ -26,6 +26,7 @@ from utils.device import pick_device
 from utils.errors import UsageError
 from utils.evaluation.monitor import FitMonitor
 from utils.evaluation.selection import choose, joined_validation
+from utils.features.tiled import of_windows
 from utils.runs.checkpoints import Checkpoint
 from utils.runs.run import Run
 from utils.seeding import seed_everything
@@ -131,7 +132,9 @@ def train_head(
             monitor_test=experiment.monitor_test,
             checkpoint=checkpoint,
         )
-        detector.fit(train, generator=generator, monitor=monitor)
+        detector.fit(
+            of_windows(train, tests[0].scoring.tiles), generator=generator, monitor=monitor
+        )
         fit_seconds = monitor.fit_seconds
 
         outcomes = monitor.outcomes()

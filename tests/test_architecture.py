@@ -25,7 +25,7 @@ PACKAGES = ("benchmarks", "configs", "datasets", "figures", "models", "pipeline"
 ARROWS: dict[str, set[str]] = {
     "configs": set(),
     "models": {"configs.anomalyncd", "configs.options", "configs.presets", "datasets.drawing"},
-    "datasets": {"configs.options", "configs.presets"},
+    "datasets": {"configs.options", "configs.presets", "configs.tiles"},
     "utils": {
         *("configs", "datasets.samples"),
         *("models.detector", "models.errors", "models.features.matmul"),

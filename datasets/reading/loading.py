@@ -28,6 +28,9 @@ BATCHES_AHEAD = 2
 class Images(Dataset[Item]):
     """Images that a `BatchLoader` can read; an item is as `ImageDataset` says."""
 
+    tiles: int = 1
+    """Windows below each other in an image, where images are cut into some."""
+
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -136,7 +139,7 @@ class BatchLoader(ImageLoader):
 
     Args:
         dataset: what to read.
-        batch_size: images of a batch.
+        batch_size: images of a batch; where they are cut, windows, and at least those of an image.
         workers: processes, or threads; 0 reads when a batch is asked for.
         skip_unreadable: leave unreadable images out.
         for_gpu: the workers are processes and batches lie in pinned memory; else they are threads.
@@ -161,7 +164,8 @@ class BatchLoader(ImageLoader):
     ) -> None:
         self._places = range(len(dataset)) if places is None else tuple(places)
         self.num_images = len(self._places)
-        self.batch_size = batch_size
+        self.at_once = batch_size
+        self.batch_size = batch_size = max(1, batch_size // dataset.tiles)
         self.skipped: list[tuple[Path | int, str]] = []
         self._dataset = dataset
         self._workers = workers
@@ -194,7 +198,7 @@ class BatchLoader(ImageLoader):
         """See `ImageLoader.at`."""
         return BatchLoader(
             self._dataset,
-            batch_size=self.batch_size,
+            batch_size=self.at_once,
             workers=self._workers,
             skip_unreadable=self.skips_unreadable,
             for_gpu=self._loader.pin_memory,
@@ -208,7 +212,7 @@ class BatchLoader(ImageLoader):
             images = digest([images, str(self._places)])
         return {
             "images": images,
-            "batch_size": self.batch_size,
+            "batch_size": self.at_once,
             "skip_unreadable": self.skips_unreadable,
         }
 

@@ -1,9 +1,11 @@
 """A finished detector as one network: uint8 images in, scores and maps out, for export."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.backbone.extractor import FrozenExtractor, channels_first
@@ -25,7 +27,10 @@ class Deployed(nn.Module):
         detector: fitted, for this extractor.
         image_size: side S of the images.
         smoothing: returns the (S, h) matrix that upsamples and blurs an axis of h positions; None
-            where there are no maps to return.
+            where there are no maps to return. Of images that are cut, the axis is that of n windows
+            side by side, (S, n * h).
+        windows: rows and columns of each of the T = n * n windows that images are cut into, a row
+            of them after the other; none of images that stay whole.
 
     Raises:
         ModelError: the method cannot be exported.
@@ -40,24 +45,28 @@ class Deployed(nn.Module):
         *,
         image_size: int,
         smoothing: Callable[[int], Tensor] | None,
+        windows: Sequence[tuple[slice, slice]] = (),
     ) -> None:
         super().__init__()
+        self.windows = list(windows)
+        self.per_side = math.isqrt(len(windows))
         self.has_maps = smoothing is not None
         example = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+        seen = self._cut(example)
         self.head = detector.exported()
         self.takes_images = isinstance(extractor, RawImages)
         self.features: nn.Module | None = None
         backbone = extractor.features if isinstance(extractor, RawImages) else extractor
         if isinstance(backbone, FrozenExtractor):
             apart = getattr(self.head, "takes_stages", False)
-            self.features = _Features(backbone, example, apart=apart)
+            self.features = _Features(backbone, seen, apart=apart)
         self.eval()
         matrix = None
-        if smoothing is not None and not detector.final_maps:
+        if smoothing is not None and (self.windows or not detector.final_maps):
             with torch.no_grad():
                 maps, _ = self._scored(example)
             matrix = smoothing(maps.shape[-1]).float()  # (S, h)
-            if torch.equal(matrix, torch.eye(image_size)):
+            if not self.windows and torch.equal(matrix, torch.eye(image_size)):
                 matrix = None
         self.register_buffer("smoothing", matrix)
 
@@ -84,10 +93,24 @@ class Deployed(nn.Module):
         return (scores, maps) if self.has_maps else (scores,)
 
     def _scored(self, images: Tensor) -> Scored:
-        """Return maps (B, h, w) and the method's own image scores (B,) of uint8 images."""
+        """Return maps (B, n * h, n * w) and the method's own image scores (B,) of uint8 images."""
+        images = self._cut(images)
         given = [] if self.features is None else [self.features(images)]
         found = self.head(*given, images) if self.takes_images else self.head(*given)
-        return found if isinstance(found, tuple) else (found, None)
+        maps, scores = found if isinstance(found, tuple) else (found, None)
+        if self.windows:
+            n = self.per_side
+            maps = rearrange(maps, "(b r c) h w -> b (r h) (c w)", r=n, c=n)
+            if scores is not None:
+                scores = rearrange(scores, "(b t) -> b t", t=n * n).amax(dim=1)  # (B,)
+        return maps, scores
+
+    def _cut(self, images: Tensor) -> Tensor:
+        """Return the windows (B * T, 3, s, s) of images (B, 3, S, S); images that stay whole."""
+        if not self.windows:
+            return images
+        windows = torch.stack([images[..., rows, columns] for rows, columns in self.windows], dim=1)
+        return windows.flatten(0, 1)  # (B * T, 3, s, s)
 
 
 class _Features(nn.Module):

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from configs.discovery import DiscoverOptions
 from configs.structured import StructuredExperiment
+from configs.tiles import Tiling
 from datasets.reading.finding import find_images
 from datasets.reading.transforms import PairTransform
 from datasets.samples import ImageSet, Task
@@ -29,6 +31,7 @@ from utils.evaluation.scoring import score_all
 from utils.evaluation.selection import split_off
 from utils.features.features import Features
 from utils.features.joined import join_features
+from utils.features.tiled import of_windows, whole_stages, windows_of
 from utils.runs.finished import choose_pair, finished_pairs
 from utils.seeding import seed_everything
 
@@ -71,6 +74,7 @@ class Looked:
         batch_size: images at once.
         levels: what maps of held-out normal images reach; None where nothing asks for it.
         head: file of the head whose maps they are; None for maps of other software.
+        tiling: windows that the images were cut into; None where they are whole.
     """
 
     category: str
@@ -85,6 +89,7 @@ class Looked:
     batch_size: int
     levels: Levels | None = None
     head: Path | None = None
+    tiling: Tiling | None = None
 
     @torch.inference_mode()
     def batches(self) -> Iterator[Batch]:
@@ -93,7 +98,7 @@ class Looked:
         for stages in self.features.stage_batches(self.batch_size):
             numbers = range(done, done + len(stages[0]))
             maps, scores = self.maps.of(stages, [self.paths[i] for i in numbers])
-            yield Batch(numbers, frozen_stages(self.extractor, stages), maps, scores)
+            yield Batch(numbers, self._of_whole_images(stages), maps, scores)
             done += len(stages[0])
 
     def standard(self) -> Standard:
@@ -101,9 +106,18 @@ class Looked:
         source = self.features if self.normals is None else self.normals
         with torch.inference_mode():
             return standard_of(
-                frozen_stages(self.extractor, stages)
-                for stages in source.stage_batches(self.batch_size)
+                self._of_whole_images(stages) for stages in source.stage_batches(self.batch_size)
             )
+
+    def _of_whole_images(self, stages: Sequence[Tensor]) -> list[Tensor]:
+        """Return the frozen backbone's features of what the method takes of images."""
+        if self.tiling is None:
+            return frozen_stages(self.extractor, stages)
+        tall = [
+            rearrange(stage, "(b t) c h w -> b c (t h) w", t=self.tiling.count)
+            for stage in frozen_stages(self.extractor, windows_of(stages, self.tiling.count))
+        ]
+        return whole_stages(tall, self.tiling)
 
 
 def frozen_stages(extractor: Extractor, stages: Sequence[Tensor]) -> list[Tensor]:
@@ -224,9 +238,10 @@ def _of_run(
         maps,
         finished.transform,
         finished.extractor,
-        finished.experiment.extract_batch_size,
+        finished.scoring.images_at_once(),
         levels,
         None if options.maps is not None else finished.run.head_path(category, seed),
+        finished.experiment.tiling,
     )
 
 
@@ -278,7 +293,8 @@ def _levels(
     kept, held = split_off(len(normals), num_held)
     generator = seed_everything(seed)
     detector = finished.unfitted(category, seed).to(finished.device)
-    detector.fit(join_features([normals.subset(kept), *others]), generator=generator)
+    fitted = of_windows(join_features([normals.subset(kept), *others]), finished.scoring.tiles)
+    detector.fit(fitted, generator=generator)
     scores = score_all(detector.eval(), normals.subset(held), finished.scoring)
     return levels_of(scores.maps.cpu().numpy(), scores.images.numpy(), rate)
 

@@ -96,6 +96,7 @@ def test_roles_of_the_experiments_options():
     later = {
         *("calibration_share", "false_alarm_rate", "data", "bit_depth", "max_pixels"),
         *("scale_on", "test_batches", "protocol", "deterministic"),
+        *("tiles", "tile_size", "tile_overlap"),
     }
     assert fields_marked(StructuredExperiment, Since.LATER) == later
     for field in dataclasses.fields(StructuredExperiment):

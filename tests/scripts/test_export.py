@@ -176,7 +176,7 @@ def test_a_difference_that_is_not_a_number_is_one(calibrated):
     expected["scores"][0] = torch.nan
     same = formats.Exported(lambda batch: (batch[:, 0, 0, 0].float(), batch[:, 0]), print, {})
     with pytest.raises(UsageError, match="scores differ from the suite's by up to nan"):
-        exporting.check(same, images, expected, wanted.images.numpy())
+        exporting.check(same, images, expected, wanted.images.numpy(), (1, 3, 8))
 
 
 def test_a_run_in_half_precision_is_exported_in_float32(calibrated, tmp_path, capsys):

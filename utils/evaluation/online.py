@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from models.detector import Detector, LearnsOnline
 from utils.evaluation.test_set import TestSet
 from utils.features.features import Features
+from utils.features.tiled import of_windows
 from utils.pictures.words import without_formulas
 from utils.runs.files import atomic_path, write_text
 
@@ -41,7 +42,8 @@ def online_curve(
     detector.start(generator)
     rows, seen = [], 0
     for num_images in checkpoints(len(train)):
-        for stages in train.subset(order[seen:num_images]).stage_batches(1):
+        arrived = of_windows(train.subset(order[seen:num_images]), test.scoring.tiles)
+        for stages in arrived.stage_batches(1):
             detector.partial_fit(stages)
         seen = num_images
         detector.solve()

@@ -7,9 +7,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.detector import Detector, HasObjective, HasParts, KnowsSteps, Reconstructs
+from configs.tiles import Tiling
+from models.detector import Detector, HasObjective, HasParts, KnowsSteps, Reconstructs, Scored
 from utils.evaluation.smoothing import image_scores, upsample_and_blur
 from utils.features.features import Features
+from utils.features.tiled import whole_stages, windows_of
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,23 @@ class Scoring:
         blur_sigma: of the Gaussian blur of maps, in pixels; not of maps that come final.
         batch_size: images scored at once.
         stride: maps are made at every stride-th row and column only.
+        tiling: windows that images were cut into; None where they are whole.
     """
 
     map_size: int | None = None
     blur_sigma: float = 0.0
     batch_size: int = 32
     stride: int = 1
+    tiling: Tiling | None = None
+
+    @property
+    def tiles(self) -> int:
+        """Return the number of windows of an image."""
+        return 1 if self.tiling is None else self.tiling.count
+
+    def images_at_once(self, factor: int = 1) -> int:
+        """Return how many images are read at once: at least one, whatever its windows."""
+        return max(1, self.batch_size * factor // self.tiles)
 
 
 @dataclass(frozen=True)
@@ -57,14 +70,24 @@ def score_batch(
 
     Args:
         detector: fitted.
-        stages: the features of the images, as a bank gives them.
+        stages: the features of the images, as a bank gives them: of images that were cut into
+            windows, those of the windows below each other.
         scoring: how maps become scores.
         geometry: also take norm and angle of each image, where the detector has an objective.
     """
-    maps, own = detector.score_stages(stages)  # (B, h, w), (B,)
+    windows = windows_of(stages, scoring.tiles)
+    maps, own = _scored(detector, windows, scoring)  # (B * T, h, w), (B * T,)
     norms, angles = None, None
     if geometry and isinstance(detector, HasObjective):
-        norms, angles = (found.cpu() for found in detector.geometry(stages, maps))  # (B,) each
+        found = detector.geometry(windows, maps)  # (B * T,) each
+        of_windows = rearrange(maps, "(b t) h w -> b t (h w)", t=scoring.tiles).amax(2)
+        highest = of_windows.argmax(1, keepdim=True)  # (B, 1)
+        norms, angles = (
+            rearrange(one, "(b t) -> b t", t=scoring.tiles).gather(1, highest)[:, 0].cpu()  # (B,)
+            for one in found
+        )
+    if own is not None:
+        own = rearrange(own, "(b t) -> b t", t=scoring.tiles).amax(1)  # (B,)
     if own is not None and scoring.map_size is None:
         maps = rearrange(own, "b -> b 1 1")  # where nothing is localised the score is all
     smooth = _smooth(maps, detector, scoring)  # (B, S, S)
@@ -82,7 +105,7 @@ def score_all(
     """
     parts: list[Scores] = []
     maps, done = torch.empty(0), 0
-    for stages in bank.stage_batches(scoring.batch_size * detector.batches_at_once):
+    for stages in bank.stage_batches(scoring.images_at_once(detector.batches_at_once)):
         part = score_batch(detector, stages, scoring, geometry=geometry)
         if not parts:
             maps = part.maps.new_empty(len(bank), *part.maps.shape[1:])  # (N, S, S)
@@ -104,17 +127,24 @@ def part_maps(detector: HasParts, bank: Features, scoring: Scoring) -> Tensor:
     """Return the maps that a detector's own is the mean of, (L, N, S, S) float32, on the CPU."""
     assert isinstance(detector, Detector)
     found = []
-    for stages in bank.stage_batches(scoring.batch_size):
-        parts = [_smooth(part, detector, scoring) for part in detector.score_parts(stages)]
+    for stages in bank.stage_batches(scoring.images_at_once()):
+        windows = windows_of(stages, scoring.tiles)
+        parts = [_smooth(part, detector, scoring) for part in detector.score_parts(windows)]
         found.append(torch.stack(parts).cpu())
     return torch.cat(found, dim=1)
 
 
 @torch.inference_mode()
-def reconstructions(detector: Reconstructs, bank: Features, batch_size: int) -> Tensor:
+def reconstructions(detector: Reconstructs, bank: Features, scoring: Scoring) -> Tensor:
     """Return what a detector makes of the images of a bank, (N, S, S, 3) uint8, on the CPU."""
-    batches = bank.stage_batches(batch_size)
-    found = [detector.reconstruct(stages[-1]).cpu() for stages in batches]
+    found = []
+    for stages in bank.stage_batches(scoring.images_at_once()):
+        (windows,) = windows_of(stages[-1:], scoring.tiles)
+        rebuilt = detector.reconstruct(windows).cpu()
+        if scoring.tiling is not None:
+            tall = rearrange(rebuilt, "(b t) c h w -> b c (t h) w", t=scoring.tiles)
+            (rebuilt,) = whole_stages([tall], scoring.tiling)
+        found.append(rebuilt)
     return rearrange(torch.cat(found), "n c h w -> n h w c")
 
 
@@ -126,9 +156,11 @@ def score_all_steps(detector: KnowsSteps, bank: Features, scoring: Scoring) -> I
         FloatingPointError: a score is not finite.
     """
     assert isinstance(detector, Detector)
-    batches = bank.stage_batches(scoring.batch_size)
-    raw = torch.cat([detector.score_steps(stages) for stages in batches], dim=1)
-    for maps in raw:  # (N, h, w), of one step
+    batches = bank.stage_batches(scoring.images_at_once())
+    raw = torch.cat(
+        [detector.score_steps(windows_of(stages, scoring.tiles)) for stages in batches], dim=1
+    )
+    for maps in raw:  # (N * T, h, w), of one step
         smooth = _smooth(maps, detector, scoring)  # (N, S, S)
         scores = Scores(image_scores(smooth).cpu(), smooth)
         check_finite(scores)
@@ -147,10 +179,26 @@ def check_finite(scores: Scores) -> None:
         raise FloatingPointError("a score is not finite; the head has diverged")
 
 
+def _scored(detector: Detector, windows: Sequence[Tensor], scoring: Scoring) -> Scored:
+    """Score windows, of large images a batch after the other."""
+    if scoring.tiling is None:
+        return detector.score_stages(windows)
+    at_once = scoring.batch_size * detector.batches_at_once
+    batches = zip(*(stage.split(at_once) for stage in windows), strict=True)
+    parts = [detector.score_stages(batch) for batch in batches]
+    own = [part[1] for part in parts if part[1] is not None]
+    return torch.cat([part[0] for part in parts]), torch.cat(own) if own else None
+
+
 def _smooth(maps: Tensor, detector: Detector, scoring: Scoring) -> Tensor:
-    """Upsample and blur maps (B, h, w) to (B, S, S), float32."""
+    """Upsample and blur maps (B * T, h, w) of windows to (B, S, S), float32."""
     sigma = 0.0 if detector.final_maps else scoring.blur_sigma
-    return upsample_and_blur(maps, scoring.map_size, sigma, stride=scoring.stride).float()
+    if scoring.tiling is not None:
+        n = scoring.tiling.per_side
+        maps = rearrange(maps, "(b r c) h w -> b (r h) (c w)", r=n, c=n)
+    return upsample_and_blur(
+        maps, scoring.map_size, sigma, stride=scoring.stride, tiling=scoring.tiling
+    ).float()
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:

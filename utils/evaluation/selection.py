@@ -14,6 +14,7 @@ from utils.evaluation.scoring import Scores, Scoring, score_all_steps
 from utils.evaluation.test_set import TestSet
 from utils.features.features import Features
 from utils.features.joined import join_features
+from utils.features.tiled import of_windows
 from utils.seeding import seed_everything
 
 HELD_OUT_SHARE = 0.2
@@ -145,16 +146,17 @@ def choose(
             each category.
     """
     choices: list[Choice] = []
+    kept = of_windows(validation.kept, validation.tests[0].scoring.tiles)
     for options in candidates:
         generator = seed_everything(seed)
         judge = _Judge(build(options), options, validation, choices, logs, watched)
         detector = judge.detector
         steps = detector.steps() if isinstance(detector, KnowsSteps) else []
         if not steps:
-            detector.fit(validation.kept, generator=generator, monitor=judge)
+            detector.fit(kept, generator=generator, monitor=judge)
             continue
         assert isinstance(detector, KnowsSteps)
-        detector.fit(validation.kept, generator=generator)
+        detector.fit(kept, generator=generator)
         scores = _score_steps(detector, [*validation.tests, *watched])
         for step, (values, found) in enumerate(zip(steps, scores, strict=False), start=1):
             judge.record(step, values, found)

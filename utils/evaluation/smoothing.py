@@ -4,12 +4,15 @@ Bilinear upsampling and then a Gaussian blur, as the published pipelines do it, 
 on rows and columns separately. So it is exactly `A @ M @ B.T`, with A and B built once per size.
 """
 
+import itertools
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
+
+from configs.tiles import Tiling
 
 
 def smoothing_matrix(grid: int, size: int, sigma: float) -> Tensor:
@@ -33,21 +36,60 @@ def smoothing_matrix(grid: int, size: int, sigma: float) -> Tensor:
     identity = torch.eye(grid, dtype=torch.float64, device="cpu").unsqueeze(1)  # (grid, 1, grid)
     matrix = F.interpolate(identity, size=size, mode="linear", align_corners=False)
     matrix = matrix.squeeze(1).T.contiguous()  # (size, grid)
-    if sigma > 0:
-        blurred = gaussian_filter1d(matrix.numpy(), sigma, axis=0, mode="reflect", truncate=4.0)
-        matrix = torch.from_numpy(blurred)
-    return matrix
+    return _blurred(matrix, sigma)
+
+
+def blending_matrix(grid: int, tiling: Tiling, sigma: float) -> Tensor:
+    """Returns the (K, n * grid) float64 operator that makes an axis of the image of its windows'.
+
+    Each window is upsampled as `smoothing_matrix` does it; where windows overlap, each counts by
+    its distance to its own edge, at most the overlap, so that none ends in a step; then the whole
+    is blurred.
+
+    Args:
+        grid: Length of a window's axis before, >= 1.
+        tiling: The windows, n in a row, of an image of K pixels a side.
+        sigma: Standard deviation of the blur in pixels of the image; 0 = no blur.
+    """
+    size, starts = tiling.tile_size, tiling.starts
+    upsampled = smoothing_matrix(grid, size, 0.0)  # (S, grid)
+    overlap = max([0, *(a + size - b for a, b in itertools.pairwise(starts))])
+    places = torch.arange(size, dtype=torch.float64)
+    weights = torch.minimum(places, size - 1 - places).add(0.5).clamp(max=max(overlap, 0.5))  # (S,)
+    matrix = torch.zeros(tiling.image_size, len(starts), grid, dtype=torch.float64)
+    total = torch.zeros(tiling.image_size, dtype=torch.float64)
+    for number, start in enumerate(starts):
+        matrix[start : start + size, number] = weights[:, None] * upsampled
+        total[start : start + size] += weights
+    return _blurred((matrix / total[:, None, None]).flatten(1), sigma)  # (K, n * grid)
+
+
+def _blurred(matrix: Tensor, sigma: float) -> Tensor:
+    """Returns an operator (size, grid) with a blur of its result after it."""
+    if sigma == 0:
+        return matrix
+    blurred = gaussian_filter1d(matrix.numpy(), sigma, axis=0, mode="reflect", truncate=4.0)
+    return torch.from_numpy(blurred)
 
 
 @lru_cache(maxsize=16)
-def _cached_matrix(grid: int, size: int, sigma: float, device: torch.device) -> Tensor:
+def _cached_matrix(
+    grid: int, size: int, sigma: float, device: torch.device, tiling: Tiling | None
+) -> Tensor:
     # A tensor made inside inference mode could not be used by autograd later, out of the cache.
     with torch.inference_mode(False):
+        if tiling is not None:
+            return blending_matrix(grid // tiling.per_side, tiling, sigma).to(device)
         return smoothing_matrix(grid, size, sigma).to(device)
 
 
 def upsample_and_blur(
-    anomaly_maps: Tensor, size: int | None, sigma: float, *, stride: int = 1
+    anomaly_maps: Tensor,
+    size: int | None,
+    sigma: float,
+    *,
+    stride: int = 1,
+    tiling: Tiling | None = None,
 ) -> Tensor:
     """Upsamples anomaly maps to `size` x `size` and blurs them.
 
@@ -60,6 +102,8 @@ def upsample_and_blur(
         sigma: Standard deviation of the blur in pixels of the result; 0 = no blur. The published
             pipelines use 4.
         stride: Only every stride-th row and column of the result is computed, from the first on.
+        tiling: Of maps that are those of windows side by side, n in a row: (B, n * h, n * w). They
+            are blended; `size` is that of the image.
 
     Returns:
         (B, size, size), float64 for float64 maps, else float32; with a stride, (B, s, s) with
@@ -74,10 +118,10 @@ def upsample_and_blur(
     grid_height, grid_width = anomaly_maps.shape[1:]
     height, width = (grid_height, grid_width) if size is None else (size, size)
     device = anomaly_maps.device
-    rows = _cached_matrix(grid_height, height, sigma, device)  # (height, h)
-    columns = _cached_matrix(grid_width, width, sigma, device)  # (width, w)
+    rows = _cached_matrix(grid_height, height, sigma, device, tiling)  # (height, h)
+    columns = _cached_matrix(grid_width, width, sigma, device, tiling)  # (width, w)
     same_size = (height, width) == (grid_height, grid_width)
-    if same_size and (sigma == 0 or height == width == 1):
+    if tiling is None and same_size and (sigma == 0 or height == width == 1):
         return anomaly_maps if stride == 1 else anomaly_maps[:, ::stride, ::stride]
     rows, columns = rows[::stride], columns[::stride]  # (height, h), (width, w)
     smoothed = rows @ (anomaly_maps.double() @ columns.T)  # (B, height, width)

@@ -209,7 +209,7 @@ def _extract(
             tqdm(total=loader.num_images, desc=description, leave=False, disable=None)
         )
         for batch in loader:
-            maps = rounded_maps(extractor, batch.images, dtype, description)
+            maps = rounded_maps(extractor, batch.images, dtype, description, at_once=loader.at_once)
             small.append(thumbnails(batch.images))
             if not indices:
                 needed = sum(m[0].numel() * m.element_size() for m in maps) * loader.num_images

@@ -104,25 +104,42 @@ def widened(stages: Sequence[Tensor]) -> list[Tensor]:
 
 
 def rounded_maps(
-    extractor: Extractor, images: Tensor, dtype: torch.dtype, description: str
+    extractor: Extractor,
+    images: Tensor,
+    dtype: torch.dtype,
+    description: str,
+    *,
+    at_once: int,
 ) -> list[Tensor]:
     """Run the backbone and round its maps as banks store them.
 
     Args:
         extractor: the backbone.
-        images: (B, 3, S, S), uint8.
+        images: (B, 3, T * S, S), uint8: the T windows of each image below each other; T is 1 of
+            images that are whole.
         dtype: of the result; images in place of features stay uint8.
         description: what a message calls the images.
+        at_once: windows that the backbone sees at once; whole images are all seen at once.
 
     Returns:
-        One (B, H_l, W_l, C_l) tensor per stage.
+        One (B, T * H_l, W_l, C_l) tensor per stage, with the windows' maps below each other.
 
     Raises:
         FloatingPointError: a feature is beyond the range of `dtype`.
     """
+    tiles = images.shape[2] // images.shape[3]
+    layout = "(b t) h w c -> b (t h) w c"
+    windows = rearrange(images, "b c (t h) w -> (b t) c h w", t=tiles)
+    parts = [
+        [
+            rearrange(m, "b c h w -> b h w c").to(dtype if m.is_floating_point() else m.dtype)
+            for m in extractor.stage_maps(part)
+        ]
+        for part in windows.split(at_once if tiles > 1 else len(windows))
+    ]
     maps = [
-        rearrange(m, "b c h w -> b h w c").to(dtype if m.is_floating_point() else m.dtype)
-        for m in extractor.stage_maps(images)
+        rearrange(stage[0] if len(stage) == 1 else torch.cat(stage), layout, t=tiles)
+        for stage in zip(*parts, strict=True)
     ]
     for stage_map in maps:
         if not torch.isfinite(stage_map).all():

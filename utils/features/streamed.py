@@ -170,7 +170,9 @@ class _Source:
                 if batch.indices != expected[done:stop]:
                     break
                 images = self._filled_up(batch.images, rows[done:stop])
-                maps = rounded_maps(self.extractor, images, self.dtype, self.description)
+                maps = rounded_maps(
+                    self.extractor, images, self.dtype, self.description, at_once=loader.at_once
+                )
                 bar.update(len(batch.indices))
                 yield from map(list, zip(*(m[: stop - done] for m in maps), strict=True))
                 done = stop

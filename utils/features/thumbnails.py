@@ -1,5 +1,7 @@
 """Small grey copies of images, kept beside their features to find near-duplicates by."""
 
+import math
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -10,6 +12,15 @@ _GREEN = 1  # nearly what an image is in grey, and there already
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """Return the green channels of images (B, 3, S, S) uint8, averaged to (B, 32, 32) uint8."""
-    green = images[:, _GREEN : _GREEN + 1].float()  # (B, 1, S, S)
+    """Return the green channels of images (B, 3, S, S) uint8, averaged to (B, 32, 32) uint8.
+
+    Of images (B, 3, T * S, S) that were cut into windows, those are side by side, each averaged.
+    """
+    green = images[:, _GREEN : _GREEN + 1]  # (B, 1, T * S, S)
+    if green.shape[2] > green.shape[3]:
+        per_side = math.isqrt(green.shape[2] // green.shape[3])
+        windows = rearrange(green, "b 1 (t h) w -> (b t) 1 h w", h=green.shape[3])
+        small = F.adaptive_avg_pool2d(windows.float(), max(1, SIDE // per_side))
+        green = rearrange(small, "(b r c) 1 h w -> b 1 (r h) (c w)", r=per_side, c=per_side)
+    green = green.float()  # (B, 1, S, S)
     return rearrange(F.adaptive_avg_pool2d(green, SIDE), "b 1 h w -> b h w").round().byte()

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
+from configs.tiles import Tiling
 from utils.evaluation.smoothing import image_scores, upsample_and_blur
 
 
@@ -96,3 +97,48 @@ def test_scores_keep_their_scale():
 def test_bad_input(shape, size, sigma, message):
     with pytest.raises(ValueError, match=message):
         upsample_and_blur(torch.zeros(shape), size, sigma)
+
+
+TILING = Tiling(image_size=80, tile_size=32, per_side=3)  # by 24 pixels: eight are shared
+
+
+def in_a_mosaic(image, tiling):
+    """What the windows of an image (K, K) hold, side by side: (1, n * S, n * S)."""
+    rows = [image[rows, columns] for rows, columns in tiling.windows]
+    n = tiling.per_side
+    strips = [torch.cat(rows[i * n : i * n + n], dim=1) for i in range(n)]
+    return torch.cat(strips)[None]
+
+
+@pytest.mark.parametrize("sigma", [0.0, 2.0])
+def test_windows_that_agree_are_blended_to_what_they_show(sigma):
+    """With maps as fine as the image there is nothing else to see than the image, blurred."""
+    image = random_grids(80, 80).double()
+    found = upsample_and_blur(in_a_mosaic(image, TILING), 80, sigma, tiling=TILING)
+    expected = torch.from_numpy(gaussian_filter(image.numpy(), sigma)) if sigma else image
+    torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_windows_that_disagree_meet_without_a_step():
+    """Each of another constant: where two meet, the map goes over from one to the other."""
+    levels = torch.arange(9.0).reshape(3, 3).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    found = upsample_and_blur(levels[None].double(), 80, 0.0, tiling=TILING)[0]
+    assert found.min() == 0
+    assert found.max() == 8
+    steps = torch.maximum(found.diff(dim=0).abs().max(), found.diff(dim=1).abs().max())
+    assert steps < 3 / 7  # rows of windows differ by three, over eight pixels
+    assert torch.equal(found[:20, :20], torch.zeros(20, 20).double())
+
+
+def test_a_stride_leaves_rows_and_columns_out():
+    maps = random_grids(2, 12, 12)
+    whole = upsample_and_blur(maps, 80, 1.0, tiling=TILING)
+    assert whole.shape == (2, 80, 80)
+    fewer = upsample_and_blur(maps, 80, 1.0, stride=3, tiling=TILING)
+    assert_close(fewer, whole[:, ::3, ::3], 1e-6)
+
+
+def test_windows_without_overlap_lie_side_by_side():
+    tiling = Tiling(image_size=64, tile_size=32, per_side=2)
+    image = random_grids(64, 64)
+    assert torch.equal(upsample_and_blur(image[None], 64, 0.0, tiling=tiling)[0], image)

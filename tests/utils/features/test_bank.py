@@ -22,6 +22,7 @@ class Loader:
     def __init__(self, images, size=4, missing=()):
         self.num_images = len(images)
         self.images, self.size, self.missing = images, size, missing
+        self.at_once = size
         self.skipped = [(row, f"image {row} is unreadable") for row in missing]
         self.name = "numbers"
 
