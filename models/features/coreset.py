@@ -32,14 +32,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.detector import FeatureSource
-from models.features.matmul import full_precision, linear
+from models.features.matmul import at_once, full_precision, linear
 from models.features.nearest import direct_distances, rounding_share
 
 READ = 4
 """Images read at once."""
 ROWS = 1024
 CENTRES = 1024
-"""Sides of one product of features and choices."""
+"""Sides of one product of features and choices; the first for a CPU, see `at_once`."""
 PAIRS = 2**16
 """Pairs of features subtracted at once."""
 POOL_SHARE = 1 / 128
@@ -173,8 +173,9 @@ class _LazyGreedy:
             return
         # Neighbours in this order have missed about the same choices: few are computed twice.
         behind = behind[self.seen[behind].argsort()]
-        firsts = self.seen[behind[::ROWS]].tolist()
-        for block, first in zip(behind.split(ROWS), firsts, strict=True):
+        rows_at_once = at_once(ROWS, rows.device)
+        firsts = self.seen[behind[::rows_at_once]].tolist()
+        for block, first in zip(behind.split(rows_at_once), firsts, strict=True):
             self.lower(block, first)
         self.seen[behind] = self.taken
 

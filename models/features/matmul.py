@@ -17,6 +17,10 @@ from torch.nn.grad import conv2d_weight
 
 FEW_ROWS = 512
 """Below, preparing a convolution takes longer than it saves."""
+ON_A_GPU = 16
+"""How many times as much is computed at once on a GPU as a CPU's cache has room for. There a block
+costs the start of its kernels, not a way to main memory; the suite's largest blocks for a CPU, of
+2**23 numbers, are half a gigabyte then. Chosen for that size: its speed was not measured."""
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,6 +58,16 @@ def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     shape = (*sums.shape, 1, 1)
     product = conv2d_weight(_image(right), shape, _image(left))  # (R, C, 1, 1)
     sums += rearrange(product, "r c 1 1 -> r c")
+
+
+def at_once(amount: int, device: torch.device) -> int:
+    """Return how much to compute at once on a device, by what is right for a CPU's cache.
+
+    Args:
+        amount: for a CPU: entries of a product, or rows or channels that go into one.
+        device: where it is computed.
+    """
+    return amount if device.type == "cpu" else ON_A_GPU * amount
 
 
 @contextlib.contextmanager

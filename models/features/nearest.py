@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError
-from models.features.matmul import full_precision, linear
+from models.features.matmul import at_once, full_precision, linear
 
 SPARE = 8
 """Features proposed beside the k that are wanted."""
+QUERIES = 1024
+"""Queries searched together. These three are for a CPU; `at_once` has more for a GPU."""
 PRODUCT = 2**22
 """Entries of one product: bounds its memory, and keeps it in a processor's cache."""
 GATHER = 2**23
@@ -79,7 +81,8 @@ def nearest(
             "features; fit on more normal images or ask for fewer neighbours"
         )
     proposed = min(count + SPARE, len(memory))
-    size = max(1, min(1024, GATHER // (proposed * queries.shape[1])))
+    queries_at_once, gathered = (at_once(n, queries.device) for n in (QUERIES, GATHER))
+    size = max(1, min(queries_at_once, gathered // (proposed * queries.shape[1])))
     shift = queries.mean(dim=0)
     with full_precision(queries.device):
         blocks = queries.split(size)
@@ -133,7 +136,7 @@ def _propose(
     norms = queries.square().sum(dim=1, keepdim=True)  # (Q, 1)
     doubled = -2 * queries
     best: tuple[Tensor, Tensor] | None = None
-    for start, block in _blocks(memory, PRODUCT // len(queries)):
+    for start, block in _blocks(memory, at_once(PRODUCT, memory.device) // len(queries)):
         block = block - shift
         squares = linear(doubled, block, block.square().sum(dim=1))  # (Q, R)
         best = _keep_best(best, squares, start, proposed)
@@ -144,7 +147,7 @@ def _propose(
 def _search_directly(queries: Tensor, memory: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return what `_search` does, from distances that are all computed by subtraction."""
     best: tuple[Tensor, Tensor] | None = None
-    for start, block in _blocks(memory, PRODUCT // len(queries)):
+    for start, block in _blocks(memory, at_once(PRODUCT, memory.device) // len(queries)):
         best = _keep_best(best, direct_distances(queries, block), start, count)
     assert best is not None
     distances, order = best[0].sort(dim=1)

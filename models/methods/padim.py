@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from configs.options import FeatureOptions, OptionalInt, Positive
 from models.detector import Detector, FeatureShape, FeatureSource, Monitor
 from models.errors import ModelError
-from models.features.matmul import full_precision
+from models.features.matmul import at_once, full_precision
 from models.method import Method
 
 READ = 16
 """Images read at once: each batch touches all covariances, so the more the better."""
 CHUNK = 2**22
-"""Entries of the covariances that are factorised at once, in float64."""
+"""Entries of the covariances that are factorised at once, in float64; more on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,8 @@ class Padim(Detector):
             for features in bank.batches(READ):
                 centred = self._positions(features).sub_(self.mean.unsqueeze(1))  # (H*W, B, D)
                 self.whitening.baddbmm_(centred.mT, centred)
-        for chunk in self.whitening.split(max(1, CHUNK // D**2)):
+        chunk_size = max(1, at_once(CHUNK, self.whitening.device) // D**2)
+        for chunk in self.whitening.split(chunk_size):
             self._invert(chunk, len(bank))
         if monitor is not None:
             monitor(1, {})

@@ -235,14 +235,13 @@ def _ranked(scores: Tensor, labels: Tensor, what: str) -> tuple[Curve | None, st
 def _ranked_pixels(anomaly_maps: Tensor, masks: Tensor) -> tuple[Curve | None, str]:
     """Returns the curve of all pixels with region weights, or None and the reason."""
     anomaly_maps = _checked_scores(anomaly_maps, masks, "anomaly maps")
-    masks = masks.to(anomaly_maps.device)
     reason = _missing_class(masks, "pixels in the masks")
     if reason:
         return None, reason
     # The labelling of the regions fills what time the sort leaves a thread.
     with threaded_map(threads_for(masks.numel())) as run:
         weights_to_be = run(_region_weights, [masks.cpu().numpy()])
-        curve = count_at_thresholds(anomaly_maps, masks)
+        curve = count_at_thresholds(anomaly_maps, masks.to(anomaly_maps.device))
         (weights,) = weights_to_be
     return replace(curve, region_weights=weights), ""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.detector import SizedByFit
 from models.errors import ModelError
+from models.features.matmul import at_once
 
 SPARE = 4
 """Features proposed by a product beside the nearest ones that are wanted."""
@@ -92,7 +93,7 @@ class RegionMemory(SizedByFit):
         squares = rearrange(self.squares, "(r m) -> r 1 m", r=R)
         positions = rearrange(maps, "b c h w -> b (h w) c").index_select(1, cells.flatten())
         queries = rearrange(positions, "b (r k) c -> r (b k) c", r=R) - self.shift.unsqueeze(1)
-        size = max(1, PRODUCT // (K * memory.shape[1]))
+        size = max(1, at_once(PRODUCT, maps.device) // (K * memory.shape[1]))
         blocks = zip(queries.split(size), memory.split(size), squares.split(size), strict=True)
         search = _search_in_parts if bounded else _search
         found = torch.cat([search(*block, count) for block in blocks])  # (R, B * K, count)
@@ -167,7 +168,8 @@ def _layout(size: tuple[int, int], grid_size: tuple[int, int]) -> tuple[list[lis
 def _search_in_parts(queries: Tensor, memory: Tensor, squares: Tensor, count: int) -> Tensor:
     """Return what `_search` does, in products of bounded size."""
     gathered = (count + SPARE) * memory.shape[2]
-    size = max(1, ROWS // (len(memory) * max(memory.shape[1], gathered)))
+    rows = at_once(ROWS, memory.device)
+    size = max(1, rows // (len(memory) * max(memory.shape[1], gathered)))
     parts = queries.split(size, dim=1)
     return torch.cat([_search(part, memory, squares, count) for part in parts], dim=1)
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from models.detector import SizedByFit
 from models.features.kmeans import apart, lloyd
-from models.features.matmul import full_precision, linear
+from models.features.matmul import at_once, full_precision, linear
 
 ENTRIES = 1 << 24
 """Entries of a stage's filters at most: 64 MiB."""
@@ -209,7 +209,8 @@ class Mixture(SizedByFit):
         """
         lengths = self.centres.square().sum(dim=1)  # (K,)
         parts, lengths_of = [], []
-        for part in positions.split(max(1, DISTANCES // len(self.centres))):
+        room = at_once(DISTANCES, positions.device)
+        for part in positions.split(max(1, room // len(self.centres))):
             with full_precision(positions.device):
                 # Less the features' own lengths, which order nothing.
                 distances = linear(part, -2 * self.centres, lengths)  # (P, K)

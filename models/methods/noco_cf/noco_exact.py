@@ -45,7 +45,7 @@ from configs.options import FeatureOptions, OnlyWith, Positive, PositiveInt
 from models.detector import Detector, FeatureShape, FeatureSource, Monitor, Scored
 from models.errors import ModelError
 from models.features.kmeans import kmeans_centres
-from models.features.matmul import add_product, full_precision
+from models.features.matmul import add_product, at_once, full_precision
 from models.features.multiscale import (
     add_second_moment,
     grid_size,
@@ -137,7 +137,7 @@ class NocoExact(Detector):
         K, positions = len(self.centres), self.options.kmeans_positions
         if K > 1:
             self.centres.copy_(kmeans_centres(bank, K, positions=positions, generator=generator))
-        channels = FEW_CHANNELS if K == 1 else MANY_CHANNELS
+        channels = at_once(FEW_CHANNELS, self.centres.device) if K == 1 else MANY_CHANNELS
         for stages in bank.stage_batches(max(1, channels // bank.channels)):
             self.partial_fit(stages)
         self._spectrum = values, vectors = self.decompose()

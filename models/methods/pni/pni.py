@@ -47,7 +47,7 @@ from models.features.coreset import (
     read_positions,
     read_projected,
 )
-from models.features.matmul import full_precision, linear
+from models.features.matmul import at_once, full_precision, linear
 from models.features.nearest import nearest
 from models.method import Method
 from models.methods.pni.gates import Members, without_border
@@ -242,7 +242,8 @@ class Pni(Detector):
         queries = rearrange(reduced, "b c h w -> (b h w) c")
         table = rearrange(self.votes, "(p d) -> p d", d=self.num_voted)
         places = torch.arange(len(queries), device=queries.device) % len(table)
-        size = max(16, PRODUCT // max(1, len(self.owner)) // 16 * 16)  # sixteens are the fastest
+        room = at_once(PRODUCT, queries.device) // max(1, len(self.owner))
+        size = max(16, room // 16 * 16)  # sixteens are the fastest
         blocks = zip(queries.split(size), logits.split(size), places.split(size), strict=True)
         return torch.cat([self.gated(q, found, table[p], members) for q, found, p in blocks])
 

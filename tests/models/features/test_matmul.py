@@ -10,6 +10,7 @@ from models.features.matmul import (
     FEW_ROWS,
     Linear,
     add_product,
+    at_once,
     fp32_settings,
     full_precision,
     linear,
@@ -166,3 +167,8 @@ def test_cuda_computes_float32_as_it_is_told():
     finally:
         set_fp32("ieee")
         torch.backends.cudnn.allow_tf32 = before[1] == "tf32"
+
+
+def test_only_a_gpu_computes_more_at_once_than_a_cpu():
+    assert at_once(1024, torch.device("cpu")) == 1024
+    assert at_once(1024, torch.device("cuda", 1)) > 1024

@@ -10,6 +10,7 @@ from models.errors import ModelError
 from models.features import nearest as module
 from models.features.nearest import check_search, direct_distances, nearest
 from tests.models.banks import seeded
+from tests.models.pretended import pretended_device
 
 NO_FAISS = importlib.util.find_spec("faiss") is None
 
@@ -43,6 +44,23 @@ def test_equals_all_distances(monkeypatch, count, product):
     blocked(monkeypatch, product, gather=2000)
     queries = torch.randn(41, 12, generator=seeded(1))
     check(queries, torch.randn(157, 12, generator=seeded(2)) + 0.3, count)
+
+
+def test_a_gpu_finds_the_same_in_its_larger_blocks(monkeypatch):
+    monkeypatch.setattr(module, "QUERIES", 4)
+    blocked(monkeypatch, 700, gather=2000)
+    queries, memory = (torch.randn(n, 12, generator=seeded(n)) for n in (157, 410))
+    expected = nearest(queries, memory, 3)
+    sizes = []
+    search = module._search
+    monkeypatch.setattr(
+        module, "_search", lambda *given: sizes.append(len(given[0])) or search(*given)
+    )
+    with pretended_device(monkeypatch):
+        found = [part.cpu() for part in nearest(queries.to("cuda"), memory.to("cuda"), 3)]
+    assert max(sizes) > 4
+    torch.testing.assert_close(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 @pytest.fixture
