@@ -115,12 +115,22 @@ def machine_fault(error: Exception) -> str | None:
 
 
 def require_device(name: str) -> None:
-    """Say that a device is not there before anything is read; CPUs need no torch to be asked.
+    """Say that a device is not there before anything is read, and hide GPUs from a run without.
+
+    PyTorch's optimizers start any GPU that they see, also for parameters on a CPU: that takes some
+    of its memory, and fails where it cannot be used. A process that has asked for it sees it still.
+
+    Args:
+        name: as `pick_device` takes it; a CPU needs no torch to be asked.
 
     Raises:
-        UsageError: it is unknown or absent.
+        UsageError: it is unknown or absent, or there and not to be used.
     """
-    if name not in ("auto", "cpu"):
+    if name == "auto":
+        name = os.environ.get("NOCO_DEVICE", "auto")
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif name != "auto":
         from utils.device import pick_device
 
         pick_device(name)

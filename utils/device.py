@@ -59,7 +59,7 @@ def require_works(device: torch.device, name: str) -> None:
         said = str(error).strip().splitlines()[0]
         raise UsageError(
             f"--device {name}: there is a CUDA device, but it cannot be used ({said}); compute "
-            "with --device cpu, or set NOCO_DEVICE=cpu"
+            "with --device cpu, or set NOCO_DEVICE=cpu in the environment"
         ) from error
 
 

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BROKEN = """
+import os
 import sys
 import torch
 import train_mnist
@@ -17,7 +18,7 @@ import train_mnist
 def fails():
     raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\\nand more")
 
-torch.cuda.is_available = lambda: True
+torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 torch.cuda.device_count = lambda: 1
 torch.cuda._lazy_init = fails
 train_mnist.main(sys.argv[1:])
@@ -27,9 +28,10 @@ train_mnist.main(sys.argv[1:])
 def run(output, *options, device=None):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert environment.pop("NOCO_DEVICE") == "cpu"  # tests compute there, their processes too
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
     if device is not None:
         environment["NOCO_DEVICE"] = device
-    words = ["digits", "mahalanobis", "--categories", "0", "--output", str(output)]
+    words = ["digits", "noco", "--method.epochs", "1", "--categories", "0", "--output", str(output)]
     quick = ["--image-size", "32", "--workers", "0", "--overlays", "0", "--cache", "host"]
     return subprocess.run(
         [sys.executable, "-c", BROKEN, *words, *quick, *options],
@@ -48,14 +50,16 @@ def test_a_gpu_that_cannot_be_used_is_named_with_the_way_out(tmp_path, options):
     assert ended.stderr.splitlines()[-1] == (
         "error: --device cuda: there is a CUDA device, but it cannot be used (CUDA error: all "
         "CUDA-capable devices are busy or unavailable); compute with --device cpu, or set "
-        "NOCO_DEVICE=cpu"
+        "NOCO_DEVICE=cpu in the environment"
     )
     assert "Traceback" not in ended.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_the_environment_keeps_a_run_off_it(tmp_path):
-    ended = run(tmp_path, device="cpu")
+@pytest.mark.parametrize(("device", "options"), [("cpu", ()), (None, ("--device", "cpu"))])
+def test_a_run_on_the_cpu_does_not_see_it(tmp_path, device, options):
+    """PyTorch's optimizers would."""
+    ended = run(tmp_path, *options, device=device)
     assert ended.returncode == 0, ended.stderr
     assert len(list(tmp_path.glob("*/*/results.csv"))) == 1
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.errors import ModelError
-from utils.cli import FOR_THE_USER, exits_cleanly
+from utils.cli import FOR_THE_USER, exits_cleanly, require_device
 from utils.device import pick_device, set_deterministic
 from utils.errors import UsageError
 
@@ -92,6 +92,20 @@ def test_the_environment_names_the_device_where_none_is_named(monkeypatch, gpus)
     monkeypatch.setenv("NOCO_DEVICE", "cude")
     with pytest.raises(UsageError, match="--device cude is unknown"):
         pick_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "named", "seen"),
+    [("cpu", None, ""), ("auto", "cpu", ""), ("auto", None, "1"), ("cuda", "cpu", "1")],
+)
+def test_a_run_on_the_cpu_sees_no_gpu(monkeypatch, gpus, name, named, seen):
+    gpus(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.delenv("NOCO_DEVICE")
+    if named is not None:
+        monkeypatch.setenv("NOCO_DEVICE", named)
+    require_device(name)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 @pytest.mark.parametrize(
