@@ -1,9 +1,10 @@
 """Experiments on semantic data: an image of another class is the anomaly."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from configs.experiment import Experiment
+from configs.options import Since
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,9 @@ class SemanticExperiment(Experiment):
 
     protocol: Literal["one-vs-rest", "leave-one-out"] = "one-vs-rest"
     """One class is normal and the rest anomalous, or all classes but one are normal."""
+
+    pool: Annotated[Literal["mean", "class_token"], Since.LATER] = "mean"
+    """What stands for an image: the mean of a stage's map, or of a transformer its class token."""
 
     @property
     def map_size(self) -> None:

@@ -1,7 +1,7 @@
 """From a method's name to what gives it its features, and to its detector."""
 
 from configs.options import FeatureOptions, MethodOptions
-from models.backbone.extractor import FrozenExtractor
+from models.backbone.extractor import FrozenExtractor, Pool
 from models.backbone.raw_images import RawImages
 from models.detector import Detector, Extractor, FeatureShape
 from models.features.feature_norm import normalised
@@ -19,7 +19,7 @@ def build_extractor(
     weights: str = "auto",
     patch_size: int = 3,
     feature_location: str = "bottleneck",
-    pooled: bool = False,
+    pool: Pool | None = None,
     precision: str = "fp32",
     compile_backbone: bool = False,
     image_size: int | None = None,
@@ -33,7 +33,7 @@ def build_extractor(
         weights: of the backbone.
         patch_size: side of the averaged neighbourhood.
         feature_location: "bottleneck" or "expansion".
-        pooled: global averages, for semantic tasks.
+        pool: "mean" or "class_token" for semantic tasks, None for maps.
         precision: autocast of the backbone.
         compile_backbone: run it through torch.compile.
         image_size: side in pixels of the images to come, which the backbone must take.
@@ -49,7 +49,7 @@ def build_extractor(
         weights=weights,
         patch_size=patch_size,
         feature_location=feature_location,
-        pooled=pooled,
+        pool=pool,
         precision=precision,
         compile_backbone=compile_backbone,
     )

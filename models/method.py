@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound=MethodOptions)
 
 DECLARES = re.compile(r"^METHOD\b", re.MULTILINE)
-OF_FEATURES = frozenset({"precision", "patch_size"})
+OF_FEATURES = frozenset({"precision", "patch_size", "pool"})
 FIRST = "noco"
 """The method that is listed first, and taken where none is named."""
 

@@ -49,15 +49,14 @@ def extractor_of(experiment: AnyExperiment, *, weights: str | None = None) -> Ex
         ModelError: the backbone or its weights cannot be had, or the method cannot be built.
         UsageError: the device cannot be had.
     """
-    patch_size = experiment.patch_size if isinstance(experiment, StructuredExperiment) else None
     extractor = build_extractor(
         find_method(experiment.method_name),
         experiment.backbone,
         experiment.layers,
         weights=weights or experiment.weights,
-        patch_size=patch_size or 1,
+        patch_size=experiment.patch_size if isinstance(experiment, StructuredExperiment) else 1,
         feature_location=experiment.feature_location,
-        pooled=patch_size is None,
+        pool=None if isinstance(experiment, StructuredExperiment) else experiment.pool,
         precision=experiment.precision,
         compile_backbone=experiment.compile,
         image_size=experiment.input_size,

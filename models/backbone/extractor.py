@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -11,12 +11,14 @@ from einops import rearrange
 from timm.layers.format import Format
 from torch import Tensor, nn
 
+from models.backbone.class_tokens import ClassTokens
 from models.backbone.rewriting import accelerated, with_narrow_in_full
 from models.backbone.weights import LoadedWeights, load_backbone, options_for_any_size
 from models.detector import Extractor
 from models.errors import ModelError, compiler_error
 from models.features.matmul import fp32_settings
 
+Pool = Literal["mean", "class_token"]
 VERSION = 1
 """Raise it with any change of this package that changes features: stored ones are then left."""
 
@@ -26,7 +28,7 @@ class FrozenExtractor(Extractor):
 
     As published for NoCo and SimpleNet: every stage's map gets a `patch_size` x `patch_size`
     average pooling (stride 1, padding zeros counted), is resized bilinearly to the largest map, and
-    all are concatenated. With `pooled` the stages' global averages are concatenated instead, a
+    all are concatenated. With `pool` the stages' global averages are concatenated instead, a
     1 x 1 grid for semantic tasks. Always in eval mode and without gradient.
 
     Args:
@@ -36,7 +38,8 @@ class FrozenExtractor(Extractor):
         patch_size: odd side of the averaged neighbourhood; 1 for none.
         feature_location: "bottleneck", or "expansion" for the wider maps before an EfficientNet's
             projections.
-        pooled: global averages instead of maps.
+        pool: what stands for an image, on a 1 x 1 grid: the global average of a stage's map, or a
+            transformer's class token; None for the maps.
         precision: "fp32", or "tf32", which differs by what `set_fp32` was told; or "bf16" or
             "fp16", the autocast of the backbone, in which convolutions over fewer than 16 channels
             stay in fp32 (`with_narrow_in_full`).
@@ -45,7 +48,8 @@ class FrozenExtractor(Extractor):
             without effect in half precision.
 
     Raises:
-        ModelError: unknown backbone, a stage it lacks, or weights that cannot be had.
+        ModelError: unknown backbone, a stage or a class token it lacks, or weights that cannot be
+            had.
     """
 
     mean: Tensor
@@ -59,7 +63,7 @@ class FrozenExtractor(Extractor):
         weights: str = "auto",
         patch_size: int = 3,
         feature_location: str = "bottleneck",
-        pooled: bool = False,
+        pool: Pool | None = None,
         precision: str = "fp32",
         compile_backbone: bool = False,
         rewrite: bool = True,
@@ -74,12 +78,13 @@ class FrozenExtractor(Extractor):
         self.layers = tuple(sorted(layers))
         self.patch_size = patch_size
         self.feature_location = feature_location
-        self.pooled = pooled
+        self.pool = pool
         self.precision = precision
         self.weights_source = loaded.source
         self._weights_digest = loaded.digest
         self._random_weights = loaded.random
-        self.net = loaded.net.to(memory_format=torch.channels_last)
+        net = ClassTokens(loaded.net, backbone) if pool == "class_token" else loaded.net
+        self.net = net.to(memory_format=torch.channels_last)
         self.compiled = compile_backbone
         # A folded kernel can leave float16's range, and loses more than its parts to bfloat16's
         # rounding (measured: features 9 % off, against 7 %).
@@ -93,6 +98,11 @@ class FrozenExtractor(Extractor):
         self.register_buffer("mean", _per_channel(backbone, "mean"), persistent=False)
         self.register_buffer("std", _per_channel(backbone, "std"), persistent=False)
         self.requires_grad_(False).eval()
+
+    @property
+    def pooled(self) -> bool:
+        """Whether features are of whole images, on a 1 x 1 grid."""
+        return self.pool is not None
 
     @property
     def device(self) -> torch.device:
@@ -214,6 +224,8 @@ class FrozenExtractor(Extractor):
             "device": self._device_name(),
             "fp32": fp32_settings() if self.device.type == "cuda" else [],
             "versions": [VERSION, torch.__version__, timm.__version__],
+            # Only where it is asked for: what was stored before it could be, stays.
+            **({"class_token": True} if self.pool == "class_token" else {}),
         }
 
     def _device_name(self) -> str:

@@ -17,7 +17,7 @@ def extractor_of(name, **options):
 
 
 def test_a_method_on_features_gets_a_frozen_backbone_as_asked_for():
-    options = {"patch_size": 5, "pooled": True, "precision": "bf16", "compile_backbone": True}
+    options = {"patch_size": 5, "pool": "mean", "precision": "bf16", "compile_backbone": True}
     extractor = extractor_of("knn", **options)
     assert isinstance(extractor, FrozenExtractor)
     assert (extractor.backbone, extractor.layers) == (BACKBONE, LAYERS)
@@ -54,7 +54,7 @@ def test_a_method_on_both_gets_both_of_one_backbone(write_methods):
     write_methods(
         both=TINY.replace("options=", 'takes=frozenset({"features", "images"}), options=')
     )
-    extractor = extractor_of("both", pooled=True)
+    extractor = extractor_of("both", pool="mean")
     assert isinstance(extractor, RawImages)
     assert extractor.network is extractor.features
     channels = extractor.network.stage_channels

@@ -113,7 +113,7 @@ def test_patches_are_averaged_with_the_padding_counted(lite0):
 
 
 def test_pooled_features_are_global_averages():
-    extractor = FrozenExtractor(LITE0, (2, 4), pooled=True)
+    extractor = FrozenExtractor(LITE0, (2, 4), pool="mean")
     images = draw(3, 96)
     features = extractor(images)
     assert features.shape == (3, extractor.channels, 1, 1) == (3, 40 + 320, 1, 1)
@@ -272,9 +272,9 @@ def test_a_backbone_that_cannot_be_compiled_is_named(monkeypatch):
 
 def test_fingerprint_tells_what_features_depend_on():
     torch.manual_seed(0)
-    base = {"layers": (1, 2), "patch_size": 3, "pooled": False, "precision": "fp32"}
+    base = {"layers": (1, 2), "patch_size": 3, "pool": None, "precision": "fp32"}
     prints = []
-    changes = ({"layers": (1,)}, {"patch_size": 1}, {"pooled": True}, {"precision": "bf16"})
+    changes = ({"layers": (1,)}, {"patch_size": 1}, {"pool": "mean"}, {"precision": "bf16"})
     for change in ({}, *changes):
         torch.manual_seed(0)
         extractor = FrozenExtractor("resnet10t", weights="random", **{**base, **change})

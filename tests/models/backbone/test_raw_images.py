@@ -9,6 +9,7 @@ class Loader:
     def __init__(self, images):
         self.images = images
         self.num_images = len(images)
+        self.at_once = 2
         self.skipped = ()
 
     def __iter__(self):

@@ -48,7 +48,7 @@ def images():
 
 @functools.cache
 def extractor_of(method, pooled):
-    options = {"weights": "random", "pooled": pooled}
+    options = {"weights": "random", "pool": "mean" if pooled else None}
     return build_extractor(find_method(method), "resnet10t", (1, 2), **options)
 
 

@@ -163,5 +163,7 @@ def prepared(name, changes, weights):
         return Case(name, options, extractor, StagedBank(train), test)
     backbone = method.experiment.get("semantic", {}).get("backbone", BACKBONE)
     is_pooled = "structured" not in method.tasks
-    extractor = build_extractor(method, backbone, (2, 4), weights=str(weights), pooled=is_pooled)
+    extractor = build_extractor(
+        method, backbone, (2, 4), weights=str(weights), pool="mean" if is_pooled else None
+    )
     return Case(name, options, extractor, Bank(draw_images(7)), [draw_images(4, seed=2)])

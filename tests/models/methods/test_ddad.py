@@ -399,7 +399,7 @@ def test_whole_maps_are_compared_in_the_adaptation():
 
 def test_where_nothing_is_to_be_localised_the_map_is_its_maximum():
     torch.manual_seed(3)
-    pooled = FrozenExtractor("resnet10t", (1, 2), weights="random", pooled=True)
+    pooled = FrozenExtractor("resnet10t", (1, 2), weights="random", pool="mean")
     detector = fitted(pooled, Bank(draw_images(6)))
     assert detector(draw_images(2)).shape == (2, 1, 1)
 

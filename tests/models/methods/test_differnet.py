@@ -255,7 +255,7 @@ def test_remarks_say_that_maps_are_flat_and_views_fixed(backbone):
     assert "last stage alone: 2 of --layers" in stage
     assert "pixel metrics mean nothing" in flat
     assert differnet(backbone, train_views=1, views_per_step=1).remarks == [stage, flat]
-    pooled = FrozenExtractor("resnet10t", (2,), weights="random", pooled=True)
+    pooled = FrozenExtractor("resnet10t", (2,), weights="random", pool="mean")
     assert differnet(pooled, train_views=1, views_per_step=1).remarks == []
 
 

@@ -19,7 +19,7 @@ from tests.models.banks import Bank, draw_images, seeded, told
 @pytest.fixture(scope="module")
 def backbone():
     torch.manual_seed(0)
-    return FrozenExtractor("test_resnet", (4,), weights="random", pooled=True)
+    return FrozenExtractor("test_resnet", (4,), weights="random", pool="mean")
 
 
 def bank_of_images(count=10, **options):

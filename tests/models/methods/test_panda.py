@@ -21,7 +21,7 @@ SMALL = "test_resnet"
 
 def extractor(backbone=SMALL, layers=(4,), weights="random", **options):
     torch.manual_seed(0)
-    return FrozenExtractor(backbone, layers, weights=str(weights), pooled=True, **options)
+    return FrozenExtractor(backbone, layers, weights=str(weights), pool="mean", **options)
 
 
 @pytest.fixture(scope="module")

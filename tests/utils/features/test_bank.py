@@ -82,7 +82,7 @@ def bank():
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_stored_features_are_those_of_the_extractor(pooled):
-    extractor = FrozenExtractor("tf_efficientnet_lite0", (1, 2, 3), pooled=pooled)
+    extractor = FrozenExtractor("tf_efficientnet_lite0", (1, 2, 3), pool="mean" if pooled else None)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=generator)
     bank = FeatureBank.extract(extractor, Loader(images, size=5))

@@ -282,7 +282,7 @@ def photos():
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_features_of_a_backbone(photos, pooled):
-    extractor = FrozenExtractor("tf_efficientnet_lite0", (1, 2, 3), pooled=pooled)
+    extractor = FrozenExtractor("tf_efficientnet_lite0", (1, 2, 3), pool="mean" if pooled else None)
     streamed, bank = (make(photos, extractor, size=8) for make in (stream, stored))
     assert streamed.channels == bank.channels == extractor.channels
     for batch_size in (1, 5, 8, 32):
