@@ -145,12 +145,13 @@ def predictions(
 ) -> Iterator[list[Prediction]]:
     """Score images batch by batch, in order; nothing of a batch is kept."""
     from datasets.reading.loading import BatchLoader, ImageDataset
-    from pipeline.features import in_windows
+    from pipeline.features import boxes_of, in_windows
 
     numbers = {path: number for number, path in enumerate(paths)}
     has_maps = finished.experiment.map_size is not None
+    images = in_windows(ImageDataset(paths, finished.transform), finished.experiment)
     loader = BatchLoader(
-        in_windows(ImageDataset(paths, finished.transform), finished.experiment),
+        images,
         batch_size=options.batch_size or finished.experiment.extract_batch_size,
         workers=options.workers,
         skip_unreadable=True,
@@ -159,7 +160,7 @@ def predictions(
     told = 0
     with tqdm(total=len(paths), desc="images", leave=False, disable=None) as bar:
         for batch in loader:
-            scores = finished.score(detector, batch.images)
+            scores = finished.score(detector, batch.images, boxes_of(images, batch.indices))
             maps = [m.numpy() for m in scores.maps.cpu()] if has_maps else []
             found = [
                 Prediction(i, paths[i], float(score), maps[place] if maps else None)

@@ -84,8 +84,10 @@ class Experiment:
     """Pixels the images are resized to."""
     crop_size: OptionalInt
     """Centre crop in pixels; none keeps the whole image, squeezed to a square."""
-    resize: Literal["opencv_square", "lanczos_shorter", "bilinear_shorter"]
-    """Resize to a square by OpenCV, or the shorter side by Pillow (Lanczos, bilinear)."""
+    resize: Literal["opencv_square", "lanczos_shorter", "bilinear_shorter", "bilinear_padded"]
+    """Resize to a square by OpenCV, or the shorter side by Pillow (Lanczos, bilinear); or the
+    longer side, with the image mirrored into the margins: a fit sees what the image shows, and
+    neither maps nor their scores and metrics count there (image scores of a method's own do)."""
 
     bit_depth: Annotated[BitDepth, Since.LATER] = 16
     """Bits of 16-bit files that are used (of a 12-bit camera: 12); the highest 8 of them count."""
@@ -153,6 +155,8 @@ class Experiment:
                 f"--crop-size {self.crop_size} must lie between 1 and --image-size "
                 f"{self.image_size}, or be none"
             )
+        if self.crop_size is not None and self.resize == "bilinear_padded":
+            raise ValueError("--resize bilinear_padded keeps images whole: add --crop-size none")
         parse_grid(self.grid, self.method)
         if self.grid and self.select != "synthetic":
             raise ValueError("--grid is what --select synthetic chooses from; add it, or leave out")

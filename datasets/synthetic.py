@@ -13,6 +13,7 @@ from torch import Tensor
 from datasets.drawing.pasting import paste_patch, paste_scar
 from datasets.reading.fingerprints import digest
 from datasets.reading.loading import Images, Item
+from datasets.reading.transforms import Box
 from datasets.samples import DataError
 
 Draw = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
@@ -68,6 +69,10 @@ class SyntheticDataset(Images):
         """What to call an image in a message: the normal image it was made from."""
         return self._dataset.source(index // self._copies)
 
+    def box(self, index: int) -> Box | None:
+        """Where the normal image lies, which the anomaly was made from."""
+        return self._dataset.box(index // self._copies)
+
     def fingerprint(self) -> str:
         """A hash of the normal images and of how the anomalies are drawn."""
         drawing = [self._draw.__name__, str(self._copies), str(self._seed)]
@@ -109,6 +114,10 @@ class ImagesAt(Images):
     def source(self, index: int) -> Path | int:
         """What to call an image in a message; `index` is its position in the other data set."""
         return self._dataset.source(index)
+
+    def box(self, index: int) -> Box | None:
+        """Where the image lies; `index` is its position in the other data set."""
+        return self._dataset.box(index)
 
     def fingerprint(self) -> str:
         """A hash of the other data set and of the positions."""

@@ -79,6 +79,11 @@ def export_head(
         ModelError: the method cannot be exported.
         UsageError: a package is missing, or what came out scores differently.
     """
+    if finished.transform.pads:
+        raise UsageError(
+            "--resize bilinear_padded: a file would not know which part of an image is margin; "
+            "train with another --resize to export"
+        )
     detector = finished.detector(category, seed, options.suffix)
     network = build_network(finished, detector)
     # The head that is best by pixel AUROC has no image scores of its own.

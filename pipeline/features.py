@@ -80,6 +80,13 @@ def in_windows(images: Images, experiment: AnyExperiment) -> Images:
     return images if experiment.tiling is None else TiledImages(images, experiment.tiling)
 
 
+def boxes_of(images: Images, indices: Sequence[int]) -> torch.Tensor | None:
+    """Return where images lie in the squares they become, (N, 4); None where they fill them."""
+    boxes = [images.box(index) for index in indices]
+    known = [box for box in boxes if box is not None]
+    return torch.tensor(known) if known else None
+
+
 def scoring_of(experiment: AnyExperiment, extractor: Extractor) -> Scoring:
     """Return how an experiment's anomaly maps become scores."""
     if isinstance(experiment, StructuredExperiment):
@@ -311,13 +318,15 @@ class Extraction:
         )
         # Images that tasks share are of no category.
         description = what if task.peers else f"{task.category}: {what}"
-        return extract_features(
+        features = extract_features(
             self.extractor,
             loader,
             cache=experiment.cache,
             description=description,
             folder=default_folder(),
         )
+        features.boxes = boxes_of(images, features.indices)
+        return features
 
 
 def calibration_split(

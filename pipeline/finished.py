@@ -100,10 +100,11 @@ class FinishedRun:
         return build_detector(self.experiment.method_name, self.extractor, method)
 
     @torch.inference_mode()
-    def score(self, detector: Detector, images: Tensor) -> Scores:
+    def score(self, detector: Detector, images: Tensor, boxes: Tensor | None = None) -> Scores:
         """Score uint8 images (B, 3, S, S) as in training: from features rounded as banks hold them.
 
         Images that the run cuts into T windows come as `in_windows` cuts them: (B, 3, T * S, S).
+        `boxes` (B, 4) are those of `pipeline.features.boxes_of`.
 
         Raises:
             FloatingPointError: a feature or a score is not finite.
@@ -111,7 +112,7 @@ class FinishedRun:
         at_once = self.experiment.extract_batch_size
         stored = rounded_maps(self.extractor, images, torch.float16, "images", at_once=at_once)
         stages = widened([rearrange(m.contiguous(), "b h w c -> b c h w") for m in stored])
-        scores = score_batch(detector, stages, self.scoring)
+        scores = score_batch(detector, stages, self.scoring, boxes=boxes)
         check_finite(scores)
         return scores
 

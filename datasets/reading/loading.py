@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.reading.fingerprints import digest, stamp
-from datasets.reading.images import read_image
-from datasets.reading.transforms import PairTransform
+from datasets.reading.images import read_image, read_size
+from datasets.reading.transforms import Box, PairTransform
 from datasets.samples import Batch, DataError, ImageLoader, ImageSet
 
 Item = tuple[int, Tensor | str]
@@ -40,6 +40,14 @@ class Images(Dataset[Item]):
 
     def source(self, index: int) -> Path | int:
         """What to call an image in a message."""
+        raise NotImplementedError
+
+    def box(self, index: int) -> Box | None:
+        """Where the image at `index` lies in the square it became; None for everywhere.
+
+        Raises:
+            DataError: Its size cannot be read.
+        """
         raise NotImplementedError
 
     def fingerprint(self) -> str:
@@ -79,6 +87,12 @@ class ImageDataset(Images):
         """What to call an image in a message: its file."""
         return self.paths[index]
 
+    def box(self, index: int) -> Box | None:
+        """See `Images.box`; of the file no more than its header is read."""
+        if not self.transform.pads:
+            return None
+        return self.transform.box(*read_size(self.paths[index], self.transform.reading))
+
     def fingerprint(self) -> str:
         """A hash of the files' paths, sizes and times of change, and of the transform."""
         return digest([repr(self.transform), *map(stamp, self.paths)])
@@ -113,6 +127,11 @@ class ArrayDataset(Images):
     def source(self, index: int) -> Path | int:
         """What to call an image in a message: its index."""
         return index
+
+    def box(self, index: int) -> Box | None:
+        """See `Images.box`."""
+        del index
+        return self.transform.box(*self.images.shape[1:3])
 
     def fingerprint(self) -> str:
         """A hash of the array and of the transform."""

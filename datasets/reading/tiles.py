@@ -11,6 +11,7 @@ from torch import Tensor
 from configs.tiles import Tiling
 from datasets.reading.fingerprints import digest
 from datasets.reading.loading import Images, Item
+from datasets.reading.transforms import Box
 
 
 def cut(images: Tensor, tiling: Tiling) -> Tensor:
@@ -48,6 +49,10 @@ class TiledImages(Images):
     def source(self, index: int) -> Path | int:
         """What to call an image in a message."""
         return self._dataset.source(index)
+
+    def box(self, index: int) -> Box | None:
+        """Where the image lies in the whole that its windows are cut from."""
+        return self._dataset.box(index)
 
     def fingerprint(self) -> str:
         """A hash of the whole images and of the windows."""

@@ -10,7 +10,9 @@ from PIL import Image
 from datasets.reading.images import PLAIN, Reading
 from datasets.samples import DataError
 
-Resize = Literal["opencv_square", "lanczos_shorter", "bilinear_shorter"]
+Resize = Literal["opencv_square", "lanczos_shorter", "bilinear_shorter", "bilinear_padded"]
+Box = tuple[int, int, int, int]
+"""First row and column, then height and width."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class PairTransform:
         resize: "opencv_square" squeezes to image_size x image_size with cv2.INTER_LINEAR (NoCo's
             MVTec pipeline); "lanczos_shorter" and "bilinear_shorter" bring
             the shorter side to image_size with Pillow's antialiased filter, as torchvision's
-            Resize does.
+            Resize does; "bilinear_padded" brings the longer side there, and mirrors the image into
+            the two margins that are left of the square (see `box`).
         reading: How the files of images and masks are read.
 
     Raises:
@@ -50,11 +53,18 @@ class PairTransform:
                 f"crop_size {self.crop_size} exceeds image_size {self.image_size}: "
                 "there is nothing to crop from"
             )
+        if self.pads and self.crop_size is not None:
+            raise ValueError(f"crop_size {self.crop_size}: of padded images nothing is cropped")
 
     @property
     def output_size(self) -> int:
         """Side length S of what the transform returns, in pixels."""
         return self.image_size if self.crop_size is None else self.crop_size
+
+    @property
+    def pads(self) -> bool:
+        """Whether margins are left around images that are no squares."""
+        return self.resize == "bilinear_padded"
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """Transforms an RGB image: (H, W, 3) uint8 to (S, S, 3) uint8."""
@@ -65,15 +75,21 @@ class PairTransform:
             lanczos = self.resize == "lanczos_shorter"
             resample = Image.Resampling.LANCZOS if lanczos else Image.Resampling.BILINEAR
             resized = np.array(Image.fromarray(image).resize((width, height), resample))
+        if self.pads:
+            margins = (*self._margins(height, width), (0, 0))
+            return np.pad(resized, margins, mode="symmetric")  # (S, S, 3)
         return self._crop(resized)  # (S, S, 3)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """Transforms a mask by the nearest pixel: (H, W) bool to (S, S) bool."""
         # INTER_NEAREST takes the top left pixel of each block, which shifts the mask against the
         # image by up to half an output pixel; the exact variant takes the centre, as Pillow does.
+        width, height = self._resized(mask)
         resized = cv2.resize(
-            mask.astype(np.uint8), self._resized(mask), interpolation=cv2.INTER_NEAREST_EXACT
+            mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT
         )
+        if self.pads:
+            return np.pad(resized, self._margins(height, width)).astype(bool)  # (S, S)
         return self._crop(resized).astype(bool)  # (S, S)
 
     def area_scale(self, image: np.ndarray) -> float:
@@ -81,10 +97,31 @@ class PairTransform:
         width, height = self._resized(image)
         return width * height / (image.shape[0] * image.shape[1])
 
+    def box(self, height: int, width: int) -> Box | None:
+        """Returns where an image (height, width) lies in what becomes of it; None for everywhere.
+
+        Only "bilinear_padded" leaves margins: what a map says there is of mirrored pixels, and
+        counts nowhere.
+        """
+        if not self.pads:
+            return None
+        columns, rows = self._resized(np.empty((height, width, 0)))
+        (top, _), (left, _) = self._margins(rows, columns)
+        return top, left, rows, columns
+
+    def _margins(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What is added above and below, and on the left and right, to make a square."""
+        top, left = -self._offset(height), -self._offset(width)
+        side = self.image_size
+        return (top, side - height - top), (left, side - width - left)
+
     def _resized(self, image: np.ndarray) -> tuple[int, int]:
         """Width and height after the resize, before the crop."""
         height, width = image.shape[:2]
         size = self.image_size
+        if self.pads:
+            longer = max(height, width)
+            return max(1, round(width * size / longer)), max(1, round(height * size / longer))
         if self.resize == "opencv_square" or self.crop_size is None:
             return size, size
         # torchvision truncates the longer side.

@@ -8,9 +8,11 @@ import cv2
 import numpy as np
 from torch import Tensor
 
+from datasets.reading.loading import ImageDataset
 from datasets.reading.restoring import restore_map
 from datasets.samples import DataError
 from models.detector import Detector
+from pipeline.features import boxes_of
 from pipeline.finished import FinishedRun
 from utils.evaluation.scoring import score_batch
 
@@ -43,8 +45,8 @@ class MapsOfRun:
         self, stages: Sequence[Tensor], paths: Sequence[Path]
     ) -> tuple[list[np.ndarray], list[float]]:
         """Score the features; see `Maps`."""
-        del paths
-        scores = score_batch(self.detector, stages, self.scoring)
+        boxes = boxes_of(ImageDataset(paths, self.transform), range(len(paths)))
+        scores = score_batch(self.detector, stages, self.scoring, boxes=boxes)
         return list(scores.maps.cpu().numpy()), scores.images.tolist()
 
     def at_image(self, values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

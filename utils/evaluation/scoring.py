@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.tiles import Tiling
 from models.detector import Detector, HasObjective, HasParts, KnowsSteps, Reconstructs, Scored
 from utils.evaluation.smoothing import image_scores, upsample_and_blur
-from utils.features.features import Features
+from utils.features.features import Features, boxes_at
 from utils.features.tiled import whole_stages, windows_of
 
 
@@ -64,7 +64,12 @@ class Scores:
 
 @torch.inference_mode()
 def score_batch(
-    detector: Detector, stages: Sequence[Tensor], scoring: Scoring, *, geometry: bool = False
+    detector: Detector,
+    stages: Sequence[Tensor],
+    scoring: Scoring,
+    *,
+    boxes: Tensor | None = None,
+    geometry: bool = False,
 ) -> Scores:
     """Score B images: the maximum of each upsampled, blurred map, or the method's own score.
 
@@ -73,6 +78,9 @@ def score_batch(
         stages: the features of the images, as a bank gives them: of images that were cut into
             windows, those of the windows below each other.
         scoring: how maps become scores.
+        boxes: (B, 4) where each image lies in its square, as `Features` have it; None where they
+            fill it. Beside its box a map is as low as its lowest value there; a method that has
+            image scores of its own sees the whole square.
         geometry: also take norm and angle of each image, where the detector has an objective.
     """
     windows = windows_of(stages, scoring.tiles)
@@ -90,7 +98,7 @@ def score_batch(
         own = rearrange(own, "(b t) -> b t", t=scoring.tiles).amax(1)  # (B,)
     if own is not None and scoring.map_size is None:
         maps = rearrange(own, "b -> b 1 1")  # where nothing is localised the score is all
-    smooth = _smooth(maps, detector, scoring)  # (B, S, S)
+    smooth = _smooth(maps, detector, scoring, boxes)  # (B, S, S)
     images = (image_scores(smooth) if own is None else own.float()).cpu()  # (B,)
     return Scores(images, smooth, norms, angles)
 
@@ -106,7 +114,9 @@ def score_all(
     parts: list[Scores] = []
     maps, done = torch.empty(0), 0
     for stages in bank.stage_batches(scoring.images_at_once(detector.batches_at_once)):
-        part = score_batch(detector, stages, scoring, geometry=geometry)
+        rows = torch.arange(done, done + len(stages[0]))
+        boxes = boxes_at(bank, rows)
+        part = score_batch(detector, stages, scoring, boxes=boxes, geometry=geometry)
         if not parts:
             maps = part.maps.new_empty(len(bank), *part.maps.shape[1:])  # (N, S, S)
         maps[done : done + len(part.maps)] = part.maps
@@ -126,10 +136,12 @@ def score_all(
 def part_maps(detector: HasParts, bank: Features, scoring: Scoring) -> Tensor:
     """Return the maps that a detector's own is the mean of, (L, N, S, S) float32, on the CPU."""
     assert isinstance(detector, Detector)
-    found = []
+    found, done = [], 0
     for stages in bank.stage_batches(scoring.images_at_once()):
         windows = windows_of(stages, scoring.tiles)
-        parts = [_smooth(part, detector, scoring) for part in detector.score_parts(windows)]
+        boxes = boxes_at(bank, torch.arange(done, done + len(stages[0])))
+        parts = [_smooth(part, detector, scoring, boxes) for part in detector.score_parts(windows)]
+        done += len(stages[0])
         found.append(torch.stack(parts).cpu())
     return torch.cat(found, dim=1)
 
@@ -161,7 +173,7 @@ def score_all_steps(detector: KnowsSteps, bank: Features, scoring: Scoring) -> I
         [detector.score_steps(windows_of(stages, scoring.tiles)) for stages in batches], dim=1
     )
     for maps in raw:  # (N * T, h, w), of one step
-        smooth = _smooth(maps, detector, scoring)  # (N, S, S)
+        smooth = _smooth(maps, detector, scoring, bank.boxes)  # (N, S, S)
         scores = Scores(image_scores(smooth).cpu(), smooth)
         check_finite(scores)
         yield scores
@@ -190,15 +202,30 @@ def _scored(detector: Detector, windows: Sequence[Tensor], scoring: Scoring) -> 
     return torch.cat([part[0] for part in parts]), torch.cat(own) if own else None
 
 
-def _smooth(maps: Tensor, detector: Detector, scoring: Scoring) -> Tensor:
+def inside_boxes(boxes: Tensor, size: int, stride: int = 1) -> Tensor:
+    """Return which pixels of squares of `size` pixels lie in boxes (N, 4): (N, s, s) bool."""
+    places = torch.arange(0, size, stride)
+    first, length = boxes[:, :2, None], boxes[:, 2:, None]
+    rows, columns = ((places >= first) & (places < first + length)).unbind(1)  # (N, s) each
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def _smooth(
+    maps: Tensor, detector: Detector, scoring: Scoring, boxes: Tensor | None = None
+) -> Tensor:
     """Upsample and blur maps (B * T, h, w) of windows to (B, S, S), float32."""
     sigma = 0.0 if detector.final_maps else scoring.blur_sigma
     if scoring.tiling is not None:
         n = scoring.tiling.per_side
         maps = rearrange(maps, "(b r c) h w -> b (r h) (c w)", r=n, c=n)
-    return upsample_and_blur(
+    smooth = upsample_and_blur(
         maps, scoring.map_size, sigma, stride=scoring.stride, tiling=scoring.tiling
     ).float()
+    if boxes is None or scoring.map_size is None:
+        return smooth
+    beside = ~inside_boxes(boxes, scoring.map_size, scoring.stride).to(smooth.device)
+    lowest = smooth.masked_fill(beside, torch.inf).amin(dim=(1, 2), keepdim=True)  # (B, 1, 1)
+    return torch.where(beside, lowest, smooth)
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:

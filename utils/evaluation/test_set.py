@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datasets.samples import Region
 from models.detector import Detector
-from utils.evaluation.scoring import Scores, Scoring, score_all
+from utils.evaluation.scoring import Scores, Scoring, inside_boxes, score_all
 from utils.features.features import Features
 from utils.metrics.evaluate import Measured, evaluate, ranking_metrics
 
@@ -57,6 +57,9 @@ class TestSet:
             name: torch.tensor([kind in members for kind in self.kinds])
             for name, members in (groups or {}).items()
         }
+        self._inside = None
+        if bank.boxes is not None and scoring.map_size is not None:
+            self._inside = inside_boxes(bank.boxes, scoring.map_size, stride)  # (N, s, s)
         # (M,) positions of the images whose masks are known; None for all of them.
         self._known: Tensor | None = None
         if without_mask is not None and without_mask.any():
@@ -76,6 +79,7 @@ class TestSet:
             known=self._known,
             regions=self.regions,
             groups=self.groups,
+            inside=self._inside,
         )
 
     def aurocs(self, scores: Scores) -> tuple[float, float]:
@@ -86,9 +90,12 @@ class TestSet:
         image = ranking_metrics(scores.images, self.labels).auroc
         if self.masks is None:
             return image, math.nan
-        maps, masks = scores.maps, self.masks
+        maps, masks, inside = scores.maps, self.masks, self._inside
         if self._known is not None:
             maps, masks = maps[self._known.to(maps.device)], masks[self._known]
+            inside = None if inside is None else inside[self._known]
+        if inside is not None:
+            maps, masks = maps[inside.to(maps.device)], masks[inside]  # (P,)
         return image, ranking_metrics(maps, masks).auroc
 
     @property

@@ -23,7 +23,7 @@ from datasets.samples import ImageLoader
 from models.detector import Extractor
 from utils.cli import exits_cleanly
 from utils.errors import UsageError
-from utils.features.features import Features, Rows, rounded_maps
+from utils.features.features import Features, Rows, boxes_at, joined_boxes, rounded_maps
 from utils.features.store import Entry, EntryWriter, FeatureStore, default_folder
 from utils.features.thumbnails import thumbnails
 
@@ -146,6 +146,7 @@ class FeatureBank(Features):
             thumbnails=None if self.thumbnails is None else self.thumbnails[wanted],
         )
         found.held_out = self.held_out
+        found.boxes = boxes_at(self, wanted)
         return found
 
     def join(self, other: "FeatureBank") -> "FeatureBank":
@@ -155,7 +156,9 @@ class FeatureBank(Features):
             for a, b in zip(self.stages, other.stages, strict=True)
         ]
         count = len(self) + len(other)
-        return FeatureBank(stages, range(count), assemble=self._assemble, device=self._device)
+        found = FeatureBank(stages, range(count), assemble=self._assemble, device=self._device)
+        found.boxes = joined_boxes([self, other])
+        return found
 
     def _maps(self, batch_size: int, order: Tensor) -> Iterator[list[Tensor]]:
         for chunk in self._rows[order].split(batch_size):

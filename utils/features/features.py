@@ -27,9 +27,12 @@ class Features(ABC):
         skipped: unreadable images that were left out, with the reason.
         thumbnails: (N, 32, 32) uint8, of `utils.features.thumbnails`; None where none are kept.
         held_out: normal images beside these, for scales and thresholds; None where there are none.
+        boxes: (N, 4) first row and column, height and width of each image in the square it became,
+            in pixels; None where images fill it.
     """
 
     thumbnails: Tensor | None = None
+    boxes: Tensor | None = None
     held_out: "Features | None" = None
 
     def __init__(
@@ -96,6 +99,17 @@ class Features(ABC):
         if generator is None:
             return torch.arange(len(self))
         return torch.randperm(len(self), generator=generator)
+
+
+def boxes_at(features: Features, rows: Tensor) -> Tensor | None:
+    """Return the boxes (M, 4) of the images at `rows`; None where they fill their squares."""
+    return None if features.boxes is None else features.boxes[rows]
+
+
+def joined_boxes(parts: Sequence[Features]) -> Tensor | None:
+    """Return the boxes of the images of all parts, one after another."""
+    boxes = [part.boxes for part in parts if part.boxes is not None]
+    return torch.cat(boxes) if len(boxes) == len(parts) else None
 
 
 def widened(stages: Sequence[Tensor]) -> list[Tensor]:

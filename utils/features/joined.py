@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from utils.features.features import Features, Rows
+from utils.features.features import Features, Rows, joined_boxes
 from utils.features.streamed import StreamedFeatures
 
 
@@ -31,6 +31,8 @@ class JoinedFeatures(Features):
             pass_seconds=sum(part.pass_seconds for part in parts),
             skipped=[why for part in parts for why in part.skipped],
         )
+        boxes = joined_boxes(parts)
+        self.boxes = None if boxes is None else boxes[self._rows]
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from datasets.samples import ImageLoader
 from models.detector import Extractor
 from utils.errors import UsageError
-from utils.features.features import Features, Rows, rounded_maps
+from utils.features.features import Features, Rows, boxes_at, joined_boxes, rounded_maps
 
 
 class StreamedFeatures(Features):
@@ -118,11 +118,12 @@ class StreamedFeatures(Features):
             skipped=self.skipped,
         )
         found.held_out = self.held_out
+        found.boxes = boxes_at(self, wanted)
         return found
 
     def join(self, other: "StreamedFeatures") -> "StreamedFeatures":
         """Return the images of both, first these; `indices` counts them anew."""
-        return StreamedFeatures(
+        found = StreamedFeatures(
             self._sources + other._sources,
             torch.cat([self._owners, other._owners + len(self._sources)]),
             torch.cat([self._rows, other._rows]),
@@ -130,6 +131,8 @@ class StreamedFeatures(Features):
             extract_seconds=0.0,
             skipped=(),
         )
+        found.boxes = joined_boxes([self, other])
+        return found
 
     def _maps(self, batch_size: int, order: Tensor) -> Iterator[list[Tensor]]:
         owners, rows = self._owners[order], self._rows[order]

@@ -57,6 +57,7 @@ def evaluate(
     known: Tensor | None = None,
     regions: Sequence[Region] | None = None,
     groups: Mapping[str, Tensor] | None = None,
+    inside: Tensor | None = None,
 ) -> Measured:
     """Computes every metric of one category's test set.
 
@@ -78,6 +79,7 @@ def evaluate(
             are measured.
         groups: "logical" and "structural" -> which images are such anomalies, (N,) bool: only then
             the metrics of these are measured.
+        inside: (N, H, W) bool, the pixels that are measured, all defects among them; None for all.
 
     Raises:
         TypeError: Scores that are not floating point, masks that are not bool.
@@ -106,8 +108,9 @@ def evaluate(
         pixel_reason = "no anomaly maps"
         if anomaly_maps is not None and known is not None:
             anomaly_maps, masks = anomaly_maps[known.to(anomaly_maps.device)], masks[known]
+            inside = None if inside is None else inside[known]
         if anomaly_maps is not None:
-            pixels, pixel_reason = _ranked_pixels(anomaly_maps, masks)
+            pixels, pixel_reason = _ranked_pixels(anomaly_maps, masks, inside)
     _add(curves, reasons, "pixels", pixels, pixel_reason)
     if regions is not None:
         defects = None
@@ -232,16 +235,21 @@ def _ranked(scores: Tensor, labels: Tensor, what: str) -> tuple[Curve | None, st
     return (None if reason else count_at_thresholds(scores, labels.to(scores.device))), reason
 
 
-def _ranked_pixels(anomaly_maps: Tensor, masks: Tensor) -> tuple[Curve | None, str]:
+def _ranked_pixels(
+    anomaly_maps: Tensor, masks: Tensor, inside: Tensor | None = None
+) -> tuple[Curve | None, str]:
     """Returns the curve of all pixels with region weights, or None and the reason."""
     anomaly_maps = _checked_scores(anomaly_maps, masks, "anomaly maps")
-    reason = _missing_class(masks, "pixels in the masks")
+    labels = masks
+    if inside is not None:
+        anomaly_maps, labels = anomaly_maps[inside.to(anomaly_maps.device)], masks[inside]  # (P,)
+    reason = _missing_class(labels, "pixels in the masks")
     if reason:
         return None, reason
     # The labelling of the regions fills what time the sort leaves a thread.
     with threaded_map(threads_for(masks.numel())) as run:
         weights_to_be = run(_region_weights, [masks.cpu().numpy()])
-        curve = count_at_thresholds(anomaly_maps, masks.to(anomaly_maps.device))
+        curve = count_at_thresholds(anomaly_maps, labels.to(anomaly_maps.device))
         (weights,) = weights_to_be
     return replace(curve, region_weights=weights), ""
 

@@ -116,3 +116,43 @@ def test_bad_sizes():
         PairTransform(32, 0, "opencv_square")
     with pytest.raises(ValueError, match="'nearest' is none of opencv_square"):
         PairTransform(32, None, "nearest")
+
+
+PADDED = PairTransform(64, None, "bilinear_padded")
+
+
+@pytest.mark.parametrize("size", [(96, 64), (64, 96), (201, 133), (50, 50), (640, 20), (3, 200)])
+def test_padding_keeps_the_aspect_and_mirrors_the_image_beside_its_box(size):
+    width, height = size
+    image = random_image(width, height)
+    top, left, rows, columns = PADDED.box(height, width)
+    assert max(rows, columns) == 64
+    assert abs(columns / rows - width / height) <= 0.5 * max(1, width / height) / min(rows, columns)
+    padded = PADDED.image(image)
+    assert padded.shape == (64, 64, 3)
+    inside = np.array(Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR))
+    assert np.array_equal(padded[top : top + rows, left : left + columns], inside)
+    margins = ((top, 64 - rows - top), (left, 64 - columns - left))
+    assert max(abs(a - b) for a, b in margins) <= 1
+    if top:
+        assert np.array_equal(padded[top - 1], padded[top])
+    if left:
+        assert np.array_equal(padded[:, left - 1], padded[:, left])
+
+
+def test_a_padded_mask_stays_on_its_defect_and_marks_no_margin():
+    mask = np.zeros((80, 200), dtype=bool)
+    mask[:30, 60:120] = True  # at the edge, which the margin mirrors
+    image = np.repeat(mask[:, :, None] * np.uint8(255), 3, axis=2)
+    top, left, rows, columns = PADDED.box(80, 200)
+    moved = PADDED.mask(mask)
+    assert not moved[:top].any()
+    box = slice(top, top + rows), slice(left, left + columns)
+    assert intersection_over_union(PADDED.image(image)[box][..., 0] > 127, moved[box]) > 0.9
+    assert moved.sum() == moved[box].sum()
+
+
+def test_only_padding_leaves_margins():
+    assert PairTransform(64, 56, "lanczos_shorter").box(80, 200) is None
+    with pytest.raises(ValueError, match="of padded images nothing is cropped"):
+        PairTransform(64, 56, "bilinear_padded")
