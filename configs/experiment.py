@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,7 +207,8 @@ class Experiment:
     @property
     def run_folder(self) -> Path:
         """The run's folder; the same command always names the same one."""
-        name = self.run or f"{self.backbone.replace('/', '_')}-{self.digest}"
+        backbone = re.sub(r"[^\w.-]", "_", self.backbone)  # hf-hub:timm/resnet18
+        name = self.run or f"{backbone}-{self.digest}"
         method = self.method_name.replace(":", "-")  # no file system forbids a hyphen
         return self.output / f"{self.dataset}-{method}" / name
 

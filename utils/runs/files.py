@@ -116,18 +116,22 @@ def append_text(path: Path, text: str) -> None:
 def file_stem(category: str, seed: int, suffix: str = "") -> str:
     """Return the file name, without extension, of a (category, seed).
 
-    A category that is a plain file name keeps it. Any other (a slash, a space, a leading dot, too
-    long) is made readable and gets a tilde and a hash of the true name, so no two categories meet.
+    A category that is a plain file name keeps it. Any other (a slash, a space, a leading dot, the
+    name of a device of Windows, too long) is made readable and gets a tilde and a hash of the true
+    name, so no two categories meet.
     """
     if suffix and not re.fullmatch(_SUFFIX, suffix):
         raise ValueError(f"suffix {suffix!r}: expected a hyphen and lower-case letters, as -last")
     name = category
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", category):
+    is_device = category.partition(".")[0].rstrip().lower() in _DEVICES
+    if is_device or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", category):
         digest = hashlib.sha256(category.encode("utf-8", "surrogatepass")).hexdigest()[:12]
         name = re.sub(r"[^\w.-]+", "_", category).lstrip(".")[:30] + "~" + digest
+        name = f"_{name}" if is_device else name
     return f"{name}-seed{seed}{suffix}"
 
 
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt") for n in range(1, 10))}
 _FOLDERS = ("scores", "heads", "calibration", "online", "data", "checkpoints")
 _FINDINGS = ("*/metrics.csv", "*/table.md", "*/*/state.json", "*/*/state.safetensors")
 
