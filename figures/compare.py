@@ -2,16 +2,19 @@
 
 python -m figures.compare RUN [RUN ...] --out FILE
 
-Writes FILE.md, FILE.csv, FILE.png and FILE.pdf. Numbers are means over categories, with the
-standard deviation over seeds where there are several. "fit" is the time from stored features (or
-stored images, for methods that train a network) to a fitted head, the mean of a category;
-"images/s" are test images from file to anomaly map, the backbone included; "head" is what has to be
-stored beside the backbone. Times are those of the machines the runs were made on: compare runs of
-one machine.
+Writes FILE.md, FILE.csv, FILE.png, FILE.pdf, and FILE.html, a page of its own with the table, mean
+ranks over the data sets (which of them Nemenyi's test tells apart), and bars for each set. Numbers
+are means over categories, with the standard deviation over seeds where there are several; what a
+paper prints of a method stands beside them where the run is comparable. "fit" is the time from
+stored features (or stored images, for methods that train a network) to a fitted head, the mean of a
+category; "images/s" are test images from file to anomaly map, the backbone included; "head" is what
+has to be stored beside the backbone. Times are those of the machines the runs were made on: compare
+runs of one machine.
 """
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from figures.shared.compare_page import write_page
 from figures.shared.drawing import COLOURS, MARKERS, parser, save_with_table
 from figures.shared.run_log import (
     LoggedRun,
@@ -40,6 +44,7 @@ CAPTION = (
     "Methods compared: metrics in percent, means over categories, ± sample standard deviation over "
     "seeds."
 )
+RANKED_BY = ("image_auroc", "pixel_auroc", "aupro")
 NOT_IN_LINE = (
     *("image_ap", "image_f1_max", "pixel_ap", "pixel_f1_max"),
     *("spro_0.01", "spro_0.1", "spro_0.3"),
@@ -60,6 +65,7 @@ class Line:
         images_per_second: test images from file to map; nan where the run did not record it.
         head_megabytes: size of the head, 10^6 bytes.
         num_seeds: seeds the means are over.
+        published: image AUROC that is printed of it, in percent; nan where none is comparable.
     """
 
     dataset: str
@@ -70,6 +76,7 @@ class Line:
     images_per_second: float
     head_megabytes: float
     num_seeds: int
+    published: float = math.nan
 
 
 @exits_cleanly()
@@ -81,7 +88,49 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     )
     arguments = options.parse_args(argv)
     lines = [line for run in read_runs_by_data(arguments.runs) for line in lines_of(run)]
-    return save_with_table(draw(lines, metric=arguments.metric), arguments.out, table_of(lines))
+    table, figure = table_of(lines), draw(lines, metric=arguments.metric)
+    paths = save_with_table(figure, arguments.out, table)
+    page = paths[0].with_suffix(".html")
+    values = {metric: values_of(lines, metric) for metric in RANKED_BY}
+    paths += write_page(page, table, values, figure)
+    sys.stdout.write(f"{page}\n")
+    return paths
+
+
+def values_of(lines: Sequence[Line], metric: str) -> dict[str, dict[str, list[float]]]:
+    """Return data set -> method -> the metric of each seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        found.setdefault(line.dataset, {})[_name(line)] = line.metrics[metric]
+    return found
+
+
+def published_of(run: LoggedRun) -> float:
+    """Return what a paper prints of the run's own method on all its data; nan where none does.
+
+    The run's table has it where the numbers are comparable: all categories, the same protocol.
+    Where several papers ran the method, it is the mean of theirs.
+    """
+    path = run.run.folder / "table.json"
+    if not path.is_file():
+        return math.nan
+    try:
+        table = Table.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise corrupt(path, str(error)) from error
+    method = str(run.run.config["method_name"])
+    paper = {"noco": "NoCo (paper)", "simplenet": "SimpleNet (paper)"}.get(method)
+    others = {*SELECT_LABELS.values(), "NoCo (paper)", "SimpleNet (paper)"}
+    printed = [
+        row.cells[place].mean
+        for row in table.rows
+        if row.key == "mean"
+        for place, column in enumerate(table.columns)
+        if column.metric == "image_auroc"
+        and (column.group == paper if paper else column.group not in others)
+    ]
+    known = [value for value in printed if value is not None]
+    return statistics.fmean(known) if known else math.nan
 
 
 def shown_metrics() -> tuple[str, ...]:
@@ -145,6 +194,7 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
         statistics.fmean(rates) if rates else math.nan,
         statistics.fmean(float(r.get("head_bytes", math.nan)) for r in rows) / 1e6,
         len(seeds),
+        published_of(run),
     )
 
 
@@ -201,10 +251,12 @@ def table_of(lines: Sequence[Line]) -> Table:
         if is_of_all_data(name)
         or any(not math.isnan(seed) for line in lines for seed in line.metrics[name])
     ]
+    has_published = any(not math.isnan(line.published) for line in lines)
     columns = (
         Column("method", "method"),
         Column("select", "selection"),
         *(Column(name, heading_of(name), "", name) for name in shown),
+        *([Column("published", "published image AUROC")] if has_published else []),
         Column("fit_seconds", "fit s", digits=".3g"),
         Column("images_per_second", "images/s", digits=".3g"),
         Column("head_megabytes", "head MB", digits=".3g"),
@@ -221,6 +273,7 @@ def table_of(lines: Sequence[Line]) -> Table:
                     Cell(statistics.fmean(seeds), _std(seeds) if len(seeds) > 1 else None)
                     for seeds in (line.metrics[name] for name in shown)
                 ),
+                *([Cell(line.published)] if has_published else []),
                 Cell(line.fit_seconds),
                 Cell(line.images_per_second),
                 Cell(line.head_megabytes),

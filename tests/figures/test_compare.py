@@ -93,7 +93,7 @@ def test_figure_has_a_panel_for_each_data_set_and_a_mark_for_each_method(tmp_pat
     points = [(float(mark.get_xdata()[0]), float(mark.get_ydata()[0])) for mark in marks]
     np.testing.assert_allclose(points, [(10.0, 80.0), (1e-3, 90.0)])
     paths = compare.main([*map(str, runs), "--out", str(tmp_path / "made/compare")])
-    assert [path.suffix for path in paths] == [".png", ".pdf", ".md", ".csv"]
+    assert [path.suffix for path in paths] == [".png", ".pdf", ".md", ".csv", ".html"]
     assert np.array(Image.open(paths[0]).convert("L")).min() < 100
     assert paths[2].read_text() in capsys.readouterr().out
 
@@ -129,3 +129,54 @@ def test_labels_tell_apart_what_changes_the_method_on_one_set_of_images(tmp_path
         ("folder x", "noco, norm 8"),
         ("folder y", "noco"),
     ]
+
+
+def test_the_page_has_table_ranks_and_pictures_and_needs_nothing_else(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{method}-{data}", method, [[value, value + 0.02]], dataset=data)
+        for data, values in {"demo": (0.9, 0.8, 0.7), "digits": (0.8, 0.7, 0.75)}.items()
+        for method, value in zip(("noco_cf", "padim", "knn"), values, strict=True)
+    ]
+    words = [str(run) for run in runs]
+    paths = compare.main([*words, "--out", str(tmp_path / "made/compare")])
+    page = next(path for path in paths if path.suffix == ".html").read_text()
+    for text in (
+        "Ranks by image AUROC",
+        "Friedman",
+        "Accuracy against time",
+        "noco_cf",
+        "91.0 ± 1.4",
+    ):
+        assert text in page
+    assert page.count("data:image/png") >= 4
+    assert "http" not in page.replace("http-equiv", "")
+    assert 'id="ranks_pixel_auroc"' not in page  # no run has it
+
+
+def test_published_numbers_stand_beside_a_comparable_run(tmp_path):
+    run = make_run(tmp_path / "a", "simplenet", [[0.9]])
+    column = {"name": "image AUROC", "metric": "image_auroc", "digits": ".1f"}
+    cells = {"std": None, "text": None, "found": None, "total": None}
+    groups = {"last": 90.0, "NoCo (paper)": 98.1, "SimpleNet (paper)": 99.6}
+    table = {
+        **{"corner": "category", "caption": "", "notes": []},
+        "columns": [{"key": group, "group": group, **column} for group in groups],
+        "rows": [
+            {
+                **{"key": "mean", "label": "mean"},
+                "cells": [{"mean": value, **cells} for value in groups.values()],
+            }
+        ],
+    }
+    (run / "table.json").write_text(json.dumps(table))
+    other = make_run(tmp_path / "b", "padim", [[0.7]])
+    lines = lines_of(run, other)
+    assert lines[0].published == 99.6
+    assert np.isnan(lines[1].published)
+    texts = dict(zip((r.cells[0].text for r in compare.table_of(lines).rows),
+                     compare.table_of(lines).texts(), strict=True))  # fmt: skip
+    assert "99.6" in texts["simplenet"]
+    assert "published image AUROC" not in [c.name for c in compare.table_of(lines[1:]).columns]
+    (run / "table.json").write_text("{}")
+    with pytest.raises(RunError, match=r"table\.json"):
+        lines_of(run)
