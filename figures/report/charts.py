@@ -42,6 +42,9 @@ class Chart:
         stars: style sheet's classes and places of the marked points.
         keys: of the legend.
         note: a sentence below it, or "".
+        seed: whose scores a histogram shows; None for other charts.
+        span: of a histogram, the scores at the ends of the x axis.
+        threshold: place of the line on the x axis, or None.
     """
 
     title: str
@@ -53,6 +56,9 @@ class Chart:
     stars: list[tuple[str, float, float]] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
     note: str = ""
+    seed: int | None = None
+    span: tuple[float, float] | None = None
+    threshold: float | None = None
 
     def add_key(self, mark: str, text: str) -> None:
         """Add a line to the legend unless it is there."""
@@ -67,22 +73,15 @@ def roc_chart(seeds: Sequence[Scored], last: Sequence[Scored]) -> Chart | None:
         seeds: reported scores of a category.
         last: scores of the last state, dashed, of runs that report the best on the test set.
     """
-    shares = [(0.0, "0"), (0.25, "25"), (0.5, "50"), (0.75, "75"), (1.0, "100")]
-    chart = Chart(
-        "ROC", "normals called anomalous, %", "anomalies found, %",
-        [(SIDE * share, text) for share, text in shares],
-        [(SIDE * (1 - share), text) for share, text in shares],
-        [("chance", f"M0 {SIDE:g}L{SIDE:g} 0")],
-    )  # fmt: skip
+    chart = _roc_axes("ROC")
     for dashed, group in ((" dashed", last), ("", seeds)):
         values = []
         for number, one in enumerate(group):
-            false, true = roc(one.labels, one.scores)
-            if not (false[-1] and true[-1]):
+            path = _roc_path(one)
+            if path is None:
                 return None
             mark = f"line c{number % NUM_COLOURS}{dashed}"
-            points = (false / false[-1], 1 - true / true[-1])
-            chart.paths.append((mark, _path(*points)))
+            chart.paths.append((mark, path))
             values.append(100 * image_auroc(one))
             if len(seeds) + len(last) <= MAX_KEYS:
                 state = " (last epoch)" if dashed else " (best on test)" if last else ""
@@ -96,8 +95,54 @@ def roc_chart(seeds: Sequence[Scored], last: Sequence[Scored]) -> Chart | None:
     return chart
 
 
-def histogram_chart(one: Scored) -> Chart:
-    """Draw the shares of normal and of anomalous images over the score."""
+def roc_overlay(title: str, runs: Sequence[tuple[str, Scored]]) -> Chart | None:
+    """Draw the ROC curves of several runs; None where a class has no image.
+
+    Args:
+        title: of the chart.
+        runs: the label of each and its scores of the same images.
+    """
+    chart = _roc_axes(title)
+    for number, (label, one) in enumerate(runs):
+        path = _roc_path(one)
+        if path is None:
+            return None
+        mark = run_mark(number)
+        chart.paths.append((mark, path))
+        chart.add_key(mark, f"{label}: AUROC {100 * image_auroc(one):.1f} %")
+    return chart
+
+
+def run_mark(number: int) -> str:
+    """Return the style sheet's classes of the line of a run; colours come again dashed."""
+    dashed = " dashed" if number // NUM_COLOURS % 2 else ""
+    return f"line c{number % NUM_COLOURS}{dashed}"
+
+
+def _roc_axes(title: str) -> Chart:
+    shares = [(0.0, "0"), (0.25, "25"), (0.5, "50"), (0.75, "75"), (1.0, "100")]
+    return Chart(
+        title, "normals called anomalous, %", "anomalies found, %",
+        [(SIDE * share, text) for share, text in shares],
+        [(SIDE * (1 - share), text) for share, text in shares],
+        [("chance", f"M0 {SIDE:g}L{SIDE:g} 0")],
+    )  # fmt: skip
+
+
+def _roc_path(one: Scored) -> str | None:
+    false, true = roc(one.labels, one.scores)
+    if not (false[-1] and true[-1]):
+        return None
+    return _path(false / false[-1], 1 - true / true[-1])
+
+
+def histogram_chart(one: Scored, threshold: float) -> Chart:
+    """Draw the shares of normal and of anomalous images over the score.
+
+    Args:
+        one: the scores.
+        threshold: where to draw a line; one that is off the axis stands at its end.
+    """
     num_bins = min(MAX_BINS, max(10, round(2 * len(one.scores) ** 0.5)))
     edges = np.histogram_bin_edges(one.scores, num_bins)
     shares = {
@@ -119,6 +164,12 @@ def histogram_chart(one: Scored) -> Chart:
         chart.paths.append((f"area {name}", path + "Z"))
         count = int((one.labels == (name == "anomalous")).sum())
         chart.add_key(f"area {name}", f"{name} ({count})")
+    first, last = float(edges[0]), float(edges[-1])
+    unit = (last - first) / (across(last) - across(first))  # of the score, per SVG unit
+    low = first - across(first) * unit
+    chart.seed, chart.span = one.seed, (low, low + SIDE * unit)
+    chart.threshold = min(SIDE, max(0.0, across(threshold)))
+    chart.add_key("threshold", "threshold")
     return chart
 
 

@@ -19,6 +19,8 @@ MAX_BYTES = 9_000_000
 """Of all pictures of a report; as text, which is a third longer, 12 MB."""
 THUMBNAIL = 128  # greatest side, pixels
 SHEET_WIDTH = 760  # of strips, and of a sheet that is shown whole
+TWINS = "twins.png"
+"""The picture of near-duplicates, which stands among the leaks."""
 MAX_PIXELS = 100_000_000  # of an image that is opened for its thumbnail
 _QUALITY = 80
 
@@ -89,7 +91,8 @@ class Budget:
 def overlays_of(folder: Path, images: Sequence[Ranked], num_worst: int, budget: Budget) -> Overlays:
     """Read the pictures of a category: the sheets of the worst as strips, the others whole.
 
-    A sheet that does not have the size it should have for `num_worst` images is shown whole.
+    A sheet that does not have the size it should have for `num_worst` images is shown whole. The
+    picture of near-duplicates is left to the leaks.
 
     Args:
         folder: overlays/<category>-seed<k> of the run.
@@ -108,7 +111,7 @@ def overlays_of(folder: Path, images: Sequence[Ranked], num_worst: int, budget: 
         name: [image for image in by_rank if image.anomalous is anomalous]
         for name, anomalous in zip(SHEET_NAMES[:2], (False, True), strict=True)
     }
-    for path in sorted(folder.glob("*.png")):
+    for path in sorted(path for path in folder.glob("*.png") if path.name != TWINS):
         sheet = _opened(path)
         drawn = worst.get(path.name, [])[:num_worst]
         lines = _cut(sheet, len(drawn))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from figures.shared.run_log import Pair
+from figures.shared.run_log import Pair, images_of
 from utils.metrics.metrics import metric_names, table_metrics
 from utils.runs.files import corrupt
-from utils.tables.results import Benchmark, build_table
+from utils.tables.results import SELECT_LABELS, Benchmark, build_table
 from utils.tables.table import Table
 
 _KEYS = ("category", "seed", "select")
@@ -80,6 +80,36 @@ def unfinished_pairs(
     asked = [(str(name), seed) for name in categories for seed in listed["seeds"]]
     finished = {(row["category"], row["seed"]) for row in rows}
     return [f"{c}, seed {s}" for c, s in dict.fromkeys([*asked, *seen]) if (c, s) not in finished]
+
+
+def head_facts(
+    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Return what stands at the head of the page."""
+    select = str(config.get("select", "unknown"))
+    seeds = sorted({row["seed"] for row in rows})
+    commit = str(record.get("commit") or "unknown")[:12]
+    if record.get("dirty"):
+        commit += ", with uncommitted changes"
+    versions = record.get("versions")
+    named = versions.items() if isinstance(versions, dict) else ()
+    facts = {
+        "method": config["method_name"],
+        "data set": ", ".join(
+            str(part) for part in (images_of(config), config.get("protocol")) if part
+        ),
+        "backbone": config.get("backbone", "unknown"),
+        "reported": SELECT_LABELS.get(select, select),
+        "seeds": ", ".join(map(str, seeds)) or "none finished",
+        "commit": commit,
+        "device": " ".join(str(record[k]) for k in ("device", "device_name") if record.get(k)),
+        "versions": ", ".join(f"{name} {version}" for name, version in named),
+        "started": record.get("started", "unknown"),
+        "command": record.get("command", "unknown (environment.json is missing)"),
+    }
+    if isinstance(continued := record.get("continued"), list):
+        facts["continued"] = f"{len(continued)} x, see the environment below"
+    return [(name, str(value)) for name, value in facts.items() if value]
 
 
 def false_alarms(rows: Sequence[Mapping[str, Any]]) -> Facts | None:

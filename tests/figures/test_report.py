@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from figures.report import page as report
 from figures.report import pictures as report_pictures
+from figures.report import sections as report_sections
 from figures.report.scores import Scored, image_auroc, roc, wrongness
 from tests.scripts.runs import train_digits
 from tests.scripts.test_train_mvtec import draw_turned_category, train
@@ -77,6 +78,11 @@ class Page(HTMLParser):
         return [" ".join("".join(texts).split()) for *_, texts in self.of(tag, **attributes)]
 
 
+def programs(page):
+    """The scripts that run; data blocks do not."""
+    return [texts for _, attributes, texts in page.of("script") if "type" not in attributes]
+
+
 def page_of(folder, *options):
     path = report.main([str(folder), *options])
     text = path.read_text(encoding="utf-8")
@@ -107,26 +113,36 @@ def structured_page(structured):
     return page_of(structured)
 
 
-def make_run(folder, categories=("a", "b"), *, finished=None, columns=(), paths=None, **config):
+def make_run(
+    folder,
+    categories=("a", "b"),
+    *,
+    finished=None,
+    columns=(),
+    paths=None,
+    seeds=(0,),
+    draw=0,
+    **config,
+):
     """A run without training, whose scores are drawn at random."""
     config = {"dataset": "demo", "method_name": "noco", "method": {"epochs": 2}} | config
-    run = Run.open(folder, config, categories=categories, seeds=(0,), command=["x"], device="cpu")
-    rng = np.random.default_rng(0)
-    for category in categories:
+    run = Run.open(folder, config, categories=categories, seeds=seeds, command=["x"], device="cpu")
+    rng = np.random.default_rng(draw)
+    for category, seed in itertools.product(categories, seeds):
         for step in (1, 2):
-            run.log(category, 0, event="step", step=step, loss=3.0 / step)
+            run.log(category, seed, event="step", step=step, loss=3.0 / step)
         if finished is not None and category not in finished:
             continue
         labels, scores = np.arange(30) % 2, rng.normal(size=30).astype(np.float32)
         names = paths or [f"{category}/{i}.png" for i in range(30)]
         kinds = ["crack" if label else "good" for label in labels]
         run.save_scores(
-            category, 0, TestScores(paths=names, labels=labels, scores=scores, defects=kinds)
+            category, seed, TestScores(paths=names, labels=labels, scores=scores, defects=kinds)
         )
-        run.save_head(category, 0, {"w": torch.zeros(1)}, {})
-        row = {"category": category, "seed": 0, "select": "last"}
+        run.save_head(category, seed, {"w": torch.zeros(1)}, {})
+        row = {"category": category, "seed": seed, "select": "last"}
         row |= {"image_auroc": roc_auc_score(labels, scores), "pixel_auroc": math.nan}
-        run.finish({(category, 0): [row | {"num_test": 30, "undefined": ""} | dict(columns)]})
+        run.finish({(category, seed): [row | {"num_test": 30, "undefined": ""} | dict(columns)]})
     return folder
 
 
@@ -189,7 +205,7 @@ def test_page_reads_nothing_but_itself(name, request):
             value = attributes.get(attribute)
             assert value is None or value.startswith(("data:image/", "#")), (tag, value)
     assert not re.search(r"url\(|@import|https?:", text)
-    assert len(page.of("script")) == 1
+    assert len(programs(page)) == 1
     ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert len(text) < 2_000_000
@@ -262,7 +278,7 @@ def test_structured_run_shows_its_selection(structured_page):
 
 
 def test_without_thumbnails_no_image_is_opened(structured, monkeypatch):
-    monkeypatch.setattr(report, "thumbnail", None)
+    monkeypatch.setattr(report_sections, "thumbnail", None)
     _, text = page_of(structured, "--no-thumbnails")
     assert "data:image/jpeg" not in text
 
@@ -302,7 +318,7 @@ def test_table_sorts_by_a_head_and_no_other_script_runs(structured_page, tmp_pat
 def test_names_are_data(tmp_path):
     folder = make_run(tmp_path / "run", (HOSTILE, "b"), note=HOSTILE, paths=[HOSTILE] * 30)
     page, text = page_of(folder)
-    assert len(page.of("script")) == 1
+    assert len(programs(page)) == 1
     assert "<script>alert" not in text
     assert HOSTILE in {a["data-category"] for _, a, _ in page.of("tr", data_category=None)}
     assert HOSTILE in page.texts("h3")
@@ -317,7 +333,7 @@ def test_a_folder_edited_by_hand_stays_data(tmp_path):
     (folder / "table.json").write_text(table.to_json())
     (folder / "environment.json").write_text(json.dumps({"command": HOSTILE, "versions": 3}))
     page, text = page_of(folder)
-    assert len(page.of("script")) == 1
+    assert len(programs(page)) == 1
     assert "<script>alert" not in text
     assert "Older than results.csv: without b." in page.texts("li")
     assert page.texts("td", title="50.0") == ["50.0"]

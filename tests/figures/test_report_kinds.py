@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from figures.report import page as report
+from figures.report import sections
 from figures.report.kinds import NARROWEST, WIDEST, read_findings, sheet_width
-from tests.figures.test_report import exits_with, make_run, page_of, pictured
+from tests.figures.test_report import exits_with, make_run, page_of, pictured, programs
 from utils.discovery.files import (
     ImageRow,
     RegionRow,
@@ -205,7 +206,7 @@ def test_names_of_categories_and_kinds_are_data(tmp_path):
     run = make_run(tmp_path / "run", (HTML, "b"))
     make_finding(run, name="<i>name", categories=(HTML,), kind_names=(HTML,), method=HTML)
     page, text = page_of(run)
-    assert len(page.of("script")) == 1
+    assert len(programs(page)) == 1
     assert "<script>alert" not in text
     assert "<b>x" not in text
     assert "<i>" not in text
@@ -405,13 +406,13 @@ def test_kinds_leave_the_other_pictures_their_bytes(run, monkeypatch):
     Image.effect_noise((900, 600), 90).save(folder / "a/map.png")
     seen = []
 
-    class Watched(report.Budget):
+    class Watched(sections.Budget):
         def __init__(self, num_bytes):
             super().__init__(num_bytes)
             seen.append(self)
             self.num_bytes = num_bytes
 
-    monkeypatch.setattr(report, "Budget", Watched)
+    monkeypatch.setattr(sections, "Budget", Watched)
     page_of(run)
     kinds, *categories = seen
     assert kinds.spent > 10_000
