@@ -240,7 +240,7 @@ def _lines(runs: Sequence[LoggedRun], categories: Sequence[str]) -> tuple[list[s
     ]
     columns = [
         *("selection", "seeds"),
-        *(f"{heading_of(name)}, %" for name in metrics),
+        *map(heading_of, metrics),
         *("fit, s", "images/s", "head, MB"),
     ]
     lines = []

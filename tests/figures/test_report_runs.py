@@ -84,7 +84,7 @@ def test_the_table_has_a_line_for_each_run(two, tmp_path):
     page, _ = together(two, tmp_path)
     head, *lines = cells_of(page, "together")
     assert head == [
-        *("run", "selection", "seeds", "image AUROC, %"),
+        *("run", "selection", "seeds", "image AUROC"),
         *("fit, s", "images/s", "head, MB"),
     ]
     for folder, label, line in zip(two, ("noco", "knn"), lines, strict=True):
