@@ -2,10 +2,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu coverage lint reproduce-demo clean
+.PHONY: demo test test-gpu coverage lint compare compare-demo reproduce-demo clean
 
+# NoCo as published beside its closed form: one table, and a page to look at.
 demo: $(VENV)/demo.done
-	$(BIN)/python train_mvtec.py demo
+	$(BIN)/python sweep.py --datasets demo --methods noco noco_cf --name demo
+	$(BIN)/python -m figures.compare $$(cat results/sweep-demo/runs.txt) --out results/demo/compared
+	$(BIN)/python -m figures.report $$(cat results/sweep-demo/runs.txt) --out results/demo/report.html
+
+# make compare DATA="my_parts my_tiles" SEEDS="0 1 2"; what follows is as benchmarks.comparison has it.
+SEEDS ?= 0
+compare: $(VENV)/demo.done
+	$(BIN)/python -m benchmarks.comparison --data-root $(DATA) --seeds $(SEEDS)
+
+compare-demo: $(VENV)/demo.done
+	$(BIN)/python -m benchmarks.comparison --embedded demo digits --short --jobs 2 \
+		--output results/compare-demo
 
 # Nothing of it asks for a CUDA device, be there one, a broken one or none.
 test: lint

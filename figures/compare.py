@@ -40,10 +40,7 @@ from utils.runs.run import Run
 from utils.tables.results import SELECT_LABELS
 from utils.tables.table import Cell, Column, Row, Table
 
-CAPTION = (
-    "Methods compared: metrics in percent, means over categories, ± sample standard deviation over "
-    "seeds."
-)
+CAPTION = "Metrics in percent: means over categories, ± sample standard deviation over seeds."
 RANKED_BY = ("image_auroc", "pixel_auroc", "aupro")
 NOT_IN_LINE = (
     *("image_ap", "image_f1_max", "pixel_ap", "pixel_f1_max"),

@@ -1,4 +1,4 @@
-"""A method, a data set and a metric, as the README adds them: a file or an entry, nothing else."""
+"""A method, a data set and a metric, as README and docs add them: a file or an entry each."""
 
 import csv
 import os
@@ -35,9 +35,11 @@ compare.main([str(run), str(knn), "--out", "compared"])
 
 
 def blocks():
-    """The README's Python, in order: a method, a data set, a metric."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Adding a method")[2]
-    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    """The Python of the README, a method, and of the page on the rest, a data set and a metric."""
+    texts = [
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/extending.md")
+    ]
+    return re.findall(r"```python\n(.*?)```", "".join(texts), flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")

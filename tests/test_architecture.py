@@ -124,7 +124,9 @@ PATH = re.compile(rf"\b(?:{'|'.join(PACKAGES)}|tests)/[\w/]+\.py\b")
 
 
 @pytest.mark.parametrize(
-    "path", [*SOURCES, *ROOT.glob("*.md"), ROOT / "benchmarks/README.md"], ids=name_of
+    "path",
+    [*SOURCES, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"],
+    ids=name_of,
 )
 def test_files_that_texts_name_are_there(path):
     named = set(PATH.findall(path.read_text(encoding="utf-8")))

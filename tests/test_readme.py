@@ -1,4 +1,4 @@
-"""Every command that README, REPRODUCE.md and the scripts' docstrings show is one that parses."""
+"""Every command that the pages and the scripts' docstrings show is one that parses."""
 
 import ast
 import importlib
@@ -17,7 +17,9 @@ from configs.sweep import sweep_options
 from pipeline.experiments import SCRIPTS, Script
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+README = "\n".join([FRONT, *PAGES.values()])
 GUIDE = (ROOT / "REPRODUCE.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(?:bash|sh|shell|console)\s*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
@@ -180,9 +182,16 @@ def test_modules_and_files_that_the_readme_runs_and_links_exist():
             assert importlib.util.find_spec(words[2]) is not None, words
         elif words[1:] and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), words
-    for link in re.findall(r"\]\(([^)#\s]+)", README):
-        if not re.match(r"[a-z]+:", link):
-            assert (ROOT / link).exists(), link
+    for folder, text in [(ROOT, FRONT), *((path.parent, text) for path, text in PAGES.items())]:
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            if not re.match(r"[a-z]+:", link):
+                assert (folder / link).exists(), link
+
+
+def test_the_front_page_is_short_and_names_every_other_page():
+    assert len(FRONT.splitlines()) < 250
+    for path in PAGES:
+        assert f"](docs/{path.name})" in FRONT, path.name
 
 
 FIGURES = [words[2:] for words in fenced(GUIDE) if words[1:2] == ["-m"]]

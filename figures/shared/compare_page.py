@@ -77,7 +77,7 @@ def write_page(
 
 
 def ranks_part(metric: str, of_sets: Seeds) -> Part | None:
-    """Return the ranks of methods by a metric; None where no two methods share all data sets."""
+    """Return the ranks of methods by a metric; None where no two share two data sets or more."""
     methods = dict.fromkeys(name for of_methods in of_sets.values() for name in of_methods)
     known = {name: v for name, v in of_sets.items() if _is_known(v)}
     ranks = rank_methods(
@@ -90,11 +90,11 @@ def ranks_part(metric: str, of_sets: Seeds) -> Part | None:
             for method in methods
         }
     )
-    if ranks is None:
+    if ranks is None or len(ranks.data_sets) < 2:
         return None
     heading = heading_of(metric)
     part = Part(f"ranks_{metric}", f"Ranks by {heading}", in_words(ranks))
-    part.pictures.append((_url(draw_ranks(ranks, heading)), f"mean ranks by {heading}"))
+    part.pictures.append((_url(draw_ranks(ranks)), f"mean ranks by {heading}"))
     return part
 
 

@@ -99,7 +99,7 @@ def in_words(ranks: Ranks) -> list[str]:
     return said
 
 
-def draw_ranks(ranks: Ranks, title: str) -> Figure:
+def draw_ranks(ranks: Ranks) -> Figure:
     """Draw the critical-difference diagram: a line over methods that are not told apart."""
     count = len(ranks.methods)
     half = -(-count // 2)
@@ -134,7 +134,6 @@ def draw_ranks(ranks: Ranks, title: str) -> Figure:
             1 + length, 1.2, f"critical difference {ranks.critical_difference:.2f} ",
             ha="right", va="center", fontsize="small",
         )  # fmt: skip
-    axes.set_title(title, fontsize="medium", parse_math=False)
     return figure
 
 

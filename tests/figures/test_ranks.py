@@ -64,7 +64,7 @@ def test_lines_join_what_is_not_told_apart():
 
 
 def test_pictures_name_every_method(published):
-    texts = {text.get_text() for text in draw_ranks(published, "ranks").axes[0].texts}
+    texts = {text.get_text() for text in draw_ranks(published).axes[0].texts}
     for name, rank in zip(published.methods, published.mean, strict=True):
         assert f" {name} ({rank:.2f}) " in texts
     bars = draw_bars({"x": {"a": [90.0, 92.0], "b": [80.0]}, "y": {"a": [70.0]}}, "AUROC", ("red",))
