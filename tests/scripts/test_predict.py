@@ -337,11 +337,11 @@ def test_a_kill_loses_at_most_a_batch(calibrated, root, tmp_path, monkeypatch):
     scored = []
     score = FinishedRun.score
 
-    def interrupted(self, detector, images):
+    def interrupted(self, detector, images, boxes=None):
         if len(scored) == 2:
             raise KeyboardInterrupt
         scored.append(len(images))
-        return score(self, detector, images)
+        return score(self, detector, images, boxes)
 
     monkeypatch.setattr(FinishedRun, "score", interrupted)
     with pytest.raises(SystemExit) as stop:
