@@ -41,7 +41,7 @@ SHORT = {
     "ulsad_released": "--method.epochs 1",
     "dfr": "--method.epochs 1",
     "uniad": "--method.epochs 2 --method.hidden 64 --method.feed-forward 128",
-    "differnet": "--method.epochs 1 --method.width 64 --method.train-views 2 --method.test-views 2",
+    "differnet": "--method.epochs 1 --method.width 64 --method.train-views 4 --method.test-views 4",
     "glow": "--method.epochs 5 --method.steps 4 --method.width 64",
     "glow_images": "--method.epochs 2 --method.levels 2 --method.steps 4 --method.width 32",
     "mspba": "--method.epochs 1 --method.samples-per-image 5 --image-size 127 --crop-size none",
@@ -53,7 +53,8 @@ SHORT = {
     "edgrec": f"--method.epochs 1 --method.width 8 {SMALL}",
     "memseg": f"--method.epochs 1 --method.steps-per-epoch 5 {SMALL}",
     "cutpaste": "--method.epochs 1 --method.steps-per-epoch 5 --image-size 64 --crop-size none",
-    "ddad": "--method.epochs 1 --method.base-width 8 --image-size 64 --crop-size none",
+    "ddad": "--method.epochs 1 --method.base-width 8 --method.start-step 50 "
+    "--method.sampling-step 25 --image-size 32 --crop-size none",
     "deep_svdd": "--method.epochs 10 --method.pretrain-epochs 10",
     "panda": "--method.epochs 1",
     "panda_ewc": "--method.epochs 1",
