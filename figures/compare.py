@@ -211,7 +211,9 @@ def draw(lines: Sequence[Line], *, metric: str) -> Figure:
     """Draw accuracy against fit time, a panel for each data set, a mark for each line."""
     datasets = list(dict.fromkeys(line.dataset for line in lines))
     names = list(dict.fromkeys(_name(line) for line in lines))  # a mark means the same everywhere
-    figure = Figure(figsize=(1.5 + 5.2 * len(datasets), 4.6), layout="constrained")
+    # A legend has a line for each method.
+    height = max(4.6, 1 + 0.2 * len(names))
+    figure = Figure(figsize=(1.5 + 5.2 * len(datasets), height), layout="constrained")
     grid = figure.subplots(1, len(datasets), squeeze=False)
     for axes, dataset in zip(grid.flat, datasets, strict=True):
         shown = [line for line in lines if line.dataset == dataset]
