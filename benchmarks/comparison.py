@@ -104,7 +104,7 @@ def words_of_sweep(arguments: argparse.Namespace, further: Sequence[str] = ()) -
     places += [("train_mvtec:folder", "structured", str(root)) for root in arguments.data_root]
     places += [("train_cifar10:folder", "semantic", str(root)) for root in arguments.classes]
     sets = [
-        " ".join([dataset, method, *options_of(method, task, root, arguments)])
+        " ".join([dataset, method, *options_of(method, root, arguments)])
         for dataset, task, root in places
         for method in find_methods(task)
         if method not in NOT_RUN and (arguments.methods is None or method in arguments.methods)
@@ -120,11 +120,11 @@ def words_of_sweep(arguments: argparse.Namespace, further: Sequence[str] = ()) -
     return [*words, "--", "--overlays", "0", *further]
 
 
-def options_of(method: str, task: str, root: str, arguments: argparse.Namespace) -> list[str]:
+def options_of(method: str, root: str, arguments: argparse.Namespace) -> list[str]:
     """Return the options of one method on one data set, as words of a shell."""
     known = find_method(method)
     words = ["--data-root", shlex.quote(root)] if root else []
-    if "backbone" not in known.ignored and not (task == "semantic" and method == "deep_svdd"):
+    if "backbone" not in known.ignored:
         words += ["--backbone", arguments.backbone]
     if arguments.short and method in SHORT:
         words.append(SHORT[method])

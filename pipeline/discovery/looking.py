@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from configs.discovery import DiscoverOptions
@@ -29,9 +28,9 @@ from utils.discovery.levels import Levels, levels_of
 from utils.errors import UsageError
 from utils.evaluation.scoring import score_all
 from utils.evaluation.selection import split_off
-from utils.features.features import Features
+from utils.features.features import Features, boxes_at, windows_of
 from utils.features.joined import join_features
-from utils.features.tiled import of_windows, whole_stages, windows_of
+from utils.features.tiled import of_windows, whole_stages
 from utils.runs.finished import choose_pair, finished_pairs
 from utils.seeding import seed_everything
 
@@ -97,7 +96,8 @@ class Looked:
         done = 0
         for stages in self.features.stage_batches(self.batch_size):
             numbers = range(done, done + len(stages[0]))
-            maps, scores = self.maps.of(stages, [self.paths[i] for i in numbers])
+            boxes = boxes_at(self.features, torch.tensor(numbers))
+            maps, scores = self.maps.of(stages, [self.paths[i] for i in numbers], boxes)
             yield Batch(numbers, self._of_whole_images(stages), maps, scores)
             done += len(stages[0])
 
@@ -113,11 +113,8 @@ class Looked:
         """Return the frozen backbone's features of what the method takes of images."""
         if self.tiling is None:
             return frozen_stages(self.extractor, stages)
-        tall = [
-            rearrange(stage, "(b t) c h w -> b c (t h) w", t=self.tiling.count)
-            for stage in frozen_stages(self.extractor, windows_of(stages, self.tiling.count))
-        ]
-        return whole_stages(tall, self.tiling)
+        windows = windows_of(stages, self.tiling.count)
+        return whole_stages(frozen_stages(self.extractor, windows), self.tiling)
 
 
 def frozen_stages(extractor: Extractor, stages: Sequence[Tensor]) -> list[Tensor]:

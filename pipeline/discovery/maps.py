@@ -8,11 +8,9 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from datasets.reading.loading import ImageDataset
 from datasets.reading.restoring import restore_map
 from datasets.samples import DataError
 from models.detector import Detector
-from pipeline.features import boxes_of
 from pipeline.finished import FinishedRun
 from utils.evaluation.scoring import score_batch
 
@@ -23,9 +21,15 @@ class Maps(Protocol):
     """Anomaly maps of the images that are looked at."""
 
     def of(
-        self, stages: Sequence[Tensor], paths: Sequence[Path]
+        self, stages: Sequence[Tensor], paths: Sequence[Path], boxes: Tensor | None
     ) -> tuple[list[np.ndarray], list[float]]:
-        """Return the map (h, w) of each of B images, and its score."""
+        """Return the map (h, w) of each of B images, and its score.
+
+        Args:
+            stages: features of the images.
+            paths: of the images.
+            boxes: (B, 4), as `Features` have them.
+        """
         ...
 
     def at_image(self, values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -42,10 +46,10 @@ class MapsOfRun:
         self.transform = finished.transform
 
     def of(
-        self, stages: Sequence[Tensor], paths: Sequence[Path]
+        self, stages: Sequence[Tensor], paths: Sequence[Path], boxes: Tensor | None
     ) -> tuple[list[np.ndarray], list[float]]:
         """Score the features; see `Maps`."""
-        boxes = boxes_of(ImageDataset(paths, self.transform), range(len(paths)))
+        del paths
         scores = score_batch(self.detector, stages, self.scoring, boxes=boxes)
         return list(scores.maps.cpu().numpy()), scores.images.tolist()
 
@@ -80,10 +84,10 @@ class MapsOfFolder:
         }
 
     def of(
-        self, stages: Sequence[Tensor], paths: Sequence[Path]
+        self, stages: Sequence[Tensor], paths: Sequence[Path], boxes: Tensor | None
     ) -> tuple[list[np.ndarray], list[float]]:
         """Read the maps; an image's score is its map's peak. See `Maps`."""
-        del stages
+        del stages, boxes
         maps = [read_map(self.files[path]) for path in paths]
         return maps, [float(one.max()) for one in maps]
 

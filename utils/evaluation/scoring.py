@@ -10,8 +10,8 @@ from torch import Tensor
 from configs.tiles import Tiling
 from models.detector import Detector, HasObjective, HasParts, KnowsSteps, Reconstructs, Scored
 from utils.evaluation.smoothing import image_scores, upsample_and_blur
-from utils.features.features import Features, boxes_at
-from utils.features.tiled import whole_stages, windows_of
+from utils.features.features import Features, boxes_at, windows_of
+from utils.features.tiled import whole_stages
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ def reconstructions(detector: Reconstructs, bank: Features, scoring: Scoring) ->
         (windows,) = windows_of(stages[-1:], scoring.tiles)
         rebuilt = detector.reconstruct(windows).cpu()
         if scoring.tiling is not None:
-            tall = rearrange(rebuilt, "(b t) c h w -> b c (t h) w", t=scoring.tiles)
-            (rebuilt,) = whole_stages([tall], scoring.tiling)
+            (rebuilt,) = whole_stages([rebuilt], scoring.tiling)
         found.append(rebuilt)
     return rearrange(torch.cat(found), "n c h w -> n h w c")
 

@@ -117,6 +117,11 @@ def widened(stages: Sequence[Tensor]) -> list[Tensor]:
     return [stage.float() if stage.is_floating_point() else stage for stage in stages]
 
 
+def windows_of(stages: Sequence[Tensor], tiles: int) -> list[Tensor]:
+    """Return the windows' maps (B * T, C_l, h_l, w_l) of those that lie below each other."""
+    return [rearrange(stage, "b c (t h) w -> (b t) c h w", t=tiles) for stage in stages]
+
+
 def rounded_maps(
     extractor: Extractor,
     images: Tensor,
@@ -143,7 +148,7 @@ def rounded_maps(
     """
     tiles = images.shape[2] // images.shape[3]
     layout = "(b t) h w c -> b (t h) w c"
-    windows = rearrange(images, "b c (t h) w -> (b t) c h w", t=tiles)
+    (windows,) = windows_of([images], tiles)
     parts = [
         [
             rearrange(m, "b c h w -> b h w c").to(dtype if m.is_floating_point() else m.dtype)

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from utils.features.features import windows_of
+
 SIDE = 32
 """In pixels."""
 _GREEN = 1  # nearly what an image is in grey, and there already
@@ -17,9 +19,10 @@ def thumbnails(images: Tensor) -> Tensor:
     Of images (B, 3, T * S, S) that were cut into windows, those are side by side, each averaged.
     """
     green = images[:, _GREEN : _GREEN + 1]  # (B, 1, T * S, S)
-    if green.shape[2] > green.shape[3]:
-        per_side = math.isqrt(green.shape[2] // green.shape[3])
-        windows = rearrange(green, "b 1 (t h) w -> (b t) 1 h w", h=green.shape[3])
+    tiles = green.shape[2] // green.shape[3]
+    if tiles > 1:
+        per_side = math.isqrt(tiles)
+        (windows,) = windows_of([green], tiles)
         small = F.adaptive_avg_pool2d(windows.float(), max(1, SIDE // per_side))
         green = rearrange(small, "(b r c) 1 h w -> b 1 (r h) (c w)", r=per_side, c=per_side)
     green = green.float()  # (B, 1, S, S)

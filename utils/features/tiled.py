@@ -8,7 +8,7 @@ from torch import Tensor
 
 from configs.tiles import Tiling
 from models.detector import FeatureSource
-from utils.features.features import Features, widened
+from utils.features.features import Features, widened, windows_of
 
 POOL = 256
 """Windows that are read together, at least those of one image: batches are shuffled within."""
@@ -24,14 +24,9 @@ def of_windows(features: Features, tiles: int) -> FeatureSource:
     Returns:
         Features of N * T images, those of an image next to each other.
     """
-    return (
-        features if tiles == 1 else _Windows(features, tiles, torch.arange(len(features) * tiles))
-    )
-
-
-def windows_of(stages: Sequence[Tensor], tiles: int) -> list[Tensor]:
-    """Return the windows' maps (B * T, C_l, h_l, w_l) of those that lie below each other."""
-    return [rearrange(stage, "b c (t h) w -> (b t) c h w", t=tiles) for stage in stages]
+    if tiles == 1:
+        return features
+    return _Windows(features, tiles, torch.arange(len(features) * tiles))
 
 
 def whole_stages(stages: Sequence[Tensor], tiling: Tiling) -> list[Tensor]:
@@ -40,7 +35,7 @@ def whole_stages(stages: Sequence[Tensor], tiling: Tiling) -> list[Tensor]:
     Each position is taken from the window whose edge is farthest from it.
 
     Args:
-        stages: (B, C_l, T * h_l, w_l), the windows' below each other.
+        stages: (B * T, C_l, h_l, w_l), those of an image next to each other.
         tiling: the windows.
 
     Returns:
@@ -55,7 +50,7 @@ def whole_stages(stages: Sequence[Tensor], tiling: Tiling) -> list[Tensor]:
         number = torch.minimum(within, tiling.tile_size - within).argmax(0)  # (H_l,)
         local = (within.gather(0, number[None])[0] * grid / tiling.tile_size).long()
         n, place = tiling.per_side, (number * grid + local.clamp(0, grid - 1)).to(stage.device)
-        mosaic = rearrange(stage, "b c (r k h) w -> b c (r h) (k w)", r=n, k=n)
+        mosaic = rearrange(stage, "(b r k) c h w -> b c (r h) (k w)", r=n, k=n)
         found.append(mosaic[..., place, :][..., place])
     return found
 

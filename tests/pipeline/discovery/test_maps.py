@@ -62,7 +62,7 @@ def test_maps_are_paired_by_name_whatever_their_order(tmp_path):
     for i, name in enumerate(("b", "a")):
         save(tmp_path / f"maps/{name}.npy", np.full((4, 4), float(i)))
     images = [Path("photos/a.jpg"), Path("photos/b.jpg")]
-    maps, scores = MapsOfFolder(tmp_path / "maps", images).of([], images)
+    maps, scores = MapsOfFolder(tmp_path / "maps", images).of([], images, None)
     assert scores == [1, 0]
     assert [one[0, 0] for one in maps] == [1, 0]
 

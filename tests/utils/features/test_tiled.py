@@ -12,8 +12,9 @@ from models.backbone.raw_images import RawImages
 from tests.models.banks import seeded
 from utils.features import tiled
 from utils.features.extraction import extract_features
+from utils.features.features import windows_of
 from utils.features.thumbnails import thumbnails
-from utils.features.tiled import of_windows, whole_stages, windows_of
+from utils.features.tiled import of_windows, whole_stages
 
 TILING = Tiling(image_size=22, tile_size=8, per_side=3)  # by 7 pixels: one is shared
 T = TILING.count
@@ -112,7 +113,7 @@ def test_whole_images_pass_as_they_are(images):
 
 def test_windows_put_together_are_the_image(images):
     given = rearrange(torch.from_numpy(images), "n h w c -> n c h w")
-    (whole,) = whole_stages([cut(given, TILING)], TILING)
+    (whole,) = whole_stages(windows_of([cut(given, TILING)], T), TILING)
     assert torch.equal(whole, given)
 
 
@@ -123,7 +124,7 @@ def test_cells_of_windows_come_from_the_place_they_are_of():
     tall = torch.cat(
         [(r.start + at)[None, None, :, None].expand(1, 1, grid, grid) for r, _ in TILING.windows], 2
     )
-    (whole,) = whole_stages([tall], TILING)
+    (whole,) = whole_stages(windows_of([tall], T), TILING)
     assert whole.shape == (1, 1, 11, 11)
     centres = torch.arange(11).add(0.5) * 2
     assert (whole[0, 0, :, 3] - centres).abs().max() <= 1
