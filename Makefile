@@ -10,13 +10,15 @@ demo: $(VENV)/demo.done
 	$(BIN)/python -m figures.compare $$(cat results/sweep-demo/runs.txt) --out results/demo/compared
 	$(BIN)/python -m figures.report $$(cat results/sweep-demo/runs.txt) --out results/demo/report.html
 
-# make compare DATA="my_parts my_tiles" SEEDS="0 1 2"; what follows is as benchmarks.comparison has it.
+# make compare DATA="my_parts my_tiles" SETS="mvtec=/data/mvtec" SEEDS="0 1 2" BUDGET=minutes
 SEEDS ?= 0
+BUDGET ?= presets
 compare: $(VENV)/demo.done
-	$(BIN)/python -m benchmarks.comparison --data-root $(DATA) --seeds $(SEEDS)
+	$(BIN)/python -m benchmarks.comparison $(if $(DATA),--data-root $(DATA)) \
+		$(if $(SETS),--data-sets $(SETS)) --seeds $(SEEDS) --budget $(BUDGET)
 
 compare-demo: $(VENV)/demo.done
-	$(BIN)/python -m benchmarks.comparison --embedded demo digits --short --jobs 2 \
+	$(BIN)/python -m benchmarks.comparison --data-sets demo digits --budget short --jobs 2 \
 		--output results/compare-demo
 
 # Nothing of it asks for a CUDA device, be there one, a broken one or none.

@@ -22,9 +22,9 @@ from pipeline.experiments import groups_of, read_tasks
 from utils.cli import exits_cleanly
 from utils.errors import RunError
 from utils.metrics.metrics import metric_names, table_metrics
-from utils.runs.files import write_rows
 from utils.runs.finished import finished_pairs
 from utils.runs.made_of import check_made_of
+from utils.runs.rows import write_rows
 from utils.tables.formats import to_text
 from utils.tables.results import Benchmark, build_table, undefined_reasons
 

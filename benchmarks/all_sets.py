@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 
 METHODS = {
     "PatchCore 1 %": "patchcore --method.coreset-ratio 0.01",

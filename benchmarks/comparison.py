@@ -1,17 +1,20 @@
 """Every method of the suite on several data sets, on one page.
 
-    python -m benchmarks.comparison --embedded demo digits --short      # make compare-demo
+    python -m benchmarks.comparison --data-sets demo digits --budget short      # make compare-demo
     python -m benchmarks.comparison --data-root PARTS TILES --classes MY_CLASSES --seeds 0 1 2
+    python -m benchmarks.comparison --data-sets mvtec=/data/mvtec mnist=/data/mnist
 
 It runs sweep.py over all methods, data sets and seeds, and figures.compare over what came out:
 --output/comparison.html has the table, mean ranks with a critical-difference diagram, accuracy
-against time and bars for each set. The same command continues. --data-root takes folders in the
-layout of MVTec AD, --classes folders of classes, --embedded what needs no data.
+against time and bars for each set. The same command continues. --data-sets takes what the suite
+knows by name, beside which stands what papers print; --data-root takes folders in the layout of
+MVTec AD, --classes folders of classes.
 
-With --short, networks are trained for seconds, some on small images, and three digits are classes:
-their numbers then say that they run, not how good they are. Without, presets are untouched, which
-takes days on a CPU and hours on a GPU. `saa` and the models of anomalib need what this suite cannot
-bring, and are not run.
+With the budget `presets` nothing is changed, which takes days on a CPU and hours on a GPU. With
+`minutes`, what trains a network does so for about a minute on a GPU, and with `short` for seconds
+on a CPU, partly on small images; of digits three are then normal classes. Numbers of such a method
+say what it does with so much, not how good it is. `saa` and the models of anomalib need what this
+suite cannot bring, and are not run.
 """
 
 import argparse
@@ -19,13 +22,16 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.method import find_method, find_methods
+from pipeline.planning import PlanError, script_of
+from utils.cli import exits_cleanly
 
-EMBEDDED = {"demo": "structured", "digits": "semantic"}
 DIGITS = (0, 3, 8)
-"""Normal classes of a short comparison."""
+"""Normal classes of digits, with a smaller budget."""
+WITH_DIGITS = ("digits", "mnist")
 NOT_RUN = ("saa", "anomalib:NAME")
 SMALL = "--image-size 96 --crop-size none"
 SHORT = {
@@ -61,8 +67,57 @@ SHORT = {
     "mean_shifted": "--method.epochs 1",
 }
 """What makes a method short enough for two cores; all others are."""
+MINUTES = {
+    "structured": {
+        "stpm": "--method.epochs 30",
+        "pni": "--method.epochs 5 --image-size 224 --crop-size none",
+        "ulsad": "--method.epochs 10",
+        "ulsad_released": "--method.epochs 10",
+        "dfr": "--method.epochs 10",
+        "uniad": "--method.epochs 15",
+        "differnet": "--method.epochs 24 --method.train-views 4 --method.test-views 4",
+        "glow": "--method.epochs 5 --method.warmup-epochs 1",
+        "autoencoder": "--method.epochs 20",
+        "vae": "--method.epochs 20",
+        "mnad": "--method.epochs 5",
+        "riad": "--method.epochs 3",
+        "draem": "--method.epochs 5",
+        "edgrec": "--method.epochs 5",
+        "memseg": "--method.epochs 10",
+        "cutpaste": "--method.epochs 2",
+        "ddad": "--method.epochs 6 --method.base-width 32",
+        "mspba": SHORT["mspba"],
+    },
+    "semantic": {
+        "simplenet": "--method.epochs 20",
+        "simplenet_released": "--method.epochs 20",
+        "nc_disc": "--method.epochs 20",
+        "uniad": "--method.epochs 5",
+        "differnet": "--method.epochs 24",
+        "glow": "--method.epochs 10 --method.warmup-epochs 1",
+        "glow_images": "--method.epochs 3 --method.levels 2 --method.steps 8 --method.width 128",
+        "autoencoder": "--method.epochs 3",
+        "vae": "--method.epochs 3",
+        "mnad": "--method.epochs 1 --method.batch-size 32",
+        "riad": "--method.epochs 1 --method.batch-size 32",
+        "cutpaste": "--method.epochs 1",
+        "ddad": "--method.epochs 3 --method.base-width 16",
+        "deep_svdd": "--method.epochs 20 --method.pretrain-epochs 20",
+        "panda": "--method.epochs 2",
+        "panda_ewc": "--method.epochs 2",
+        "mean_shifted": "--method.epochs 2",
+    },
+}
+"""What makes a fit last about a minute on a GPU with other work; all others last no longer."""
+BUDGETS: dict[str, dict[str, dict[str, str]]] = {
+    "presets": {"structured": {}, "semantic": {}},
+    "minutes": MINUTES,
+    "short": {"structured": SHORT, "semantic": SHORT},
+}
+"""Budget -> task -> method -> options."""
 
 
+@exits_cleanly(PlanError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the sweep and write the page.
 
@@ -76,17 +131,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data-root", nargs="+", type=Path, default=[], metavar="FOLDER")
     parser.add_argument("--classes", nargs="+", type=Path, default=[], metavar="FOLDER")
-    parser.add_argument("--embedded", nargs="+", choices=tuple(EMBEDDED), default=[])
+    parser.add_argument("--data-sets", nargs="+", default=[], metavar="NAME[=FOLDER]")
     parser.add_argument("--methods", nargs="+", help="all by default")
     parser.add_argument("--seeds", nargs="+", default=["0"])
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
-    parser.add_argument("--short", action="store_true", help="seconds of training for networks")
+    parser.add_argument("--budget", choices=tuple(BUDGETS), default="presets", help="of training")
     parser.add_argument("--jobs", default="1", help="processes")
     parser.add_argument("--output", type=Path, default=Path("results/comparison"))
     arguments, further = parser.parse_known_args(argv)
-    words = words_of_sweep(arguments, further)
+    places = places_of(arguments)
+    words = words_of_sweep(places, arguments, further)
     if not words:
-        parser.error("name data: --data-root, --classes or --embedded")
+        parser.error("name data: --data-root, --classes or --data-sets")
     done = subprocess.run([sys.executable, "sweep.py", *words], check=False)
     listed = arguments.output / "sweep-comparison" / "runs.txt"
     runs = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
@@ -98,37 +154,65 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise SystemExit(done.returncode or drawn.returncode)
 
 
-def words_of_sweep(arguments: argparse.Namespace, further: Sequence[str] = ()) -> list[str]:
-    """Return the words after sweep.py; none where no data is named."""
-    places = [(name, EMBEDDED[name], "") for name in arguments.embedded]
-    places += [("train_mvtec:folder", "structured", str(root)) for root in arguments.data_root]
-    places += [("train_cifar10:folder", "semantic", str(root)) for root in arguments.classes]
+@dataclass(frozen=True)
+class Place:
+    """A data set: as sweep.py calls it, which task it is, and its folder, "" where it has none."""
+
+    name: str
+    task: str
+    root: str
+
+
+def places_of(arguments: argparse.Namespace) -> list[Place]:
+    """Return the data sets of a command line.
+
+    Raises:
+        PlanError: a name is unknown, or one of several scripts.
+    """
+    places = []
+    for words in arguments.data_sets:
+        name, _, root = words.partition("=")
+        script, _ = script_of(name)
+        places.append(Place(name, "structured" if script == "train_mvtec" else "semantic", root))
+    places += [Place("train_mvtec:folder", "structured", str(x)) for x in arguments.data_root]
+    return places + [Place("train_cifar10:folder", "semantic", str(x)) for x in arguments.classes]
+
+
+def words_of_sweep(
+    places: Sequence[Place], arguments: argparse.Namespace, further: Sequence[str] = ()
+) -> list[str]:
+    """Return the words after sweep.py; none where no data is named.
+
+    What a budget leaves as it is comes first: it takes the least time.
+    """
+    shortened = BUDGETS[arguments.budget]
+    known = dict.fromkeys(m for place in places for m in find_methods(place.task))
+    wanted = [m for m in known if m not in NOT_RUN and m in (arguments.methods or known)]
     sets = [
-        " ".join([dataset, method, *options_of(method, root, arguments)])
-        for dataset, task, root in places
-        for method in find_methods(task)
-        if method not in NOT_RUN and (arguments.methods is None or method in arguments.methods)
+        " ".join([place.name, method, *options_of(method, place, arguments)])
+        for method in sorted(wanted, key=lambda m: any(m in shortened[p.task] for p in places))
+        for place in places
+        if method in find_methods(place.task)
     ]
     if not sets:
         return []
     words = ["--set", *sets, "--seeds", *arguments.seeds]
     if arguments.jobs != "1":
         words += ["--jobs", arguments.jobs]
-    if arguments.short and "digits" in arguments.embedded:
-        words += ["--categories", *(f"digits={digit}" for digit in DIGITS)]
+    digits = [place.name for place in places if place.name in WITH_DIGITS]
+    if digits and arguments.budget != "presets":
+        words += ["--categories", *(f"{name}={digit}" for name in digits for digit in DIGITS)]
     words += ["--output", str(arguments.output), "--name", "comparison"]
     return [*words, "--", "--overlays", "0", *further]
 
 
-def options_of(method: str, root: str, arguments: argparse.Namespace) -> list[str]:
+def options_of(method: str, place: Place, arguments: argparse.Namespace) -> list[str]:
     """Return the options of one method on one data set, as words of a shell."""
-    known = find_method(method)
-    words = ["--data-root", shlex.quote(root)] if root else []
-    if "backbone" not in known.ignored:
+    words = ["--data-root", shlex.quote(place.root)] if place.root else []
+    if "backbone" not in find_method(method).ignored:
         words += ["--backbone", arguments.backbone]
-    if arguments.short and method in SHORT:
-        words.append(SHORT[method])
-    return words
+    shortened = BUDGETS[arguments.budget][place.task]
+    return [*words, shortened[method]] if method in shortened else words
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from utils.device import keep_freed_memory
 from utils.evaluation.scoring import Scores
 from utils.evaluation.test_set import TestSet
 from utils.metrics.evaluate import Measured
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 
 BACKBONE = "tf_efficientnet_lite0"
 LAYERS = (1, 2, 3, 4)  # the preset of noco_cf

@@ -96,7 +96,7 @@ def combinations(options: SweepOptions, extra: Sequence[str]) -> list[Combinatio
     found = []
     for name, *words in [*grid, *sets]:
         title = shlex.join([name, *words])
-        script, dataset = _script_of(name)
+        script, dataset = script_of(name)
         split = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
         root = _data_root(options.data_roots, name, names)
         # What varies comes last, because the last of equal options counts.
@@ -107,7 +107,7 @@ def combinations(options: SweepOptions, extra: Sequence[str]) -> list[Combinatio
     return found
 
 
-def _script_of(name: str) -> tuple[str, str]:
+def script_of(name: str) -> tuple[str, str]:
     """Return the script of a data set and its name there."""
     wanted, _, dataset = name.rpartition(":")
     data_sets = {script: list(one.catalogue().data_sets) for script, one in SCRIPTS.items()}

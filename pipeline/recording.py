@@ -55,6 +55,7 @@ class Fitted:
         learner: an unfitted head that learns online, for `--online`; else None.
         backbone_digest: short hash of the backbone's weights: on features of others it means
             nothing.
+        peak_bytes: the most memory that fit and scoring took (`utils.memory.peak_memory`).
     """
 
     seed: int
@@ -64,6 +65,7 @@ class Fitted:
     fit_seconds: float
     learner: Detector | None
     backbone_digest: str
+    peak_bytes: int
 
 
 def record(
@@ -122,6 +124,7 @@ def _record_one(
             **outcome.steps,
             **facts,
             "score_seconds": round(outcome.score_seconds, 3),
+            "peak_bytes": fitted.peak_bytes,
             "head_bytes": _num_bytes(next(iter(outcome.states.values()))),
             "undefined": "; ".join(f"{n}: {why}" for n, why in outcome.measured.undefined.items()),
             **alarms.get(outcome.select, {}),

@@ -22,11 +22,12 @@ from pipeline.experiments import AnyExperiment
 from pipeline.features import Extraction, TaskData, calibration_split
 from pipeline.made_of import made_of
 from pipeline.recording import Fitted, record, unused_in_words
-from utils.device import pick_device
+from utils.device import pick_device, return_freed_memory
 from utils.errors import UsageError
 from utils.evaluation.monitor import FitMonitor
 from utils.evaluation.selection import choose, joined_validation
 from utils.features.tiled import of_windows
+from utils.memory import peak_memory
 from utils.runs.checkpoints import Checkpoint
 from utils.runs.run import Run
 from utils.seeding import seed_everything
@@ -42,6 +43,7 @@ def open_run(
             corrupt.
         UsageError: a task has too few images for the calibration that is asked for.
     """
+    return_freed_memory()  # the memory that a run records is its own
     if experiment.calibration_share:
         for task in tasks:
             calibration_split(experiment, task, len(task.train_indices))
@@ -107,7 +109,10 @@ def train_head(
             detector.category = data[0].task.category.replace("_", " ")
         return detector
 
-    with _named(experiment, " and ".join(one.task.category for one in data), seed):
+    with (
+        _named(experiment, " and ".join(one.task.category for one in data), seed),
+        peak_memory(extractor.device) as peak,
+    ):
         options: dict[str, Any] = {}
         validation = joined_validation([one.validation for one in data])
         if validation is not None:
@@ -142,8 +147,9 @@ def train_head(
         for log in logs:
             log(event="diagnostics", **detector.diagnostics)
     learner = build(options) if experiment.online else None
+    digest = extractor.weights_digest
     fits = [
-        Fitted(seed, detector, options, found, fit_seconds, learner, extractor.weights_digest)
+        Fitted(seed, detector, options, found, fit_seconds, learner, digest, peak.num_bytes)
         for found in outcomes
     ]
     record(experiment, run, data, fits)

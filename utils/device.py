@@ -1,6 +1,8 @@
 """The device that a command line names, and what a process keeps of its memory there."""
 
+import contextlib
 import ctypes
+import gc
 import os
 import sys
 
@@ -98,3 +100,11 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library, as on Alpine
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> None:
+    """Give the system what glibc keeps of freed memory, so that what comes starts without it."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # another C library, as on Alpine
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -13,31 +13,33 @@ from pipeline.planning import plan
 
 def asked(**changes):
     given = {
-        **{"embedded": [], "data_root": [], "classes": [], "methods": None, "seeds": ["0"]},
-        **{"backbone": "tf_efficientnet_lite0", "short": False, "jobs": "1"},
+        **{"data_sets": [], "data_root": [], "classes": [], "methods": None, "seeds": ["0"]},
+        **{"backbone": "tf_efficientnet_lite0", "budget": "presets", "jobs": "1"},
         **{"output": Path("made")},
     }
     return argparse.Namespace(**(given | changes))
 
 
-@pytest.mark.parametrize("short", [True, False])
-def test_every_method_is_planned_on_every_kind_of_data(short, tmp_path):
-    words = comparison.words_of_sweep(
-        asked(
-            embedded=["demo", "digits"],
-            data_root=[tmp_path / "my parts"],
-            classes=[tmp_path / "classes"],
-            short=short,
-        )
+def words_of(**changes):
+    arguments = asked(**changes)
+    return comparison.words_of_sweep(comparison.places_of(arguments), arguments)
+
+
+@pytest.mark.parametrize("budget", comparison.BUDGETS)
+def test_every_method_is_planned_on_every_kind_of_data(budget, tmp_path):
+    words = words_of(
+        data_sets=["demo", "digits"],
+        data_root=[tmp_path / "my parts"],
+        classes=[tmp_path / "classes"],
+        budget=budget,
     )
     # Folders that are not there yet stop no plan of the embedded ones.
-    alone = comparison.words_of_sweep(asked(embedded=["demo", "digits"], short=short))
-    runs, left_out = plan(*sweep_options(alone))
+    runs, left_out = plan(*sweep_options(words_of(data_sets=["demo", "digits"], budget=budget)))
     assert not left_out
     found = {(run.experiment.dataset, run.experiment.method_name) for run in runs}
     expected = {
         (dataset, method)
-        for dataset, task in comparison.EMBEDDED.items()
+        for dataset, task in (("demo", "structured"), ("digits", "semantic"))
         for method in find_methods(task)
         if method not in comparison.NOT_RUN
     }
@@ -47,15 +49,28 @@ def test_every_method_is_planned_on_every_kind_of_data(short, tmp_path):
     assert all(f"'{tmp_path}/my parts'" in word for word in quoted)
 
 
-def test_what_is_shortened_is_there():
+@pytest.mark.parametrize("budget", comparison.BUDGETS)
+@pytest.mark.parametrize("task", ["structured", "semantic"])
+def test_what_is_shortened_is_there(budget, task):
     known = find_methods("structured") | find_methods("semantic")
-    assert comparison.SHORT.keys() <= known.keys()
+    assert comparison.BUDGETS[budget][task].keys() <= known.keys()
+    assert comparison.MINUTES[task].keys() <= find_methods(task).keys()
+
+
+def test_a_smaller_budget_has_three_digits_and_what_it_leaves_alone_first():
+    words = words_of(data_sets=["mnist=/data", "digits"], budget="minutes")
+    shortened = ["--method." in word for word in words[1 : words.index("--seeds")]]
+    assert shortened == sorted(shortened)
+    kept = words[words.index("--categories") + 1 : words.index("--output")]
+    assert kept == [f"{name}={digit}" for name in ("mnist", "digits") for digit in (0, 3, 8)]
+    assert "--categories" not in words_of(data_sets=["mnist=/data"])
 
 
 def test_some_methods_may_be_named_and_some_data_must_be(capsys):
-    words = comparison.words_of_sweep(asked(embedded=["demo"], methods=["knn"]))
+    words = words_of(data_sets=["demo"], methods=["knn"])
     assert words[:2] == ["--set", "demo knn --backbone tf_efficientnet_lite0"]
-    with pytest.raises(SystemExit) as stop:
-        comparison.main([])
-    assert stop.value.code == 2
-    assert "name data" in capsys.readouterr().err
+    for asked_for, said in (([], "name data"), (["--data-sets", "mvtek"], "unknown data set")):
+        with pytest.raises(SystemExit) as stop:
+            comparison.main(asked_for)
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err

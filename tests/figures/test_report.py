@@ -23,7 +23,7 @@ from figures.report import sections as report_sections
 from figures.report.scores import Scored, image_auroc, roc, wrongness
 from tests.scripts.runs import train_digits
 from tests.scripts.test_train_mvtec import draw_turned_category, train
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 from utils.runs.run import Run
 from utils.runs.scores import TestScores
 from utils.tables.table import Cell, Column, Row, Table

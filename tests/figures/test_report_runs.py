@@ -22,7 +22,7 @@ from tests.figures.test_report import (
     pictured,
     programs,
 )
-from utils.runs.files import read_rows, write_rows
+from utils.runs.rows import read_rows, write_rows
 from utils.runs.run import Run
 from utils.runs.scores import TestScores
 

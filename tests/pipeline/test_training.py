@@ -20,7 +20,7 @@ from pipeline.training import open_run, train_head, train_together
 from tests.utils.banks import constant_bank, set_of
 from tests.utils.evaluation import test_selection as selection
 from utils.errors import RunError, UsageError
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 from utils.runs.run import Run
 
 CATEGORIES = ("tile", "wood")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train_mnist
 import train_mvtec
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 
 IMAGES = (
     *("--backbone", "tf_efficientnet_lite0", "--image-size", "64", "--crop-size", "none"),
@@ -48,9 +48,13 @@ def refusal(capsys, main, *words, code=2):
 
 
 def measured(folder):
-    """The rows of results.csv without the times they took; None where a value is undefined."""
+    """The rows of results.csv without time and memory; None where a value is undefined."""
     return [
-        {k: None if v != v else v for k, v in row.items() if not k.endswith("_seconds")}
+        {
+            name: None if value != value else value
+            for name, value in row.items()
+            if not name.endswith("_seconds") and name != "peak_bytes"
+        }
         for row in read_rows(folder / "results.csv")
     ]
 

@@ -16,7 +16,7 @@ from figures import compare
 from figures.report import page
 from pipeline.experiments import SCRIPTS
 from tests.datasets.trees import draw_mvtec_category
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 
 EARLIER = json.loads((Path(__file__).parents[1] / "configs/earlier.json").read_text())
 NOCO = EARLIER["noco"]["method"]

@@ -10,7 +10,7 @@ import evaluate
 from tests.datasets.trees import draw_mvtec_category
 from tests.scripts.runs import refusal, train
 from utils.metrics.metrics import metric_names
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 from utils.runs.run import Run
 
 METHODS = {

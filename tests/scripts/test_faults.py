@@ -28,7 +28,7 @@ from models.methods.noco import Noco
 from tests.datasets.trees import draw_mvtec_category
 from tests.scripts.runs import DIGITS, assert_same_run, refusal, words_of
 from utils.cli import machine_fault
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 
 CATEGORIES = ("cloth", "tile", "wood")
 QUICK = (

@@ -14,7 +14,7 @@ from models.method import find_methods
 from tests.datasets.trees import draw_mvtec_category
 from tests.models.methods.cases import SHORT
 from tests.scripts.runs import DIGITS, measured
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 from utils.runs.run import Run
 
 NAMES = ("autoencoder", "vae", "riad", "mnad", "edgrec", "memseg", "draem", "cutpaste", "ddad")

@@ -8,7 +8,7 @@ import export
 import train_mvtec
 from tests.datasets.trees import draw_btad_category, draw_loco_category
 from tests.scripts.runs import IMAGES, measured, refusal
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 from utils.runs.scores import read_scores
 
 ULSAD = (

@@ -15,7 +15,7 @@ import train_mvtec
 from pipeline import recording
 from tests.datasets.trees import draw_mvtec_category
 from tests.scripts.runs import IMAGES, assert_same_run, measured, refusal, train, words_of
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 from utils.runs.run import Run
 
 JOINT = ("--protocol", "multi-class")

@@ -13,7 +13,7 @@ import predict
 import train_mvtec
 from tests.scripts.runs import refusal, train, words_of
 from tests.threads import torch_threads
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 
 PADDED = ("--resize", "bilinear_padded", "--image-size", "48")
 

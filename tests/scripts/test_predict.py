@@ -23,8 +23,8 @@ from tests.datasets.trees import save as save_image
 from tests.datasets.trees import texture
 from tests.scripts.runs import refusal
 from tests.threads import torch_threads
-from utils.runs.files import read_rows
 from utils.runs.predictions import MapScale
+from utils.runs.rows import read_rows
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from models.backbone.extractor import FrozenExtractor
 from tests.datasets.trees import draw_mvtec_category
 from tests.scripts import runs
 from tests.scripts.runs import DIGITS, measured, refusal
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 from utils.runs.run import Run
 
 NUM_TRAIN, NUM_TEST = 20, 18  # two kinds of 6 defects

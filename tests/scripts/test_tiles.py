@@ -17,7 +17,7 @@ import train_mvtec
 from tests.datasets.trees import save
 from tests.scripts.runs import refusal, train, words_of
 from tests.threads import torch_threads
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 TILES = ("--tiles", "2", "--image-size", "48")

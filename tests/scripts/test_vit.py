@@ -18,7 +18,7 @@ import predict
 import train_mvtec
 from tests.scripts.runs import train_digits
 from tests.threads import torch_threads
-from utils.runs.files import read_rows
+from utils.runs.rows import read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 BACKBONE = "test_vit"  # three blocks, patches of 16 pixels

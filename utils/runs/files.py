@@ -1,14 +1,12 @@
 """The files of a run folder: their names, atomic writing, and values that read back unchanged."""
 
-import csv
 import hashlib
-import io
 import json
 import numbers
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +34,6 @@ _TOP_FILES = (
 )
 _STEM = r"(.+-)?seed-?\d+"  # without a category where a head is for all
 _SUFFIX = r"(-[a-z_]+)?"
-_INT = re.compile(r"-?[0-9]+")
-_FLOAT = re.compile(r"-?(?:[0-9]+\.[0-9]+(?:e[+-]?[0-9]+)?|[0-9]+e[+-]?[0-9]+|inf)|nan")
 
 
 @contextmanager
@@ -211,39 +207,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a results.csv, or raise RunError naming it and the record."""
-    text = path.read_bytes().decode("utf-8", "surrogateescape")
-    if not text.endswith("\n"):
-        raise corrupt(path, "the last line is cut")
-    try:
-        columns, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    except csv.Error as error:
-        raise corrupt(path, str(error)) from None
-    if columns[:3] != ["category", "seed", "select"]:
-        raise corrupt(path, f"its columns are {columns}")
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=2):
-        if len(line) != len(columns) or not _INT.fullmatch(line[1]) or line[2] not in SELECTS:
-            raise corrupt(path, f"record {number}: {','.join(line)!r}")
-        try:
-            row = {name: _decode(name, text) for name, text in zip(columns, line, strict=True)}
-        except ValueError as error:  # an integer of thousands of digits
-            raise corrupt(path, f"record {number}: {error}") from None
-        if rows.setdefault(tuple(line[:3]), row) is not row:
-            raise corrupt(path, f"record {number} is there twice: {','.join(line[:3])!r}")
-    return list(rows.values())
-
-
-def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows whose values are ints, floats or strings; `read_rows` returns them unchanged."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_encode(name, row[name]) for name in columns] for row in rows)
-    write_text(path, text.getvalue())
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a metrics.jsonl, in order, without a last line still being written.
 
@@ -289,26 +252,6 @@ def keep_metrics(path: Path, pairs: Set[tuple[str, int]]) -> None:
             kept.append(line + b"\n")
     with atomic_path(path) as temporary:
         temporary.write_bytes(b"".join(kept))
-
-
-def _decode(column: str, text: str) -> str | int | float:
-    if column in ("category", "select"):
-        return text
-    if _INT.fullmatch(text):
-        return int(text)
-    return float(text) if _FLOAT.fullmatch(text) else text
-
-
-def _encode(column: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
-        raise TypeError(f"column {column!r}: {value!r} is not an int, a float or a string")
-    if isinstance(value, numbers.Integral):
-        return str(int(value))
-    if not isinstance(value, str):
-        return repr(float(value))  # the shortest text that reads back to the same bits
-    if _decode(column, value) is not value or "\r" in value:
-        raise ValueError(f"column {column!r}: the string {value!r} would not be read back as it is")
-    return value
 
 
 def jsonable(value: Any) -> Any:

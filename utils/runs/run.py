@@ -41,12 +41,11 @@ from utils.runs.files import (
     keep_metrics,
     make_folder,
     read_object,
-    read_rows,
-    write_rows,
     write_text,
 )
 from utils.runs.lock import lock_run
 from utils.runs.made_of import MadeOf, check_made_of, made_of_file, save_made_of
+from utils.runs.rows import read_rows, with_later_columns, write_rows
 from utils.runs.scores import TestScores, read_scores, write_scores
 
 if TYPE_CHECKING:
@@ -242,7 +241,7 @@ class Run:
         Raises:
             RunError: The columns differ from those of the rows already there.
         """
-        existing, finished = self.rows(), self._finished()
+        finished = self._finished()
         for (category, seed), rows in found.items():
             self._check_pair(category, seed)
             selects = [row["select"] for row in rows]
@@ -252,7 +251,9 @@ class Run:
                 raise ValueError(f"rows of {category!r}, seed {seed} name another pair")
             if (category, seed) in finished:
                 raise ValueError(f"{category!r}, seed {seed} is finished already")
-        added = [row for rows in found.values() for row in rows]
+        existing, added = with_later_columns(
+            self.rows(), [row for rows in found.values() for row in rows]
+        )
         columns = list(dict.fromkeys(["category", "seed", "select", *(existing or added)[0]]))
         for row in added:
             if differing := sorted(set(row) ^ set(columns)):

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from utils.errors import RunError
 from utils.runs import environment
 from utils.runs import run as runs
-from utils.runs.files import file_stem, read_rows, write_rows
+from utils.runs.files import file_stem
+from utils.runs.rows import read_rows, write_rows
 from utils.runs.run import Run
 from utils.runs.scores import TestScores
 
