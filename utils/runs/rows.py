@@ -43,12 +43,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def with_later_columns(*parts: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return parts of a results.csv with the later columns that any of them has; nan where not."""
-    missing = {
-        name: math.nan
-        for name in LATER_COLUMNS
-        if any(name in row for rows in parts for row in rows)
-    }
-    return [[{**missing, **row} for row in rows] for rows in parts]
+    later = [name for name in LATER_COLUMNS if any(name in row for rows in parts for row in rows)]
+    return [[{**row, **{n: row.get(n, math.nan) for n in later}} for row in rows] for rows in parts]
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
