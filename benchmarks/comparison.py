@@ -33,6 +33,7 @@ DIGITS = (0, 3, 8)
 """Normal classes of digits, with a smaller budget."""
 WITH_DIGITS = ("digits", "mnist")
 NOT_RUN = ("saa", "anomalib:NAME")
+WHOLE = "--image-size 224 --crop-size none"
 SMALL = "--image-size 96 --crop-size none"
 SHORT = {
     "noco": "--method.epochs 20",
@@ -41,13 +42,14 @@ SHORT = {
     "nc_disc": "--method.epochs 10",
     "padim": "--method.dims 100",
     "patchcore": "--method.coreset-ratio 0.01",
-    "pni": "--method.epochs 1 --method.dist-size 256 --method.mlp-width 256",
+    "pni": f"--method.epochs 1 --method.dist-size 256 --method.mlp-width 256 {WHOLE}",
     "stpm": "--method.epochs 2",
     "ulsad": "--method.epochs 1",
     "ulsad_released": "--method.epochs 1",
     "dfr": "--method.epochs 1",
     "uniad": "--method.epochs 2 --method.hidden 64 --method.feed-forward 128",
-    "differnet": "--method.epochs 1 --method.width 64 --method.train-views 4 --method.test-views 4",
+    "differnet": "--method.epochs 1 --method.width 64 --method.train-views 4 "
+    f"--method.test-views 4 {WHOLE}",
     "glow": "--method.epochs 5 --method.steps 4 --method.width 64",
     "glow_images": "--method.epochs 2 --method.levels 2 --method.steps 4 --method.width 32",
     "mspba": "--method.epochs 1 --method.samples-per-image 5 --image-size 127 --crop-size none",
@@ -70,7 +72,7 @@ SHORT = {
 MINUTES = {
     "structured": {
         "stpm": "--method.epochs 30",
-        "pni": "--method.epochs 5 --image-size 224 --crop-size none",
+        "pni": f"--method.epochs 5 {WHOLE}",
         "ulsad": "--method.epochs 10",
         "ulsad_released": "--method.epochs 10",
         "dfr": "--method.epochs 10",

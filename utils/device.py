@@ -103,8 +103,10 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give the system what glibc keeps of freed memory, so that what comes starts without it."""
+    """Give back what glibc and PyTorch's CUDA keep of freed memory, for others to have it."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # another C library, as on Alpine
             ctypes.CDLL("libc.so.6").malloc_trim(0)

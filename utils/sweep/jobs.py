@@ -79,6 +79,11 @@ def _call(job: Job) -> str:
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: a defect of ours, the log has the traceback"
+    finally:
+        # Only now: the number of threads counts until torch is imported, which the script does.
+        from utils.device import return_freed_memory
+
+        return_freed_memory()  # other workers may need it before this one's next job
     return ""
 
 

@@ -144,6 +144,8 @@ PLACES = [
 ]
 TOLERANCE = 1e-3
 """Of the range of all scores: convolutions of a GPU round as they are faster, not as the CPU's."""
+ROUNDING = 1e-5
+"""Of the largest score: those of a network that has hardly learned differ by no more themselves."""
 OUTSIDE = 0.01
 """Share of the pixels that may differ by more, where a method rounds to whole numbers."""
 
@@ -183,7 +185,8 @@ def test_a_head_fitted_on_the_cpu_scores_the_same_on_a_device(name, device, clas
     detector.load_state_dict(fitted.state_dict())
     found = scored_on(device, detector, stages)
     for ours, wanted in zip(found, case.scored(fitted), strict=True):
-        away = (ours - wanted).abs() > TOLERANCE * (wanted.max() - wanted.min())
+        tolerance = TOLERANCE * (wanted.max() - wanted.min()) + ROUNDING * wanted.abs().max()
+        away = (ours - wanted).abs() > tolerance
         assert away.double().mean() <= OUTSIDE
 
 
