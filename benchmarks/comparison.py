@@ -61,7 +61,7 @@ SHORT = {
     "edgrec": f"--method.epochs 1 --method.width 8 {SMALL}",
     "memseg": f"--method.epochs 1 --method.steps-per-epoch 5 {SMALL}",
     "cutpaste": "--method.epochs 1 --method.steps-per-epoch 5 --image-size 64 --crop-size none",
-    "ddad": "--method.epochs 1 --method.base-width 8 --method.start-step 50 "
+    "ddad": "--method.epochs 1 --method.base-width 16 --method.start-step 50 "
     "--method.sampling-step 25 --image-size 32 --crop-size none",
     "deep_svdd": "--method.epochs 10 --method.pretrain-epochs 10",
     "panda": "--method.epochs 1",

@@ -7,14 +7,16 @@ ranks over the data sets (which of them Nemenyi's test tells apart), and bars fo
 are means over categories, with the standard deviation over seeds where there are several; what a
 paper prints of a method stands beside them where the run is comparable. "fit" is the time from
 stored features (or stored images, for methods that train a network) to a fitted head, the mean of a
-category; "images/s" are test images from file to anomaly map, the backbone included; "head" is what
-has to be stored beside the backbone. Times are those of the machines the runs were made on: compare
-runs of one machine.
+category; "images/s" are test images from file to anomaly map, the backbone included; "memory" is
+the most that tensors took on a GPU, and without one the most memory of the process; "head" is what
+has to be stored beside the backbone. Times and memory are those of the machines the runs were made
+on: compare runs of one machine.
 """
 
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from figures.shared import costs
 from figures.shared.compare_page import write_page
+from figures.shared.costs import Costs
 from figures.shared.drawing import COLOURS, MARKERS, parser, save_with_table
 from figures.shared.run_log import (
     LoggedRun,
@@ -58,9 +62,7 @@ class Line:
         label: method, and what sets it apart from other runs of it.
         select: how the epoch was chosen.
         metrics: name -> mean over categories for each seed, in percent; nan where undefined.
-        fit_seconds: mean of a fit.
-        images_per_second: test images from file to map; nan where the run did not record it.
-        head_megabytes: size of the head, 10^6 bytes.
+        costs: time and memory.
         num_seeds: seeds the means are over.
         published: image AUROC that is printed of it, in percent; nan where none is comparable.
     """
@@ -69,9 +71,7 @@ class Line:
     label: str
     select: str
     metrics: dict[str, list[float]]
-    fit_seconds: float
-    images_per_second: float
-    head_megabytes: float
+    costs: Costs
     num_seeds: int
     published: float = math.nan
 
@@ -97,9 +97,24 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 def values_of(lines: Sequence[Line], metric: str) -> dict[str, dict[str, list[float]]]:
     """Return data set -> method -> the metric of each seed."""
     found: dict[str, dict[str, list[float]]] = {}
-    for line in lines:
-        found.setdefault(line.dataset, {})[_name(line)] = line.metrics[metric]
+    for name, line in zip(names_of(lines), lines, strict=True):
+        found.setdefault(line.dataset, {})[name] = line.metrics[metric]
     return found
+
+
+def names_of(lines: Sequence[Line]) -> list[str]:
+    """Return what each line is called: its label, with the selection where runs report several.
+
+    A method that selects in another way on other data is one method still.
+    """
+    times = Counter((line.dataset, line.label) for line in lines)
+    several = {label for (_, label), count in times.items() if count > 1}
+    return [
+        f"{line.label}, {SELECT_LABELS[line.select]}"
+        if line.label in several and line.select != "last"
+        else line.label
+        for line in lines
+    ]
 
 
 def published_of(run: LoggedRun) -> float:
@@ -115,16 +130,12 @@ def published_of(run: LoggedRun) -> float:
         table = Table.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise corrupt(path, str(error)) from error
-    method = str(run.run.config["method_name"])
-    paper = {"noco": "NoCo (paper)", "simplenet": "SimpleNet (paper)"}.get(method)
-    others = {*SELECT_LABELS.values(), "NoCo (paper)", "SimpleNet (paper)"}
     printed = [
         row.cells[place].mean
         for row in table.rows
         if row.key == "mean"
         for place, column in enumerate(table.columns)
-        if column.metric == "image_auroc"
-        and (column.group == paper if paper else column.group not in others)
+        if column.metric == "image_auroc" and column.is_own
     ]
     known = [value for value in printed if value is not None]
     return statistics.fmean(known) if known else math.nan
@@ -177,19 +188,12 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
         ]
         for name in shown_metrics()
     }
-    # Where nothing is stored the pass takes no time of its own: it is a part of the scoring.
-    timed = [r for r in rows if r.get("score_seconds") and "pass_test_seconds" in r]
-    rates = [
-        r["num_test"] / (float(r["score_seconds"]) + float(r["pass_test_seconds"])) for r in timed
-    ]
     return Line(
         images_of(run.run.config),
         run.label,
         select,
         metrics,
-        statistics.fmean(float(r["fit_seconds"]) for r in rows),
-        statistics.fmean(rates) if rates else math.nan,
-        statistics.fmean(float(r.get("head_bytes", math.nan)) for r in rows) / 1e6,
+        costs.costs_of(rows),
         len(seeds),
         published_of(run),
     )
@@ -197,7 +201,7 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
 
 def _check_numbers(run: Run, rows: Sequence[dict[str, Any]]) -> None:
     """Refuse a results.csv, which anyone may have written, without the numbers needed here."""
-    optional = {"score_seconds", "pass_test_seconds", "head_bytes", "num_test"}
+    optional = {"score_seconds", "pass_test_seconds", "head_bytes", "peak_bytes", "num_test"}
     optional |= {name for name in shown_metrics() if not is_of_all_data(name)}
     needed = [name for name in shown_metrics() if name not in optional]
     for row in rows:
@@ -210,23 +214,25 @@ def _check_numbers(run: Run, rows: Sequence[dict[str, Any]]) -> None:
 def draw(lines: Sequence[Line], *, metric: str) -> Figure:
     """Draw accuracy against fit time, a panel for each data set, a mark for each line."""
     datasets = list(dict.fromkeys(line.dataset for line in lines))
-    names = list(dict.fromkeys(_name(line) for line in lines))  # a mark means the same everywhere
+    called = names_of(lines)
+    names = list(dict.fromkeys(called))  # a mark means the same everywhere
     # A legend has a line for each method.
     height = max(4.6, 1 + 0.2 * len(names))
     figure = Figure(figsize=(1.5 + 5.2 * len(datasets), height), layout="constrained")
     grid = figure.subplots(1, len(datasets), squeeze=False)
     for axes, dataset in zip(grid.flat, datasets, strict=True):
-        shown = [line for line in lines if line.dataset == dataset]
-        for line in shown:
-            number = names.index(_name(line))
+        for name, line in zip(called, lines, strict=True):
+            if line.dataset != dataset:
+                continue
+            number = names.index(name)
             mean = statistics.fmean(line.metrics[metric])
             if math.isnan(mean):
                 continue
             axes.errorbar(
-                max(line.fit_seconds, 1e-3), mean, yerr=_std(line.metrics[metric]),
+                max(line.costs.fit_seconds, 1e-3), mean, yerr=_std(line.metrics[metric]),
                 marker=MARKERS[number // len(COLOURS) % len(MARKERS)], markersize=8,
                 color=COLOURS[number % len(COLOURS)], linestyle="none", markeredgecolor="black",
-                markeredgewidth=0.6, capsize=2, label=_name(line),
+                markeredgewidth=0.6, capsize=2, label=name,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_xlabel("fit, seconds (after the images are read)")
@@ -256,9 +262,7 @@ def table_of(lines: Sequence[Line]) -> Table:
         Column("select", "selection"),
         *(Column(name, heading_of(name), "", name) for name in shown),
         *([Column("published", "published image AUROC")] if has_published else []),
-        Column("fit_seconds", "fit s", digits=".3g"),
-        Column("images_per_second", "images/s", digits=".3g"),
-        Column("head_megabytes", "head MB", digits=".3g"),
+        *costs.columns(),
         Column("num_seeds", "seeds", digits="d"),
     )
     rows = [
@@ -273,9 +277,7 @@ def table_of(lines: Sequence[Line]) -> Table:
                     for seeds in (line.metrics[name] for name in shown)
                 ),
                 *([Cell(line.published)] if has_published else []),
-                Cell(line.fit_seconds),
-                Cell(line.images_per_second),
-                Cell(line.head_megabytes),
+                *costs.cells(line.costs),
                 Cell(line.num_seeds),
             ),
             block=line.dataset,
@@ -287,10 +289,6 @@ def table_of(lines: Sequence[Line]) -> Table:
 
 def _rank(line: Line) -> tuple[str, float]:
     return line.dataset, -statistics.fmean(line.metrics["image_auroc"])
-
-
-def _name(line: Line) -> str:
-    return line.label if line.select == "last" else f"{line.label}, {SELECT_LABELS[line.select]}"
 
 
 def _std(seeds: Sequence[float]) -> float:

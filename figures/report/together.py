@@ -1,6 +1,5 @@
 """Several runs on the same images side by side: numbers, ROC curves, and where they disagree."""
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from scipy.stats import rankdata
 from figures.report.charts import Chart, roc_overlay, run_mark
 from figures.report.pictures import Budget, Picture, thumbnail
 from figures.report.scores import Scored, read_scores
+from figures.shared import costs
+from figures.shared.costs import is_known
 from figures.shared.run_log import LoggedRun, images_of
 from utils.errors import RunError
 from utils.metrics.metrics import heading_of, metric_names, table_metrics
@@ -236,23 +237,26 @@ def _lines(runs: Sequence[LoggedRun], categories: Sequence[str]) -> tuple[list[s
     metrics = [
         metric.name
         for metric in table_metrics(metric_names(), has_maps=True)
-        if any(_known(row.get(metric.name)) for *_, rows in groups for row in rows)
+        if any(is_known(row.get(metric.name)) for *_, rows in groups for row in rows)
     ]
+    shown = costs.columns()
     columns = [
         *("selection", "seeds"),
         *map(heading_of, metrics),
-        *("fit, s", "images/s", "head, MB"),
+        *(column.name for column in shown),
     ]
     lines = []
     for number, run, select, rows in groups:
+        found = costs.costs_of(rows)
         means = [_mean(rows, name, categories) for name in metrics]
         texts = [
             SELECT_LABELS.get(select, select),
             ", ".join(map(str, sorted({row["seed"] for row in rows}))),
             *(Column("", "").text_of(cell, "–") for cell in means),
-            _average(rows, "fit_seconds", 1, ".3g"),
-            _speed(rows),
-            _average(rows, "head_bytes", 1e6, ".3g"),
+            *(
+                column.text_of(cell, "–")
+                for column, cell in zip(shown, costs.cells(found), strict=True)
+            ),
         ]
         lines.append(Line(number, run_mark(number), run.label, texts))
     return columns, lines
@@ -270,28 +274,10 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str, categories: Sequence[str
     """Return the mean over categories within each seed that has all, in percent, ± over seeds."""
     values: dict[int, dict[str, float]] = {}
     for row in rows:
-        if _known(row.get(name)):
+        if is_known(row.get(name)):
             values.setdefault(row["seed"], {})[row["category"]] = 100 * float(row[name])
     whole = [one.values() for one in values.values() if len(one) == len(categories)]
     means = [statistics.fmean(one) for one in whole]
     if not means:
         return Cell(None)
     return Cell(statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else None)
-
-
-def _average(rows: Sequence[Mapping[str, Any]], name: str, unit: float, digits: str) -> str:
-    values = [float(row[name]) for row in rows if _known(row.get(name))]
-    return f"{statistics.fmean(values) / unit:{digits}}" if values else "–"
-
-
-def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the test images per second through backbone and head."""
-    names = ("num_test", "pass_test_seconds", "score_seconds")
-    whole = [row for row in rows if all(_known(row.get(name)) for name in names)]
-    timed = [[float(row[name]) for name in names] for row in whole]
-    seconds = sum(through + scoring for _, through, scoring in timed)
-    return f"{sum(count for count, *_ in timed) / seconds:.3g}" if seconds else "–"
-
-
-def _known(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not math.isnan(value)

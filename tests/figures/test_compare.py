@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from figures import compare
+from figures.shared.costs import Costs
 from tests.figures.paper_runs import write_run
 from utils.errors import RunError
 
@@ -14,6 +15,7 @@ FACTS = {
     "pass_test_seconds": 1.5,
     "score_seconds": 0.5,
     "head_bytes": 2_500_000,
+    "peak_bytes": 3_000_000_000,
     "fit_seconds": 3.0,
 }
 
@@ -40,7 +42,7 @@ def test_a_line_is_the_mean_over_categories_of_each_seed(tmp_path):
     (line,) = lines_of(folder)
     assert line.metrics["image_auroc"] == pytest.approx([70.0, 80.0])
     assert line.metrics["aupro"] == pytest.approx([35.0, 40.0])
-    assert (line.fit_seconds, line.images_per_second, line.head_megabytes) == (4.0, 50.0, 2.5)
+    assert line.costs == Costs(4.0, 50.0, 3000.0, 2.5)
     assert (line.num_seeds, line.label, line.select) == (2, "noco", "last")
 
 
@@ -48,7 +50,7 @@ def test_a_rate_counts_the_backbone_in_either_of_its_columns(tmp_path):
     streamed = {"pass_test_seconds": 0.0, "score_seconds": 2.0}  # of features that are not stored
     folder = make_run(tmp_path / "a", "noco", [[0.8, 0.9]], **streamed)
     (line,) = lines_of(folder)
-    assert line.images_per_second == 50.0
+    assert line.costs.images_per_second == 50.0
 
 
 def test_metrics_that_only_some_data_have_are_shown_where_a_line_has_them(tmp_path):
@@ -72,11 +74,11 @@ def test_table_has_the_best_first_and_a_dash_where_nothing_is_defined(tmp_path):
     table = compare.table_of(lines_of(*runs))
     heads = [column.name for column in table.columns]
     assert heads[:5] == ["method", "selection", "image AUROC", "pixel AUROC", "AUPRO"]
-    assert heads[5:] == ["fit s", "images/s", "head MB", "seeds"]
+    assert heads[5:] == ["fit, s", "images/s", "memory, MB", "head, MB", "seeds"]
     best = "best on test (optimistic)"
     assert table.texts() == [
-        ["padim", best, "95.0", "–", "47.5", "3", "50", "2.5", "1"],
-        ["noco", "last", "85.0 ± 7.1", "–", "42.5 ± 3.5", "3", "50", "2.5", "2"],
+        ["padim", best, "95.0", "–", "47.5", "3", "50", "3000", "2.5", "1"],
+        ["noco", "last", "85.0 ± 7.1", "–", "42.5 ± 3.5", "3", "50", "3000", "2.5", "2"],
     ]
     assert [row.label for row in table.rows] == ["demo", "demo"]
 
@@ -160,7 +162,10 @@ def test_published_numbers_stand_beside_a_comparable_run(tmp_path):
     groups = {"last": 90.0, "NoCo (paper)": 98.1, "SimpleNet (paper)": 99.6}
     table = {
         **{"corner": "category", "caption": "", "notes": []},
-        "columns": [{"key": group, "group": group, **column} for group in groups],
+        "columns": [
+            {"key": group, "group": group, "is_own": group == "SimpleNet (paper)", **column}
+            for group in groups
+        ],
         "rows": [
             {
                 **{"key": "mean", "label": "mean"},

@@ -28,6 +28,7 @@ from utils.runs.scores import TestScores
 
 TIMES = {
     **{"fit_seconds": 2.5, "pass_test_seconds": 1.0, "score_seconds": 0.5, "head_bytes": 3_000_000},
+    "peak_bytes": 1_234_000_000,
     **{"twins": "", "remarks": ""},
 }
 PAIRS = [["test/0.png", "train/9.png", 0.97], ["test/1.png", "train/3.png", 0.99]]
@@ -85,7 +86,7 @@ def test_the_table_has_a_line_for_each_run(two, tmp_path):
     head, *lines = cells_of(page, "together")
     assert head == [
         *("run", "selection", "seeds", "image AUROC"),
-        *("fit, s", "images/s", "head, MB"),
+        *("fit, s", "images/s", "memory, MB", "head, MB"),
     ]
     for folder, label, line in zip(two, ("noco", "knn"), lines, strict=True):
         values = {}
@@ -93,7 +94,7 @@ def test_the_table_has_a_line_for_each_run(two, tmp_path):
             values.setdefault(row["seed"], []).append(100 * row["image_auroc"])
         means = [statistics.fmean(value) for value in values.values()]
         said = f"{statistics.fmean(means):.1f} ± {statistics.stdev(means):.1f}"
-        assert line == [label, "last", "0, 1", said, "2.5", "20", "3"]
+        assert line == [label, "last", "0, 1", said, "2.5", "20", "1234", "3"]
 
 
 def test_runs_of_one_method_are_told_apart_by_their_options(tmp_path):

@@ -251,8 +251,8 @@ class Run:
                 raise ValueError(f"rows of {category!r}, seed {seed} name another pair")
             if (category, seed) in finished:
                 raise ValueError(f"{category!r}, seed {seed} is finished already")
-        added = [row for rows in found.values() for row in rows]
-        existing, added = with_later_columns(self.rows(), added)
+        new = [row for rows in found.values() for row in rows]
+        existing, added = with_later_columns(self.rows(), new)
         columns = list(dict.fromkeys(["category", "seed", "select", *(existing or added)[0]]))
         for row in added:
             if differing := sorted(set(row) ^ set(columns)):

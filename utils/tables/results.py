@@ -120,7 +120,7 @@ def build_table(
             if any(cell.mean is not None for cell in numbers):
                 key, group = f"{compared} in {said} {metric}", f"{compared} ({said})"
                 key = key.lower().replace(" ", "_")
-                columns.append(Column(key, heading_of(metric), group, metric))
+                columns.append(Column(key, heading_of(metric), group, metric, is_own=True))
                 cells.append(numbers)
     for paper, remark in _PAPERS.items():
         for metric in about.metrics:
@@ -128,7 +128,8 @@ def build_table(
             if any(cell.mean is not None for cell in numbers):
                 name = about.printed(paper)
                 key, group = f"{paper.lower()}_paper_{metric}", f"{name} (paper)"
-                columns.append(Column(key, heading_of(metric), group, metric))
+                is_own = paper == about.published_as
+                columns.append(Column(key, heading_of(metric), group, metric, is_own=is_own))
                 cells.append(numbers)
                 remarks += [remark] if remark not in remarks else []
     lines = tuple(

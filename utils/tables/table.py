@@ -56,6 +56,7 @@ class Column:
         digits: format of its numbers, as "{:.1f}" has it after the colon.
         is_ours: filled from run folders only.
         is_ranked: whether its best value means anything.
+        is_own: holds what is published of the method that the table is of.
     """
 
     key: str
@@ -65,6 +66,7 @@ class Column:
     digits: str = ".1f"
     is_ours: bool = False
     is_ranked: bool = True
+    is_own: bool = False
 
     def text_of(self, cell: Cell, hole: str) -> str:
         """Print a cell: `99.2`, `97.1 ± 0.2`, `97.1 (3 of 15)`, a dash where it is undefined."""

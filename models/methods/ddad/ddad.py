@@ -49,7 +49,7 @@ from models.methods.ddad.adaptation import LEAST_ADAPTED, adapt
 from models.methods.ddad.diffusion import noised, plan, rebuild, shares_of_image
 from models.methods.ddad.distances import distances, to_bytes, to_unit
 from models.methods.ddad.options import DdadOptions, check
-from models.methods.ddad.unet import CHANNELS, UNet
+from models.methods.ddad.unet import CHANNELS, UNet, group_norm
 from models.methods.uniad.network import Dropout
 from models.training.generators import derived
 from models.training.loop import Loop
@@ -213,6 +213,14 @@ class Ddad(Detector):
                 f"the U-Net halves images {factor.bit_length() - 1} times, which {size} pixels "
                 f"cannot be: set --image-size to {fitting}, or",
                 {"channel_multipliers": "choose fewer"},
+            )
+        channels = self.options.base_width * self.options.channel_multipliers[-1]
+        if size == factor and group_norm(channels).num_groups == channels:
+            raise ModelError(
+                f"the U-Net's deepest features of {size} pixels are one position of {channels} "
+                "channels, each normalised alone, which leaves nothing: set a larger --image-size, "
+                "or",
+                {"base_width": "raise", "channel_multipliers": "choose fewer"},
             )
 
     def _rebuild(self, start: Tensor, target: Tensor, noise: Tensor, *, weight: float) -> Tensor:

@@ -439,3 +439,7 @@ def test_images_of_other_sizes_are_refused(backbone, quick):
     with pytest.raises(ModelError, match="3 images are too few to adapt") as caught:
         fitted(backbone, Bank(draw_images(3)), adaptation_epochs=1)
     assert set(caught.value.change) == {"adaptation_epochs"}
+    tiny = {"base_width": 8, "channel_multipliers": (1, 1, 1, 2), "attention_factors": ()}
+    with pytest.raises(ModelError, match="are one position of 16 channels, each norm") as caught:
+        fitted(backbone, Bank(draw_images(4, side=8)), **tiny, heads=1)
+    assert set(caught.value.change) == {"base_width", "channel_multipliers"}
