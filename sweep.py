@@ -25,7 +25,7 @@ from configs.sweep import SweepOptions, sweep_options
 from pipeline.experiments import read_tasks
 from pipeline.made_of import made_of
 from pipeline.planning import PlanError, PlannedRun, log_beside, plan, sweep_folder
-from utils.cli import exits_cleanly
+from utils.cli import exits_cleanly, stopped_as_interrupted
 from utils.errors import RunError, UsageError
 from utils.runs.made_of import check_made_of
 from utils.runs.merging import Pair, merge
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     assert engine is not None
     manifest.save()
     try:
-        execute(engine, runs, manifest)
+        with stopped_as_interrupted():
+            execute(engine, runs, manifest)
     finally:
         for job in manifest.jobs.values():
             job.status = PENDING if job.status == RUNNING else job.status

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from models.method import find_method, find_methods
 from pipeline.planning import PlanError, script_of
-from utils.cli import exits_cleanly
+from utils.cli import exits_cleanly, stopped_as_interrupted
 
 DIGITS = (0, 3, 8)
 """Normal classes of digits, with a smaller budget."""
@@ -145,15 +145,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = words_of_sweep(places, arguments, further)
     if not words:
         parser.error("name data: --data-root, --classes or --data-sets")
-    done = subprocess.run([sys.executable, "sweep.py", *words], check=False)
+    code = code_of(["sweep.py", *words])
     listed = arguments.output / "sweep-comparison" / "runs.txt"
     runs = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
     runs = [run for run in runs if run and (Path(run) / "results.csv").is_file()]
     if not runs:
-        raise SystemExit(done.returncode or 1)
+        raise SystemExit(code or 1)
     page = ["-m", "figures.compare", *runs, "--out", str(arguments.output / "comparison")]
-    drawn = subprocess.run([sys.executable, *page], check=False)
-    raise SystemExit(done.returncode or drawn.returncode)
+    raise SystemExit(code or code_of(page))
+
+
+def code_of(words: Sequence[str]) -> int:
+    """Run a script of the suite and return its exit code; an interrupt is passed on to it."""
+    # In a session of its own it gets no signal but ours, and has the time to end its processes.
+    process = subprocess.Popen([sys.executable, *words], start_new_session=True)
+    with stopped_as_interrupted():
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
 
 
 @dataclass(frozen=True)

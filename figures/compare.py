@@ -46,6 +46,7 @@ from utils.tables.table import Cell, Column, Row, Table
 
 CAPTION = "Metrics in percent: means over categories, ± sample standard deviation over seeds."
 RANKED_BY = ("image_auroc", "pixel_auroc", "aupro")
+PANELS_ACROSS = 3
 NOT_IN_LINE = (
     *("image_ap", "image_f1_max", "pixel_ap", "pixel_f1_max"),
     *("spro_0.01", "spro_0.1", "spro_0.3"),
@@ -216,23 +217,24 @@ def draw(lines: Sequence[Line], *, metric: str) -> Figure:
     datasets = list(dict.fromkeys(line.dataset for line in lines))
     called = names_of(lines)
     names = list(dict.fromkeys(called))  # a mark means the same everywhere
-    # A legend has a line for each method.
-    height = max(4.6, 1 + 0.2 * len(names))
-    figure = Figure(figsize=(1.5 + 5.2 * len(datasets), height), layout="constrained")
-    grid = figure.subplots(1, len(datasets), squeeze=False)
-    for axes, dataset in zip(grid.flat, datasets, strict=True):
+    across = min(len(datasets), PANELS_ACROSS)
+    down = -(-len(datasets) // across)
+    # The legend, with a line for each method, stands beside all panels.
+    height = max(0.6 + 4.0 * down, 0.6 + 0.2 * len(names))
+    figure = Figure(figsize=(2.5 + 4.2 * across, height), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    marks: dict[str, Any] = {}
+    for axes, dataset in zip(grid.flat, datasets, strict=False):
         for name, line in zip(called, lines, strict=True):
-            if line.dataset != dataset:
+            mean = statistics.fmean(line.metrics[metric])
+            if line.dataset != dataset or math.isnan(mean):
                 continue
             number = names.index(name)
-            mean = statistics.fmean(line.metrics[metric])
-            if math.isnan(mean):
-                continue
-            axes.errorbar(
+            marks[name] = axes.errorbar(
                 max(line.costs.fit_seconds, 1e-3), mean, yerr=_std(line.metrics[metric]),
                 marker=MARKERS[number // len(COLOURS) % len(MARKERS)], markersize=8,
                 color=COLOURS[number % len(COLOURS)], linestyle="none", markeredgecolor="black",
-                markeredgewidth=0.6, capsize=2, label=name,
+                markeredgewidth=0.6, capsize=2,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_xlabel("fit, seconds (after the images are read)")
@@ -240,8 +242,14 @@ def draw(lines: Sequence[Line], *, metric: str) -> Figure:
         axes.set_title(dataset)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.containers:
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
+    for axes in grid.flat[len(datasets) :]:
+        axes.remove()
+    if marks:
+        shown = [name for name in names if name in marks]
+        figure.legend(
+            [marks[name] for name in shown], shown,
+            loc="outside right upper", frameon=False, fontsize="small",
+        )  # fmt: skip
     return figure
 
 

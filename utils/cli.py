@@ -5,7 +5,9 @@ import functools
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
@@ -65,6 +67,31 @@ def exits_cleanly(
     return decorate
 
 
+@contextlib.contextmanager
+def stopped_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM, which clusters, containers and `timeout` send, for an interrupt.
+
+    By itself it would end this process alone: the processes that it has started, and what they
+    hold of a GPU, would stay until their work is done.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+        yield
+        return
+    owner = os.getpid()
+
+    def interrupt(number: int, _: object) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a process that was forked from this one
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def print_what_the_terminal_lacks() -> None:
     """Let stdout escape letters that its encoding has not, as stderr does: no name ends a run."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -102,8 +129,8 @@ def machine_fault(error: Exception) -> str | None:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         return (
             f"out of memory ({said}); use less (--extract-batch-size, --method.batch-size, "
-            "--image-size, --cache disk or none), then the same command continues after what is "
-            "finished"
+            "--image-size, --cache disk or none, fewer --jobs of a sweep), then the same command "
+            "continues after what is finished"
         )
     if "does not have a deterministic implementation" in str(error):
         operation = str(error).split(" does not")[0]

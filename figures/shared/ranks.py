@@ -87,7 +87,8 @@ def rank_methods(values: Mapping[str, Mapping[str, float]]) -> Ranks | None:
 def in_words(ranks: Ranks) -> list[str]:
     """Say what the ranks rest on, and what they do not show."""
     names = ", ".join(ranks.data_sets)
-    said = [f"Mean ranks over {len(ranks.data_sets)} data sets: {names}; 1 is best."]
+    means = ", ".join(f"{m} {rank:.2f}" for m, rank in zip(ranks.methods, ranks.mean, strict=True))
+    said = [f"Mean ranks over {len(ranks.data_sets)} data sets ({names}), 1 is best: {means}."]
     if not math.isnan(ranks.p_value):
         alike = "are told apart" if ranks.p_value < ALPHA else "may all be alike"
         said.append(

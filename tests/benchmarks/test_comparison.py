@@ -1,6 +1,9 @@
 """The comparison's sweep is one that can run, short or not."""
 
 import argparse
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,31 @@ def test_some_methods_may_be_named_and_some_data_must_be(capsys):
             comparison.main(asked_for)
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_and_waited_for(number):
+    """The child says when it is ready, and takes its time to end."""
+    child = """
+import signal, sys, time
+from utils.cli import stopped_as_interrupted
+try:
+    with stopped_as_interrupted():
+        print("ready", flush=True)
+        time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    print("ended", flush=True)
+"""
+    words = [
+        sys.executable,
+        "-c",
+        f"from benchmarks import comparison as c; c.code_of(['-c', {child!r}])",
+    ]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    said, error = process.communicate(timeout=30)
+    assert said == "ended\n"
+    assert "KeyboardInterrupt" in error

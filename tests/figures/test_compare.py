@@ -1,5 +1,6 @@
 """Methods against one another, from run folders."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from figures import compare
-from figures.shared.costs import Costs
+from figures.shared.costs import SHOWN, Costs, costs_of
 from tests.figures.paper_runs import write_run
 from utils.errors import RunError
 
@@ -185,3 +186,34 @@ def test_published_numbers_stand_beside_a_comparable_run(tmp_path):
     (run / "table.json").write_text("{}")
     with pytest.raises(RunError, match=r"table\.json"):
         lines_of(run)
+
+
+def test_costs_are_those_of_all_rows_and_unknown_where_no_row_says():
+    rows = [
+        {"num_test": 100, "pass_test_seconds": 3.0, "score_seconds": 1.0, "peak_bytes": 5_000_000},
+        {"num_test": 100, "pass_test_seconds": 0.0, "score_seconds": 1.0, "peak_bytes": 9_000_000},
+        {"num_test": 100, "peak_bytes": float("nan"), "fit_seconds": 2.0},
+    ]
+    found = costs_of(rows)
+    # Not the mean of 25 and 100 images a second: nobody waits so long for 200 images.
+    assert (found.images_per_second, found.memory_megabytes, found.fit_seconds) == (40.0, 9.0, 2.0)
+    assert np.isnan(found.head_megabytes)
+    nothing = costs_of([{}])
+    assert all(np.isnan(getattr(nothing, name)) for name in SHOWN)
+
+
+def test_a_method_that_selects_in_another_way_on_other_data_is_ranked_once(tmp_path):
+    runs = [
+        make_run(tmp_path / "a", "noco_exact", [[0.8]], select="synthetic"),
+        make_run(tmp_path / "b", "noco_exact", [[0.9]], dataset="digits"),
+        make_run(tmp_path / "c", "knn", [[0.7]]),
+        make_run(tmp_path / "d", "knn", [[0.6]], dataset="digits"),
+    ]
+    values = compare.values_of(lines_of(*runs), "image_auroc")
+    assert {name: list(of_methods) for name, of_methods in values.items()} == {
+        "demo": ["noco_exact", "knn"],
+        "digits": ["noco_exact", "knn"],
+    }
+    line = lines_of(runs[0])[0]
+    both = [line, dataclasses.replace(line, select="last")]
+    assert compare.names_of(both) == ["noco_exact, synthetic", "noco_exact"]

@@ -3,9 +3,14 @@
 import json
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import pipeline.training
@@ -110,6 +115,25 @@ def test_a_sweep_continues_where_an_interrupt_left_it(tmp_path, digits, monkeypa
     assert len(calls) == 6 + 2 + 1
     assert len(measured(wider)) == 6
     assert [row for row in measured(wider) if row["seed"] < 2] == measured(digits)
+
+
+def test_a_sweep_that_is_told_to_stop_leaves_no_process_behind(tmp_path):
+    words = [*DIGITS, "--jobs", "2", "--output", str(tmp_path), "--", *QUICK_DIGITS]
+    words += ["--method.epochs", "1000000"]
+    process = subprocess.Popen([sys.executable, "sweep.py", *words], stderr=subprocess.PIPE)
+    started = psutil.Process(process.pid)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("jobs/**/metrics.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = started.children(recursive=True)
+    assert len(workers) >= 2
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted; the same command continues" in said
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert set(statuses(tmp_path).values()) == {"pending"}
 
 
 def test_failures_stop_no_other_job_and_are_listed(tmp_path, swept, digits, monkeypatch, capsys):

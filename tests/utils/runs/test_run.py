@@ -573,3 +573,16 @@ def test_a_gpu_is_described_by_what_its_numbers_depend_on(monkeypatch):
 def test_a_machine_without_nvidia_smi_has_no_driver(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert environment._driver() is None
+
+
+def test_rows_of_an_earlier_version_get_the_columns_that_came_later(tmp_path):
+    run = open_run(tmp_path / "run")
+    first, second, third, _ = itertools.product(CATEGORIES, SEEDS)
+    run.finish({first: [row(*first, image_ap=0.25)]})
+    run.finish({second: [row(*second, peak_bytes=7, image_ap=0.5)]})
+    earlier, later = run.rows()
+    assert list(earlier)[3:] == list(later)[3:] == ["image_auroc", "image_ap", "peak_bytes"]
+    assert math.isnan(earlier["peak_bytes"])
+    assert (earlier["image_ap"], later["peak_bytes"]) == (0.25, 7)
+    run.finish({third: [row(*third, image_ap=0.5)]})  # merged from a run of an earlier version
+    assert sum(math.isnan(one["peak_bytes"]) for one in run.rows()) == 2
