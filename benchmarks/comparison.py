@@ -57,7 +57,7 @@ SHORT = {
     "vae": "--method.epochs 1 --method.images-per-epoch 500 --method.width 16",
     "mnad": f"--method.epochs 1 --method.width 16 {SMALL}",
     "riad": f"--method.epochs 1 --method.width 8 {SMALL}",
-    "draem": f"--method.epochs 1 --method.width 8 {SMALL}",
+    "draem": f"--method.epochs 1 --method.width 8 --method.discriminator-width 8 {SMALL}",
     "edgrec": f"--method.epochs 1 --method.width 8 {SMALL}",
     "memseg": f"--method.epochs 1 --method.steps-per-epoch 5 {SMALL}",
     "cutpaste": "--method.epochs 1 --method.steps-per-epoch 5 --image-size 64 --crop-size none",

@@ -5,8 +5,7 @@ import timm
 import torch
 from einops import rearrange
 from safetensors.torch import save_file
-from timm.layers import Attention
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 
 from models.discovery.anomalyncd.mgvit import MaskGuidedViT, guided
 from models.errors import ModelError
