@@ -3,7 +3,8 @@
 python -m figures.compare RUN [RUN ...] --out FILE
 
 Writes FILE.md, FILE.csv, FILE.png, FILE.pdf, and FILE.html, a page of its own with the table, mean
-ranks over the data sets (which of them Nemenyi's test tells apart), and bars for each set. Numbers
+ranks over the data sets (which of them Nemenyi's test tells apart), and bars for each set. Where
+two methods share two data sets or more, FILE_ranks_METRIC.md has methods by data sets. Numbers
 are means over categories, with the standard deviation over seeds where there are several; what a
 paper prints of a method stands beside them where the run is comparable. "fit" is the time from
 stored features (or stored images, for methods that train a network) to a fitted head, the mean of a
@@ -90,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     paths = save_with_table(figure, arguments.out, table)
     page = paths[0].with_suffix(".html")
     values = {metric: values_of(lines, metric) for metric in RANKED_BY}
-    paths += write_page(page, table, values, figure)
-    sys.stdout.write(f"{page}\n")
-    return paths
+    pages = write_page(page, table, values, figure)
+    sys.stdout.write("".join(f"{path}\n" for path in pages))
+    return [*paths, *pages]
 
 
 def values_of(lines: Sequence[Line], metric: str) -> dict[str, dict[str, list[float]]]:

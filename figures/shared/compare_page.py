@@ -5,17 +5,18 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jinja2
 from matplotlib.figure import Figure
 
 from figures.shared.drawing import COLOURS
-from figures.shared.ranks import draw_bars, draw_ranks, in_words, rank_methods
+from figures.shared.ranks import draw_bars, draw_ranks, in_words, rank_methods, table_of_ranks
 from utils.metrics.metrics import heading_of
 from utils.pictures.words import without_formulas
 from utils.runs.files import write_text
+from utils.tables.formats import write
 from utils.tables.table import Table
 
 Seeds = Mapping[str, Mapping[str, Sequence[float]]]
@@ -33,18 +34,20 @@ class Part:
         title: its heading.
         words: sentences above the pictures.
         pictures: data URL, and what is seen.
+        table: above the pictures.
     """
 
     key: str
     title: str
     words: list[str] = field(default_factory=list)
     pictures: list[tuple[str, str]] = field(default_factory=list)
+    table: Table | None = None
 
 
 def write_page(
     path: Path, table: Table, values: Mapping[str, Seeds], against_time: Figure
 ) -> list[Path]:
-    """Write a page that needs no other file; return its path.
+    """Write a page that needs no other file, and each table of ranks by itself; return the paths.
 
     Args:
         path: of the page.
@@ -73,7 +76,12 @@ def write_page(
         table=table, parts=[*parts, time, bars], css=CSS.read_text(encoding="utf-8")
     )
     write_text(path, page)
-    return [path]
+    paths = [path]
+    for part in parts:
+        if part.table is not None:
+            stem = path.with_name(f"{path.stem}_{part.key}")
+            paths += write(replace(part.table, caption=" ".join(part.words)), stem, (".md",))
+    return paths
 
 
 def ranks_part(metric: str, of_sets: Seeds) -> Part | None:
@@ -94,6 +102,7 @@ def ranks_part(metric: str, of_sets: Seeds) -> Part | None:
         return None
     heading = heading_of(metric)
     part = Part(f"ranks_{metric}", f"Ranks by {heading}", in_words(ranks))
+    part.table = table_of_ranks(known, ranks)
     part.pictures.append((_url(draw_ranks(ranks)), f"mean ranks by {heading}"))
     return part
 

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
+from utils.tables.table import Cell, Column, Row, Table
+
 ALPHA = 0.05
 
 
@@ -98,6 +100,31 @@ def in_words(ranks: Ranks) -> list[str]:
     if ranks.left_out:
         said.append(f"Not ranked, for want of a data set: {', '.join(ranks.left_out)}.")
     return said
+
+
+def table_of_ranks(values: Mapping[str, Mapping[str, Sequence[float]]], ranks: Ranks) -> Table:
+    """Return methods by data sets: those that are ranked first, the best mean rank on top.
+
+    Args:
+        values: data set -> method -> a value for each seed.
+        ranks: of these.
+    """
+    columns = [Column(name, name) for name in ranks.data_sets]
+    columns.append(Column("mean_rank", "mean rank", digits=".2f", is_ranked=False))
+    means = dict(zip(ranks.methods, ranks.mean, strict=True))
+    rows = []
+    for method in (*ranks.methods, *ranks.left_out):
+        found = [values[name].get(method, ()) for name in ranks.data_sets]
+        cells = [
+            Cell(float(np.mean(seeds)), float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None)
+            if seeds
+            else Cell()
+            for seeds in found
+        ]
+        is_known = any(cell.mean is not None and not math.isnan(cell.mean) for cell in cells)
+        if is_known:
+            rows.append(Row(method, method, (*cells, Cell(means.get(method)))))
+    return Table("method", "", tuple(columns), tuple(rows), rank_along="column")
 
 
 def draw_ranks(ranks: Ranks) -> Figure:

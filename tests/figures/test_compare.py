@@ -154,6 +154,15 @@ def test_the_page_has_table_ranks_and_pictures_and_needs_nothing_else(tmp_path):
     assert page.count("data:image/png") >= 4
     assert "http" not in page.replace("http-equiv", "")
     assert 'id="ranks_pixel_auroc"' not in page  # no run has it
+    assert "<strong>91.0 ± 1.4</strong>" in page
+    ranks = [path for path in paths if "_ranks_" in path.name]
+    assert [path.name for path in ranks] == [
+        "compare_ranks_image_auroc.md",
+        "compare_ranks_aupro.md",
+    ]
+    text = ranks[0].read_text()
+    assert text.startswith("Mean ranks over 2 data sets (demo, digits), 1 is best: noco_cf 1.00,")
+    assert "**91.0 ± 1.4**" in text
 
 
 def test_published_numbers_stand_beside_a_comparable_run(tmp_path):

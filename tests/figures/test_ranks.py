@@ -3,7 +3,14 @@ import math
 import pytest
 from scipy.stats import friedmanchisquare
 
-from figures.shared.ranks import Ranks, draw_bars, draw_ranks, in_words, rank_methods
+from figures.shared.ranks import (
+    Ranks,
+    draw_bars,
+    draw_ranks,
+    in_words,
+    rank_methods,
+    table_of_ranks,
+)
 
 # Demšar 2006, Table 6 (AUC of C4.5 and three ways of tuning it on 14 data sets).
 PUBLISHED = {
@@ -55,6 +62,25 @@ def test_only_methods_that_every_set_has_are_ranked():
     assert math.isnan(ranks.critical_difference)
     assert "Not ranked, for want of a data set: c, d." in in_words(ranks)
     assert rank_methods({"a": {"x": 1.0}}) is None
+
+
+def test_the_table_of_ranks_has_methods_by_data_sets_the_best_on_top():
+    values = {
+        "x": {"a": [70.0, 72.0], "b": [90.0], "c": [99.0], "d": [math.nan]},
+        "y": {"b": [80.0], "a": [60.0], "d": []},
+    }
+    means = {"a": {"x": 71.0, "y": 60.0}, "b": {"x": 90.0, "y": 80.0}, "c": {"x": 99.0}, "d": {}}
+    ranks = rank_methods(means)
+    table = table_of_ranks(values, ranks)
+    assert [column.name for column in table.columns] == ["x", "y", "mean rank"]
+    assert [row.label for row in table.rows] == ["b", "a", "c"]
+    assert table.texts() == [
+        ["90.0", "80.0", "1.00"],
+        ["71.0 ± 1.4", "60.0", "2.00"],
+        ["99.0", "", ""],
+    ]
+    # The best of what stands there, ranked or not; of ranks the smallest is no loser.
+    assert table.marks() == [["second", "best", ""], ["", "second", ""], ["best", "", ""]]
 
 
 def test_lines_join_what_is_not_told_apart():
