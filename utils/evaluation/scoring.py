@@ -87,8 +87,9 @@ def score_batch(
     maps, own = _scored(detector, windows, scoring)  # (B * T, h, w), (B * T,)
     norms, angles = None, None
     if geometry and isinstance(detector, HasObjective):
-        found = detector.geometry(windows, maps)  # (B * T,) each
-        of_windows = rearrange(maps, "(b t) h w -> b t (h w)", t=scoring.tiles).amax(2)
+        looked_at = maps if boxes is None else _without_beside(maps, boxes, scoring)
+        found = detector.geometry(windows, looked_at)  # (B * T,) each
+        of_windows = rearrange(looked_at, "(b t) h w -> b t (h w)", t=scoring.tiles).amax(2)
         highest = of_windows.argmax(1, keepdim=True)  # (B, 1)
         norms, angles = (
             rearrange(one, "(b t) -> b t", t=scoring.tiles).gather(1, highest)[:, 0].cpu()  # (B,)
@@ -207,6 +208,27 @@ def inside_boxes(boxes: Tensor, size: int, stride: int = 1) -> Tensor:
     first, length = boxes[:, :2, None], boxes[:, 2:, None]
     rows, columns = ((places >= first) & (places < first + length)).unbind(1)  # (N, s) each
     return rows[:, :, None] & columns[:, None, :]
+
+
+def _without_beside(maps: Tensor, boxes: Tensor, scoring: Scoring) -> Tensor:
+    """Return maps (B * T, h, w) of windows, -inf where a position sees nothing of its image."""
+    if scoring.map_size is None:
+        return maps
+    size, n = scoring.map_size, 1
+    starts, side = torch.zeros(1), float(size)  # of windows, in pixels of the map
+    if scoring.tiling is not None:
+        scale, n = size / scoring.tiling.image_size, scoring.tiling.per_side
+        starts, side = scale * torch.tensor(scoring.tiling.starts), scale * scoring.tiling.tile_size
+    seen = []
+    for axis, count in enumerate(maps.shape[1:]):
+        above = starts[:, None] + side / count * torch.arange(count)  # (n, h)
+        above = rearrange(above, "r h -> (r h)")
+        first, length = boxes[:, axis, None], boxes[:, axis + 2, None]
+        seen.append((above + side / count > first) & (above < first + length))
+    rows, columns = seen  # (B, n * h), (B, n * w)
+    inside = rows[:, :, None] & columns[:, None, :]  # (B, n * h, n * w)
+    inside = rearrange(inside, "b (r h) (c w) -> (b r c) h w", r=n, c=n).to(maps.device)
+    return maps.masked_fill(~inside, -torch.inf)
 
 
 def _smooth(

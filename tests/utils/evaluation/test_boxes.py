@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from configs.tiles import Tiling
 from models.detector import Detector
 from tests.models.banks import seeded
 from tests.utils.banks import bank_of, set_of
@@ -47,6 +48,44 @@ def test_a_score_is_the_maximum_inside(bank):
     for found, part in zip(scores.maps, cut_out(raw), strict=True):
         assert found.min() == part.min()
         assert found.max() == part.max()
+
+
+class Places(FirstChannel):
+    """Tells as norm which position is looked at."""
+
+    objective = torch.ones(1)
+
+    def geometry(self, _, maps):
+        places = maps.flatten(1).argmax(1).float()
+        return places, -places
+
+
+@pytest.mark.parametrize("map_size", [6, 12])
+def test_norm_and_angle_are_of_the_highest_position_inside(bank, map_size):
+    bank.boxes = BOXES * map_size // 6
+    bank.stages[0][0, 0, 0, 0] = 100  # in a margin
+    scores = score_all(Places(), bank, Scoring(map_size), geometry=True)
+    for place, whole, (top, left, h, w) in zip(
+        scores.norms, bank.stages[0][..., 0], BOXES.tolist(), strict=True
+    ):
+        row, column = divmod(int(place), 6)
+        assert top <= row < top + h
+        assert left <= column < left + w
+        assert whole[row, column] == whole[top : top + h, left : left + w].max()
+
+
+def test_of_windows_it_is_the_highest_position_that_sees_the_image():
+    """Two windows a side of 8 pixels overlap by 4 of 12; the image has the lowest two rows."""
+    maps = torch.rand(1, 1, 4 * 4, 4, generator=seeded(0))  # four windows below each other
+    bank = bank_of(maps)
+    bank.boxes = torch.tensor([[10, 0, 2, 12]])
+    tiling = Tiling(12, 8, 2)
+    scores = score_all(Places(), bank, Scoring(12, tiling=tiling), geometry=True)
+    windows = maps.reshape(4, 4, 4)
+    lower = windows[2:, 3]  # rows 10 and 11 are seen by the lower windows' last positions
+    window, column = divmod(int(lower.argmax()), 4)
+    assert int(scores.norms[0]) == 3 * 4 + column
+    assert windows[2 + window, 3, column] == lower.max()
 
 
 def test_pixel_metrics_are_of_the_pixels_inside(bank):
