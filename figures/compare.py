@@ -33,10 +33,11 @@ from figures.shared.drawing import COLOURS, MARKERS, parser, save_with_table
 from figures.shared.run_log import (
     LoggedRun,
     beside_the_method,
-    images_of,
+    check_named_once,
     read_named_run,
     read_runs,
 )
+from figures.shared.same_images import group_by_images
 from utils.cli import exits_cleanly
 from utils.errors import RunError
 from utils.metrics.metrics import heading_of, is_of_all_data, metric_names
@@ -60,7 +61,7 @@ class Line:
     """A method in the comparison.
 
     Attributes:
-        dataset: of the run.
+        dataset: what the images of the run are called.
         label: method, and what sets it apart from other runs of it.
         select: how the epoch was chosen.
         metrics: name -> mean over categories for each seed, in percent; nan where undefined.
@@ -86,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         "--metric", choices=shown_metrics(), default="image_auroc", help="drawn upwards"
     )
     arguments = options.parse_args(argv)
-    lines = [line for run in read_runs_by_data(arguments.runs) for line in lines_of(run)]
+    by_data = read_runs_by_data(arguments.runs)
+    lines = [line for name, runs in by_data.items() for run in runs for line in lines_of(run, name)]
     table, figure = table_of(lines), draw(lines, metric=arguments.metric)
     paths = save_with_table(figure, arguments.out, table)
     page = paths[0].with_suffix(".html")
@@ -148,22 +150,27 @@ def shown_metrics() -> tuple[str, ...]:
     return tuple(name for name in metric_names() if name not in NOT_IN_LINE)
 
 
-def read_runs_by_data(folders: Sequence[Path]) -> list[LoggedRun]:
-    """Read runs; labels tell the runs on one set of images apart, by what changes the method.
+def read_runs_by_data(folders: Sequence[Path]) -> dict[str, list[LoggedRun]]:
+    """Read runs, by the images they are on.
+
+    Labels tell those on one set of images apart, by what changes the method.
 
     Raises:
-        RunError: one is no run folder, or a file of it is corrupt.
+        RunError: one is no run folder, is named twice, or a file of it is corrupt.
     """
-    groups: dict[str, list[Path]] = {}
-    for folder in folders:
-        groups.setdefault(images_of(read_named_run(folder).config), []).append(folder)
-    return [
-        run for group in groups.values() for run in read_runs(group, same_but=beside_the_method())
-    ]
+    check_named_once(folders)
+    return {
+        group.name: read_runs([run.folder for run in group.runs], same_but=beside_the_method())
+        for group in group_by_images([read_named_run(folder) for folder in folders])
+    }
 
 
-def lines_of(run: LoggedRun) -> list[Line]:
+def lines_of(run: LoggedRun, dataset: str) -> list[Line]:
     """Return a line for each way of selecting that a run reports.
+
+    Args:
+        run: finished.
+        dataset: what its images are called.
 
     Raises:
         RunError: the run has no finished category, or not the same ones for each seed.
@@ -172,12 +179,12 @@ def lines_of(run: LoggedRun) -> list[Line]:
     if not rows:
         raise RunError(f"{run.run.folder}: no category is finished")
     return [
-        _line(run, select, [row for row in rows if row["select"] == select])
+        _line(run, dataset, select, [row for row in rows if row["select"] == select])
         for select in dict.fromkeys(row["select"] for row in rows)
     ]
 
 
-def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
+def _line(run: LoggedRun, dataset: str, select: str, rows: Sequence[dict[str, Any]]) -> Line:
     seeds = sorted({row["seed"] for row in rows})
     categories = {seed: {r["category"] for r in rows if r["seed"] == seed} for seed in seeds}
     if len({frozenset(names) for names in categories.values()}) > 1:
@@ -191,7 +198,7 @@ def _line(run: LoggedRun, select: str, rows: Sequence[dict[str, Any]]) -> Line:
         for name in shown_metrics()
     }
     return Line(
-        images_of(run.run.config),
+        dataset,
         run.label,
         select,
         metrics,
@@ -208,8 +215,9 @@ def _check_numbers(run: Run, rows: Sequence[dict[str, Any]]) -> None:
     needed = [name for name in shown_metrics() if name not in optional]
     for row in rows:
         for name in (*needed, "fit_seconds", *(optional & set(row))):
-            if not isinstance(row.get(name), int | float):
-                what = f"{row['category']}, seed {row['seed']}: {name} is {row.get(name)!r}"
+            value = row.get(name)
+            if not isinstance(value, int | float) or math.isinf(value):
+                what = f"{row['category']}, seed {row['seed']}: {name} is {value!r}"
                 raise corrupt(run.folder / "results.csv", what)
 
 

@@ -28,7 +28,7 @@ from figures.report.pictures import MAX_BYTES, Budget
 from figures.report.sections import Limits, sections_of
 from figures.report.thresholds import MAX_DATA
 from figures.report.together import side_by_side
-from figures.shared.run_log import LoggedRun, read_runs
+from figures.shared.run_log import LoggedRun, check_named_once, read_runs
 from utils.cli import exits_cleanly
 from utils.errors import UsageError
 from utils.runs.files import corrupt, write_text
@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     runs = arguments.runs
     if arguments.images < 0:
         raise UsageError(f"--images {arguments.images}: must be 0 or more")
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise UsageError("a run is named twice")
+    check_named_once(runs)
     if len(runs) > 1 and arguments.out is None:
         raise UsageError("several runs: name the file of their page with --out FILE")
     out = arguments.out or runs[0] / "report.html"

@@ -16,6 +16,7 @@ from figures.report.scores import Scored, read_scores
 from figures.shared import costs
 from figures.shared.costs import is_known
 from figures.shared.run_log import LoggedRun, images_of
+from figures.shared.same_images import are_same_images, finished_categories
 from utils.errors import RunError
 from utils.metrics.metrics import heading_of, metric_names, table_metrics
 from utils.tables.results import SELECT_LABELS
@@ -125,7 +126,7 @@ def side_by_side(
     left_out = [
         (run.label, others)
         for run in runs
-        if (others := [name for name in _finished(run) if name not in categories])
+        if (others := [name for name in finished_categories(run.run) if name not in categories])
     ]
     return Together(
         images=images_of(runs[0].run.config),
@@ -144,7 +145,12 @@ def _common_categories(runs: Sequence[LoggedRun]) -> list[str]:
     if len(set(sets)) > 1:
         named = "; ".join(f"{run.run.folder}: {name}" for run, name in zip(runs, sets, strict=True))
         raise RunError(f"runs side by side must be on one data set ({named})")
-    finished = [_finished(run) for run in runs]
+    if others := [run for run in runs[1:] if not are_same_images(runs[0].run, run.run)]:
+        raise RunError(
+            f"runs side by side must be on the same test images; those of {others[0].run.folder} "
+            f"are others than those of {runs[0].run.folder}"
+        )
+    finished = [finished_categories(run.run) for run in runs]
     common = [name for name in finished[0] if all(name in names for names in finished)]
     if not common:
         named = "; ".join(
@@ -153,10 +159,6 @@ def _common_categories(runs: Sequence[LoggedRun]) -> list[str]:
         )
         raise RunError(f"runs side by side must have a finished category in common ({named})")
     return common
-
-
-def _finished(run: LoggedRun) -> list[str]:
-    return list(dict.fromkeys(row["category"] for row in run.run.rows()))
 
 
 def _first_scores(run: LoggedRun, category: str) -> Scored:

@@ -9,7 +9,7 @@ from typing import Any
 from configs.options import Role, fields_marked
 from configs.semantic import SemanticExperiment
 from configs.structured import StructuredExperiment
-from utils.errors import RunError
+from utils.errors import RunError, UsageError
 from utils.runs.files import corrupt, flat, read_records
 from utils.runs.run import Run
 
@@ -105,6 +105,19 @@ def images_of(config: Mapping[str, Any]) -> str:
     if config["dataset"] != "folder":
         return str(config["dataset"])
     return f"folder {Path(str(config.get('data_root', ''))).name}"
+
+
+def check_named_once(folders: Sequence[Path]) -> None:
+    """Refuse a run folder that is named twice: it would be compared with itself.
+
+    Raises:
+        UsageError: one is.
+    """
+    known: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in known:
+            raise UsageError(f"{folder}: the run is named twice")
+        known.add(folder.resolve())
 
 
 def read_runs(folders: Sequence[Path], *, same_but: Collection[str] = ()) -> list[LoggedRun]:

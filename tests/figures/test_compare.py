@@ -10,7 +10,9 @@ from PIL import Image
 from figures import compare
 from figures.shared.costs import SHOWN, Costs, costs_of
 from tests.figures.paper_runs import write_run
+from tests.scripts.runs import refusal
 from utils.errors import RunError
+from utils.runs.made_of import MadeOf, made_of_file, save_made_of
 
 FACTS = {
     "pass_test_seconds": 1.5,
@@ -21,7 +23,7 @@ FACTS = {
 }
 
 
-def make_run(folder, method, aurocs, *, dataset="demo", select="last", **facts):
+def make_run(folder, method, aurocs, *, dataset="demo", select="last", data_root="", **facts):
     """A run with image AUROC `aurocs` (categories, seeds), None where a pair is not finished."""
     values = {
         (f"c{category}", seed): auroc
@@ -30,12 +32,20 @@ def make_run(folder, method, aurocs, *, dataset="demo", select="last", **facts):
         if auroc is not None
     }
     config = {"dataset": dataset, "method_name": method, "method": {}}
+    if data_root:
+        config["data_root"] = data_root
     columns = {"aupro": lambda auroc: auroc / 2, "num_test": 100, **FACTS, **facts}
     return write_run(folder, config, values, select=select, **columns)
 
 
 def lines_of(*folders):
-    return [line for run in compare.read_runs_by_data(folders) for line in compare.lines_of(run)]
+    by_data = compare.read_runs_by_data(folders)
+    return [
+        line
+        for name, runs in by_data.items()
+        for run in runs
+        for line in compare.lines_of(run, name)
+    ]
 
 
 def test_a_line_is_the_mean_over_categories_of_each_seed(tmp_path):
@@ -226,3 +236,44 @@ def test_a_method_that_selects_in_another_way_on_other_data_is_ranked_once(tmp_p
     line = lines_of(runs[0])[0]
     both = [line, dataclasses.replace(line, select="last")]
     assert compare.names_of(both) == ["noco_exact, synthetic", "noco_exact"]
+
+
+def with_images(folder, digest, category="c0"):
+    """Record what a run was made of."""
+    images = {"test/good": {f"{category}/test/good/0.png": digest}}
+    save_made_of(made_of_file(folder, category, 0), MadeOf(images))
+    return folder
+
+
+def test_folders_of_one_name_are_told_apart_by_their_images(tmp_path):
+    runs = []
+    for number, (root, method, digest) in enumerate(
+        (("a/parts", "knn", "1"), ("b/parts", "knn", "2"), ("moved/parts", "noco", "1"))
+    ):
+        run = make_run(tmp_path / f"{number}", method, [[0.8]], dataset="folder", data_root=root)
+        runs.append(with_images(run, digest))
+    lines = lines_of(*runs)
+    assert [(line.dataset, line.label) for line in lines] == [
+        ("folder parts (a/parts)", "knn"),
+        ("folder parts (a/parts)", "noco"),
+        ("folder parts (b/parts)", "knn"),
+    ]
+
+
+def test_means_over_other_categories_are_other_lines(tmp_path):
+    runs = [
+        make_run(tmp_path / "a", "knn", [[0.8], [0.9]]),
+        make_run(tmp_path / "b", "noco", [[0.7]]),
+        make_run(tmp_path / "c", "padim", [[0.6], [0.5]]),
+    ]
+    found = {(line.dataset, line.label) for line in lines_of(*runs)}
+    assert found == {("demo: c0, c1", "knn"), ("demo: c0, c1", "padim"), ("demo: c0", "noco")}
+
+
+def test_a_run_that_is_named_twice_and_an_infinity_are_refused(tmp_path, capsys):
+    folder = make_run(tmp_path / "a", "knn", [[0.8]])
+    words = [str(folder), str(folder), "--out", str(tmp_path / "made")]
+    assert "the run is named twice" in refusal(capsys, compare.main, *words)
+    endless = make_run(tmp_path / "b", "knn", [[float("inf")]])
+    with pytest.raises(RunError, match="image_auroc is inf"):
+        lines_of(endless)

@@ -1,0 +1,88 @@
+"""Which runs are on the same images: by what they were made of, not by the name of a folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from figures.shared.run_log import images_of
+from utils.runs.made_of import Images, load_made_of, made_of_file
+from utils.runs.run import Run
+
+
+@dataclass
+class SameImages:
+    """Runs on the same test images.
+
+    Attributes:
+        name: of the images, as no other group has it.
+        runs: in the order in which they were given.
+    """
+
+    name: str
+    runs: list[Run] = field(default_factory=list)
+
+
+def group_by_images(runs: Sequence[Run]) -> list[SameImages]:
+    """Group runs by their data set, its test images, and the categories they have finished.
+
+    A mean over some categories is not comparable with one over others. Where data sets share a
+    name, the folder before it tells them apart; where one is there with several choices of
+    categories, these do.
+
+    Raises:
+        RunError: a file of a run is corrupt.
+    """
+    by_data: list[SameImages] = []
+    for run in runs:
+        name = images_of(run.config)
+        same = (one for one in by_data if one.name == name and are_same_images(one.runs[0], run))
+        group = next(same, None)
+        if group is None:
+            group = SameImages(name)
+            by_data.append(group)
+        group.runs.append(run)
+    names = [group.name for group in by_data]
+    for number, group in enumerate(by_data):
+        if names.count(group.name) > 1:
+            group.name = f"{group.name} ({group.runs[0].config.get('data_root', '')})"
+        if group.name in (other.name for other in by_data[:number]):
+            group.name += f", {number + 1}"
+    return [part for group in by_data for part in _by_categories(group)]
+
+
+def are_same_images(one: Run, other: Run) -> bool:
+    """Whether runs have the same test images, as far as they have recorded them.
+
+    Those of the categories that both have finished count. Runs of an earlier version recorded
+    nothing, and are taken as of the same.
+    """
+    mine, its = test_images(one), test_images(other)
+    return all(mine[category] == its[category] for category in mine.keys() & its.keys())
+
+
+def test_images(run: Run) -> dict[str, Images]:
+    """Return category -> the digests of its test images, where a run has recorded them."""
+    found: dict[str, Images] = {}
+    for row in run.rows():
+        category = row["category"]
+        if category not in found:
+            made_of = load_made_of(made_of_file(run.folder, category, row["seed"]))
+            if made_of is not None:
+                found[category] = made_of.of_test().images
+    return found
+
+
+def finished_categories(run: Run) -> list[str]:
+    """Return the categories of a run that have a row."""
+    return list(dict.fromkeys(row["category"] for row in run.rows()))
+
+
+def _by_categories(group: SameImages) -> list[SameImages]:
+    """Return a group for each choice of categories, each with a name of its own."""
+    parts: dict[frozenset[str], SameImages] = {}
+    for run in group.runs:
+        names = finished_categories(run)
+        part = parts.setdefault(frozenset(names), SameImages(f"{group.name}: {', '.join(names)}"))
+        part.runs.append(run)
+    if len(parts) == 1:
+        return [group]
+    return list(parts.values())
