@@ -6,9 +6,10 @@
 
 It runs sweep.py over all methods, data sets and seeds, and figures.compare over what came out:
 --output/comparison.html has the table, mean ranks with a critical-difference diagram, accuracy
-against time and bars for each set. The same command continues. --data-sets takes what the suite
-knows by name, beside which stands what papers print; --data-root takes folders in the layout of
-MVTec AD, --classes folders of classes.
+against time and bars for each set. The same command continues; another one with the same --output
+writes a new page, of its own runs. What failed is left out of the page, and the exit code is 1.
+Options that are not listed below go to the training scripts, and count more than those of a budget:
+--image-size 256.
 
 With the budget `presets` nothing is changed, which takes days on a CPU and hours on a GPU. With
 `minutes`, what trains a network does so for about a minute on a GPU, and with `short` for seconds
@@ -32,6 +33,9 @@ from utils.cli import exits_cleanly, stopped_as_interrupted
 DIGITS = (0, 3, 8)
 """Normal classes of digits, with a smaller budget."""
 WITH_DIGITS = ("digits", "mnist")
+SOME_FAILED = 1
+"""Exit code of a sweep that has done what it could."""
+EMBEDDED = ("demo", "digits")
 NOT_RUN = ("saa", "anomalib:NAME")
 WHOLE = "--image-size 224 --crop-size none"
 SMALL = "--image-size 96 --crop-size none"
@@ -131,28 +135,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data-root", nargs="+", type=Path, default=[], metavar="FOLDER")
-    parser.add_argument("--classes", nargs="+", type=Path, default=[], metavar="FOLDER")
-    parser.add_argument("--data-sets", nargs="+", default=[], metavar="NAME[=FOLDER]")
-    parser.add_argument("--methods", nargs="+", help="all by default")
-    parser.add_argument("--seeds", nargs="+", default=["0"])
-    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    layout = "folders in the layout of MVTec AD, the categories below them"
+    parser.add_argument(
+        "--data-root", nargs="+", type=Path, default=[], metavar="FOLDER", help=layout
+    )
+    parser.add_argument(
+        "--classes", nargs="+", type=Path, default=[], metavar="FOLDER", help="of classes"
+    )
+    known = "what the suite knows by name: demo, digits, mvtec=/data/mvtec; papers stand beside"
+    parser.add_argument("--data-sets", nargs="+", default=[], metavar="NAME[=FOLDER]", help=known)
+    some = "some of a data set's: NAME, or SET=NAME where there are several"
+    parser.add_argument("--categories", nargs="+", default=[], metavar="NAME", help=some)
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="all by default")
+    parser.add_argument("--seeds", nargs="+", default=["0"], metavar="SEED", help="(default: 0)")
+    parser.add_argument(
+        "--backbone", default="tf_efficientnet_lite0", help="of all (default: %(default)s)"
+    )
     parser.add_argument("--budget", choices=tuple(BUDGETS), default="presets", help="of training")
-    parser.add_argument("--jobs", default="1", help="processes")
-    parser.add_argument("--output", type=Path, default=Path("results/comparison"))
+    parser.add_argument("--jobs", type=positive, default=1, help="processes (default: 1)")
+    parser.add_argument("--skip-invalid", action="store_true", help="leave out what is refused")
+    parser.add_argument("--dry-run", action="store_true", help="list the jobs alone")
+    where = "runs, and comparison.html (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("results/comparison"), help=where)
     arguments, further = parser.parse_known_args(argv)
     places = places_of(arguments)
-    words = words_of_sweep(places, arguments, further)
-    if not words:
+    if not places:
         parser.error("name data: --data-root, --classes or --data-sets")
+    words = words_of_sweep(places, methods_for(places, arguments.methods), arguments, further)
     code = code_of(["sweep.py", *words])
+    if code not in (0, SOME_FAILED) or arguments.dry_run:
+        raise SystemExit(code)
     listed = arguments.output / "sweep-comparison" / "runs.txt"
     runs = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
     runs = [run for run in runs if run and (Path(run) / "results.csv").is_file()]
     if not runs:
-        raise SystemExit(code or 1)
+        raise SystemExit(code or SOME_FAILED)
     page = ["-m", "figures.compare", *runs, "--out", str(arguments.output / "comparison")]
-    raise SystemExit(code or code_of(page))
+    drawn = code_of(page)
+    if code and not drawn:
+        sys.stderr.write("the page lacks the runs of jobs that failed; their list is above\n")
+    raise SystemExit(code or drawn)
 
 
 def code_of(words: Sequence[str]) -> int:
@@ -168,6 +190,13 @@ def code_of(words: Sequence[str]) -> int:
             raise
 
 
+def positive(text: str) -> int:
+    """Read a number of processes."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Place:
     """A data set: as sweep.py calls it, which task it is, and its folder, "" where it has none."""
@@ -181,43 +210,75 @@ def places_of(arguments: argparse.Namespace) -> list[Place]:
     """Return the data sets of a command line.
 
     Raises:
-        PlanError: a name is unknown, or one of several scripts.
+        PlanError: a name is unknown, one of several scripts, or there twice, or has a folder and
+            needs none.
     """
     places = []
     for words in arguments.data_sets:
         name, _, root = words.partition("=")
         script, _ = script_of(name)
+        if root and name in EMBEDDED:
+            raise PlanError(
+                f"--data-sets {words}: {name} takes no folder; name a data set of yours"
+            )
         places.append(Place(name, "structured" if script == "train_mvtec" else "semantic", root))
     places += [Place("train_mvtec:folder", "structured", str(x)) for x in arguments.data_root]
-    return places + [Place("train_cifar10:folder", "semantic", str(x)) for x in arguments.classes]
+    places += [Place("train_cifar10:folder", "semantic", str(x)) for x in arguments.classes]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise PlanError(f"{place.root or place.name} is named twice")
+    return places
+
+
+def methods_for(places: Sequence[Place], asked: Sequence[str] | None) -> list[str]:
+    """Return the methods that are asked for, of those that run on some of the data; all of None.
+
+    Raises:
+        PlanError: one is unknown there, or not run here.
+    """
+    known = [
+        method
+        for method in dict.fromkeys(m for place in places for m in find_methods(place.task))
+        if method not in NOT_RUN
+    ]
+    if unknown := [method for method in asked or () if method not in known]:
+        raise PlanError(
+            f"--methods {unknown[0]}: not run here on this data; known are {', '.join(known)}"
+        )
+    return [method for method in known if asked is None or method in asked]
 
 
 def words_of_sweep(
-    places: Sequence[Place], arguments: argparse.Namespace, further: Sequence[str] = ()
+    places: Sequence[Place],
+    methods: Sequence[str],
+    arguments: argparse.Namespace,
+    further: Sequence[str] = (),
 ) -> list[str]:
-    """Return the words after sweep.py; none where no data is named.
+    """Return the words after sweep.py.
 
     What a budget leaves as it is comes first: it takes the least time.
     """
     shortened = BUDGETS[arguments.budget]
-    known = dict.fromkeys(m for place in places for m in find_methods(place.task))
-    wanted = [m for m in known if m not in NOT_RUN and m in (arguments.methods or known)]
     sets = [
-        " ".join([place.name, method, *options_of(method, place, arguments)])
-        for method in sorted(wanted, key=lambda m: any(m in shortened[p.task] for p in places))
+        # The last of equal options counts.
+        " ".join([place.name, method, *options_of(method, place, arguments), shlex.join(further)])
+        for method in sorted(methods, key=lambda m: any(m in shortened[p.task] for p in places))
         for place in places
         if method in find_methods(place.task)
     ]
-    if not sets:
-        return []
-    words = ["--set", *sets, "--seeds", *arguments.seeds]
-    if arguments.jobs != "1":
-        words += ["--jobs", arguments.jobs]
-    digits = [place.name for place in places if place.name in WITH_DIGITS]
-    if digits and arguments.budget != "presets":
-        words += ["--categories", *(f"{name}={digit}" for name in digits for digit in DIGITS)]
+    words = ["--set", *map(str.rstrip, sets), "--seeds", *arguments.seeds]
+    if arguments.jobs > 1:
+        words += ["--jobs", str(arguments.jobs)]
+    categories = list(arguments.categories)
+    if arguments.budget != "presets" and not categories:
+        digits = [place.name for place in places if place.name in WITH_DIGITS]
+        categories = [f"{name}={digit}" for name in digits for digit in DIGITS]
+    if categories:
+        words += ["--categories", *categories]
     words += ["--output", str(arguments.output), "--name", "comparison"]
-    return [*words, "--", "--overlays", "0", *further]
+    switches = ("--skip-invalid", arguments.skip_invalid), ("--dry-run", arguments.dry_run)
+    words += [switch for switch, is_on in switches if is_on]
+    return [*words, "--", "--overlays", "0"]
 
 
 def options_of(method: str, place: Place, arguments: argparse.Namespace) -> list[str]:

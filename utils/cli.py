@@ -69,10 +69,11 @@ def exits_cleanly(
 
 @contextlib.contextmanager
 def stopped_as_interrupted() -> Iterator[None]:
-    """Take SIGTERM, which clusters, containers and `timeout` send, for an interrupt.
+    """Take what else tells a process to stop for an interrupt.
 
-    By itself it would end this process alone: the processes that it has started, and what they
-    hold of a GPU, would stay until their work is done.
+    That is SIGTERM, which clusters, containers and `timeout` send, and SIGHUP, of a terminal that
+    is closed. By themselves they would end this process alone: the processes that it has started,
+    and what they hold of a GPU, would stay until their work is done.
     """
     if threading.current_thread() is not threading.main_thread():  # no other may set a handler
         yield
@@ -85,11 +86,17 @@ def stopped_as_interrupted() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)  # a process that was forked from this one
         os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no HUP
+    before = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
+    # Who starts a process with nohup wants it to outlive the terminal.
+    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 def print_what_the_terminal_lacks() -> None:
