@@ -130,10 +130,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: the exit code of the part that failed.
     """
+    parser = command_line()
+    arguments, further = parser.parse_known_args(argv)
+    places = places_of(arguments)
+    if not places:
+        parser.error("name data: --data-root, --classes or --data-sets")
+    words = words_of_sweep(places, methods_for(places, arguments.methods), arguments, further)
+    code = code_of(["sweep.py", *words])
+    if code not in (0, SOME_FAILED) or arguments.dry_run:
+        raise SystemExit(code)
+    listed = arguments.output / "sweep-comparison" / "runs.txt"
+    runs = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+    runs = [run for run in runs if run and (Path(run) / "results.csv").is_file()]
+    if not runs:
+        raise SystemExit(code or SOME_FAILED)
+    page = ["-m", "figures.compare", *runs, "--out", str(arguments.output / "comparison")]
+    drawn = code_of(page)
+    if code and not drawn:
+        sys.stderr.write("the page lacks the runs of jobs that failed; their list is above\n")
+    raise SystemExit(code or drawn)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.comparison",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # what is not known goes to the scripts
     )
     layout = "folders in the layout of MVTec AD, the categories below them"
     parser.add_argument(
@@ -157,24 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the jobs alone")
     where = "runs, and comparison.html (default: %(default)s)"
     parser.add_argument("--output", type=Path, default=Path("results/comparison"), help=where)
-    arguments, further = parser.parse_known_args(argv)
-    places = places_of(arguments)
-    if not places:
-        parser.error("name data: --data-root, --classes or --data-sets")
-    words = words_of_sweep(places, methods_for(places, arguments.methods), arguments, further)
-    code = code_of(["sweep.py", *words])
-    if code not in (0, SOME_FAILED) or arguments.dry_run:
-        raise SystemExit(code)
-    listed = arguments.output / "sweep-comparison" / "runs.txt"
-    runs = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
-    runs = [run for run in runs if run and (Path(run) / "results.csv").is_file()]
-    if not runs:
-        raise SystemExit(code or SOME_FAILED)
-    page = ["-m", "figures.compare", *runs, "--out", str(arguments.output / "comparison")]
-    drawn = code_of(page)
-    if code and not drawn:
-        sys.stderr.write("the page lacks the runs of jobs that failed; their list is above\n")
-    raise SystemExit(code or drawn)
+    return parser
 
 
 def code_of(words: Sequence[str]) -> int:
