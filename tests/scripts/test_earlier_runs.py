@@ -98,7 +98,8 @@ def test_figures_see_the_same_run(earlier, today, tmp_path):
         tables[name] = (tmp_path / name / "figure.csv").read_text()
     assert tables["earlier"] == tables["today"]
     # Side by side nothing tells them apart, least of all options that one has not.
-    labels = [run.label for run in compare.read_runs_by_data([earlier, today])]
+    (runs,) = compare.read_runs_by_data([earlier, today]).values()
+    labels = [run.label for run in runs]
     assert labels == [today.parent.name.partition("-")[2]] * 2
 
 

@@ -74,8 +74,8 @@ def read_all(folder):
     for name in ("loss", "image_auroc"):
         logged.curves(name)
         logged.selection_curves(name)
-    (logged,) = read_runs_by_data([folder])
-    lines_of(logged)
+    ((name, (logged,)),) = read_runs_by_data([folder]).items()
+    lines_of(logged, name)
 
 
 def open_run(folder):
