@@ -5,6 +5,7 @@ Friedman's test, Nemenyi's critical difference, and the diagram of its Fig. 1.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,14 +58,16 @@ def rank_methods(values: Mapping[str, Mapping[str, float]]) -> Ranks | None:
         values: method -> data set -> value; nan counts as missing.
 
     Returns:
-        The ranks of the methods that all data sets have; None for fewer than two of them.
+        The ranks of the methods that all data sets have, but for those that a single method has;
+        None for fewer than two methods.
     """
     known = {
         method: {name: value for name, value in of_sets.items() if not math.isnan(value)}
         for method, of_sets in values.items()
     }
-    data_sets = tuple(dict.fromkeys(name for of_sets in known.values() for name in of_sets))
-    methods = [method for method, of_sets in known.items() if len(of_sets) == len(data_sets)]
+    times = Counter(name for of_sets in known.values() for name in of_sets)
+    data_sets = tuple(name for name, count in times.items() if count > 1)
+    methods = [method for method, of_sets in known.items() if of_sets.keys() >= set(data_sets)]
     if not data_sets or len(methods) < 2:
         return None
     table = np.array([[known[m][d] for m in methods] for d in data_sets])  # (N, k)

@@ -25,8 +25,8 @@ def group_by_images(runs: Sequence[Run]) -> list[SameImages]:
     """Group runs by their data set, its test images, and the categories they have finished.
 
     A mean over some categories is not comparable with one over others. Where data sets share a
-    name, the folder before it tells them apart; where one is there with several choices of
-    categories, these do.
+    name, their folder tells them apart, or the number of test images; where one is there with
+    several choices of categories, these do.
 
     Raises:
         RunError: a file of a run is corrupt.
@@ -40,12 +40,14 @@ def group_by_images(runs: Sequence[Run]) -> list[SameImages]:
             group = SameImages(name)
             by_data.append(group)
         group.runs.append(run)
-    names = [group.name for group in by_data]
-    for number, group in enumerate(by_data):
-        if names.count(group.name) > 1:
-            group.name = f"{group.name} ({group.runs[0].config.get('data_root', '')})"
-        if group.name in (other.name for other in by_data[:number]):
-            group.name += f", {number + 1}"
+    told_apart = [_folder, _num_images, lambda group: str(by_data.index(group) + 1)]
+    for tell in told_apart:
+        for name in {group.name for group in by_data}:
+            same_name = [group for group in by_data if group.name == name]
+            details = [tell(group) for group in same_name]
+            if len(set(details)) > 1:
+                for group, detail in zip(same_name, details, strict=True):
+                    group.name = f"{name} ({detail})"
     return [part for group in by_data for part in _by_categories(group)]
 
 
@@ -74,6 +76,22 @@ def test_images(run: Run) -> dict[str, Images]:
 def finished_categories(run: Run) -> list[str]:
     """Return the categories of a run that have a row."""
     return list(dict.fromkeys(row["category"] for row in run.rows()))
+
+
+def _folder(group: SameImages) -> str:
+    return str(group.runs[0].config.get("data_root", ""))
+
+
+def _num_images(group: SameImages) -> str:
+    """Say how many test images there are: a method's preset may look at some of them alone."""
+    groups = test_images(group.runs[0]).values()
+    counts = [
+        len(files)
+        for images in groups
+        for name, files in images.items()
+        if name.startswith("test/")
+    ]
+    return f"{sum(counts)} test images"
 
 
 def _by_categories(group: SameImages) -> list[SameImages]:

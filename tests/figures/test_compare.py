@@ -258,6 +258,14 @@ def test_folders_of_one_name_are_told_apart_by_their_images(tmp_path):
         ("folder parts (a/parts)", "noco"),
         ("folder parts (b/parts)", "knn"),
     ]
+    # In the same folder, but looked at in part: presets of released code do that.
+    part = make_run(tmp_path / "part", "padim", [[0.8]], dataset="folder", data_root="a/parts")
+    images = {"test/good": {"c0/test/good/0.png": "1", "c0/test/good/1.png": "2"}}
+    save_made_of(made_of_file(part, "c0", 0), MadeOf(images))
+    assert [line.dataset for line in lines_of(runs[0], part)] == [
+        "folder parts (1 test images)",
+        "folder parts (2 test images)",
+    ]
 
 
 def test_means_over_other_categories_are_other_lines(tmp_path):

@@ -62,6 +62,8 @@ def test_only_methods_that_every_set_has_are_ranked():
     assert math.isnan(ranks.critical_difference)
     assert "Not ranked, for want of a data set: c, d." in in_words(ranks)
     assert rank_methods({"a": {"x": 1.0}}) is None
+    alone = rank_methods({"a": {"x": 1.0}, "b": {"x": 2.0}, "c": {"x of c": 3.0}})
+    assert (alone.methods, alone.data_sets, alone.left_out) == (("b", "a"), ("x",), ("c",))
 
 
 def test_the_table_of_ranks_has_methods_by_data_sets_the_best_on_top():
