@@ -30,6 +30,7 @@ class Ranks:
         p_value: of Friedman's test that all methods are alike; nan for fewer than three methods or
             two data sets.
         critical_difference: of mean ranks, at `ALPHA`; nan likewise.
+        few_methods: data sets that are not ranked, because most methods lack them.
     """
 
     methods: tuple[str, ...]
@@ -38,6 +39,7 @@ class Ranks:
     left_out: tuple[str, ...]
     p_value: float
     critical_difference: float
+    few_methods: tuple[str, ...] = ()
 
     @property
     def groups(self) -> list[tuple[int, int]]:
@@ -58,15 +60,16 @@ def rank_methods(values: Mapping[str, Mapping[str, float]]) -> Ranks | None:
         values: method -> data set -> value; nan counts as missing.
 
     Returns:
-        The ranks of the methods that all data sets have, but for those that a single method has;
-        None for fewer than two methods.
+        The ranks of the methods that all data sets have, but for sets that most methods
+        lack, which would leave few or none; None for fewer than two methods.
     """
     known = {
         method: {name: value for name, value in of_sets.items() if not math.isnan(value)}
         for method, of_sets in values.items()
     }
     times = Counter(name for of_sets in known.values() for name in of_sets)
-    data_sets = tuple(name for name, count in times.items() if count > 1)
+    most = max(times.values(), default=0)
+    data_sets = tuple(name for name, count in times.items() if count > 1 and 2 * count >= most)
     methods = [method for method, of_sets in known.items() if of_sets.keys() >= set(data_sets)]
     if not data_sets or len(methods) < 2:
         return None
@@ -86,6 +89,7 @@ def rank_methods(values: Mapping[str, Mapping[str, float]]) -> Ranks | None:
         tuple(method for method in known if method not in methods),
         p_value,
         critical,
+        tuple(name for name in times if name not in data_sets),
     )
 
 
@@ -102,6 +106,8 @@ def in_words(ranks: Ranks) -> list[str]:
         )
     if ranks.left_out:
         said.append(f"Not ranked, for want of a data set: {', '.join(ranks.left_out)}.")
+    if ranks.few_methods:
+        said.append(f"Left out, for few methods are on it: {', '.join(ranks.few_methods)}.")
     return said
 
 

@@ -62,8 +62,13 @@ def test_only_methods_that_every_set_has_are_ranked():
     assert math.isnan(ranks.critical_difference)
     assert "Not ranked, for want of a data set: c, d." in in_words(ranks)
     assert rank_methods({"a": {"x": 1.0}}) is None
-    alone = rank_methods({"a": {"x": 1.0}, "b": {"x": 2.0}, "c": {"x of c": 3.0}})
-    assert (alone.methods, alone.data_sets, alone.left_out) == (("b", "a"), ("x",), ("c",))
+
+
+def test_a_set_that_most_methods_lack_takes_no_ranks_away():
+    values = {name: {"x": float(place)} for place, name in enumerate("abcde")}
+    ranks = rank_methods(values | {"f": {"part of x": 3.0}, "g": {"part of x": 2.0}})
+    assert (ranks.methods, ranks.data_sets, ranks.left_out) == (tuple("edcba"), ("x",), ("f", "g"))
+    assert "Left out, for few methods are on it: part of x." in in_words(ranks)
 
 
 def test_the_table_of_ranks_has_methods_by_data_sets_the_best_on_top():
