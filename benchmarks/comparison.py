@@ -265,15 +265,15 @@ def words_of_sweep(
 
     What a budget leaves as it is comes first: it takes the least time.
     """
-    shortened = BUDGETS[arguments.budget]
+    shortened, quoted = BUDGETS[arguments.budget], [shlex.quote(word) for word in further]
     sets = [
         # The last of equal options counts.
-        " ".join([place.name, method, *options_of(method, place, arguments), shlex.join(further)])
+        " ".join([place.name, method, *options_of(method, place, arguments), *quoted])
         for method in sorted(methods, key=lambda m: any(m in shortened[p.task] for p in places))
         for place in places
         if method in find_methods(place.task)
     ]
-    words = ["--set", *map(str.rstrip, sets), "--seeds", *arguments.seeds]
+    words = ["--set", *sets, "--seeds", *arguments.seeds]
     if arguments.jobs > 1:
         words += ["--jobs", str(arguments.jobs)]
     categories = list(arguments.categories)

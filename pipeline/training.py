@@ -22,7 +22,7 @@ from pipeline.experiments import AnyExperiment
 from pipeline.features import Extraction, TaskData, calibration_split
 from pipeline.made_of import made_of
 from pipeline.recording import Fitted, record, unused_in_words
-from utils.device import pick_device, return_freed_memory
+from utils.device import pick_device
 from utils.errors import UsageError
 from utils.evaluation.monitor import FitMonitor
 from utils.evaluation.selection import choose, joined_validation
@@ -43,7 +43,6 @@ def open_run(
             corrupt.
         UsageError: a task has too few images for the calibration that is asked for.
     """
-    return_freed_memory()  # the memory that a run records is its own
     if experiment.calibration_share:
         for task in tasks:
             calibration_split(experiment, task, len(task.train_indices))

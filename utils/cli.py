@@ -86,17 +86,16 @@ def stopped_as_interrupted() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)  # a process that was forked from this one
         os.kill(os.getpid(), number)
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no HUP
-    before = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
-    # Who starts a process with nohup wants it to outlive the terminal.
-    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    for number in taken:
+    # Windows has no SIGHUP; who starts a process with nohup ignores it, to outlive the terminal.
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: handler for n in known if (handler := signal.getsignal(n)) != signal.SIG_IGN}
+    for number in before:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number in taken:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def print_what_the_terminal_lacks() -> None:

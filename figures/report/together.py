@@ -16,7 +16,7 @@ from figures.report.scores import Scored, read_scores
 from figures.shared import costs
 from figures.shared.costs import is_known
 from figures.shared.run_log import LoggedRun, images_of
-from figures.shared.same_images import are_same_images, finished_categories
+from figures.shared.same_images import are_same, digests_of, finished_categories
 from utils.errors import RunError
 from utils.metrics.metrics import heading_of, metric_names, table_metrics
 from utils.tables.results import SELECT_LABELS
@@ -145,7 +145,9 @@ def _common_categories(runs: Sequence[LoggedRun]) -> list[str]:
     if len(set(sets)) > 1:
         named = "; ".join(f"{run.run.folder}: {name}" for run, name in zip(runs, sets, strict=True))
         raise RunError(f"runs side by side must be on one data set ({named})")
-    if others := [run for run in runs[1:] if not are_same_images(runs[0].run, run.run)]:
+    first, *rest = [digests_of(run.run) for run in runs]
+    others = [run for run, its in zip(runs[1:], rest, strict=True) if not are_same(first, its)]
+    if others:
         raise RunError(
             f"runs side by side must be on the same test images; those of {others[0].run.folder} "
             f"are others than those of {runs[0].run.folder}"

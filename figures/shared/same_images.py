@@ -1,6 +1,6 @@
 """Which runs are on the same images: by what they were made of, not by the name of a folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from figures.shared.run_log import images_of
@@ -14,10 +14,12 @@ class SameImages:
 
     Attributes:
         name: of the images, as no other group has it.
+        images: as the first run has recorded them (`digests_of`).
         runs: in the order in which they were given.
     """
 
     name: str
+    images: dict[str, Images]
     runs: list[Run] = field(default_factory=list)
 
 
@@ -33,11 +35,11 @@ def group_by_images(runs: Sequence[Run]) -> list[SameImages]:
     """
     by_data: list[SameImages] = []
     for run in runs:
-        name = images_of(run.config)
-        same = (one for one in by_data if one.name == name and are_same_images(one.runs[0], run))
+        name, images = images_of(run.config), digests_of(run)
+        same = (one for one in by_data if one.name == name and are_same(one.images, images))
         group = next(same, None)
         if group is None:
-            group = SameImages(name)
+            group = SameImages(name, images)
             by_data.append(group)
         group.runs.append(run)
     told_apart = [_folder, _num_images, lambda group: str(by_data.index(group) + 1)]
@@ -51,17 +53,16 @@ def group_by_images(runs: Sequence[Run]) -> list[SameImages]:
     return [part for group in by_data for part in _by_categories(group)]
 
 
-def are_same_images(one: Run, other: Run) -> bool:
-    """Whether runs have the same test images, as far as they have recorded them.
+def are_same(one: Mapping[str, Images], other: Mapping[str, Images]) -> bool:
+    """Whether runs have the same test images, as far as they have recorded them (`digests_of`).
 
     Those of the categories that both have finished count. Runs of an earlier version recorded
     nothing, and are taken as of the same.
     """
-    mine, its = test_images(one), test_images(other)
-    return all(mine[category] == its[category] for category in mine.keys() & its.keys())
+    return all(one[category] == other[category] for category in one.keys() & other.keys())
 
 
-def test_images(run: Run) -> dict[str, Images]:
+def digests_of(run: Run) -> dict[str, Images]:
     """Return category -> the digests of its test images, where a run has recorded them."""
     found: dict[str, Images] = {}
     for row in run.rows():
@@ -84,10 +85,9 @@ def _folder(group: SameImages) -> str:
 
 def _num_images(group: SameImages) -> str:
     """Say how many test images there are: a method's preset may look at some of them alone."""
-    groups = test_images(group.runs[0]).values()
     counts = [
         len(files)
-        for images in groups
+        for images in group.images.values()
         for name, files in images.items()
         if name.startswith("test/")
     ]
@@ -99,7 +99,8 @@ def _by_categories(group: SameImages) -> list[SameImages]:
     parts: dict[frozenset[str], SameImages] = {}
     for run in group.runs:
         names = finished_categories(run)
-        part = parts.setdefault(frozenset(names), SameImages(f"{group.name}: {', '.join(names)}"))
+        called = f"{group.name}: {', '.join(names)}"
+        part = parts.setdefault(frozenset(names), SameImages(called, group.images))
         part.runs.append(run)
     if len(parts) == 1:
         return [group]

@@ -80,10 +80,12 @@ def _call(job: Job) -> str:
         traceback.print_exc()
         return f"{type(error).__name__}: a defect of ours, the log has the traceback"
     finally:
-        # Only now: the number of threads counts until torch is imported, which the script does.
-        from utils.device import return_freed_memory
+        # Other workers may need it, and what the next job records is its own. Without torch nothing
+        # was computed; to import it is for the script, which sets the number of its threads.
+        if "torch" in sys.modules:
+            from utils.device import return_freed_memory
 
-        return_freed_memory()  # other workers may need it before this one's next job
+            return_freed_memory()
     return ""
 
 
